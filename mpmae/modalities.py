@@ -1,0 +1,214 @@
+"""What each MMEarth modality is: its bands, its kind, its no-data codes and its classes.
+
+Source: the MMEarth dataset (Nedungadi et al., ECCV 2024, arXiv 2405.02771), v001 layout. The table is fixed knowledge; the
+dtype and the tile size are always read from the file at hand, and the no-data codes follow the dtype found.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from mpmae.errors import ConfigError
+
+Scope = Literal["pixel", "tile"]
+Kind = Literal["continuous", "categorical"]
+
+
+@dataclass(frozen=True)
+class NoData:
+    """How absent values are written: exact `codes`, any non-finite value, or (one-hot rows) all zeros."""
+
+    codes: tuple[int, ...] = ()
+    non_finite: bool = False
+    zero_row: bool = False
+
+    def valid(self, values: np.ndarray) -> np.ndarray:
+        """True where a value is real data: bool, shape of `values` (raw units); a one-hot row shares one answer."""
+        valid = np.isfinite(values) if self.non_finite else np.ones(values.shape, bool)
+        for code in self.codes:
+            valid &= values != code
+        if self.zero_row:
+            valid &= (values != 0).any(axis=-1, keepdims=True)
+        return valid
+
+
+@dataclass(frozen=True)
+class LandClass:
+    """One class of a land-cover map: the code in the file, its name and its usual map colour."""
+
+    code: int
+    name: str
+    colour: str
+
+
+@dataclass(frozen=True)
+class ModalitySpec:
+    """One named source of a tile.
+
+    scope `pixel` is a map [C, P, P], `tile` one vector [C] per tile. `bands` names the channels of the file, in order;
+    a one-hot vector lists its number of classes in `num_classes` instead. `is_target` is False for quality layers that are
+    carried along but never reconstructed.
+    """
+
+    name: str
+    title: str
+    scope: Scope
+    kind: Kind
+    bands: tuple[str, ...] = ()
+    unit: str = ""
+    gsd_m: int | None = None
+    num_classes: int | None = None
+    classes: tuple[LandClass, ...] = ()
+    is_target: bool = True
+    default_bands: tuple[str, ...] = field(default=())
+
+    @property
+    def one_hot(self) -> bool:
+        """Whether the file holds one one-hot row per tile (biome, eco_region)."""
+        return self.scope == "tile" and self.kind == "categorical"
+
+    @property
+    def num_channels(self) -> int:
+        """Channels in the file: bands, or the length of the one-hot row."""
+        return self.num_classes if self.one_hot else len(self.bands)
+
+    @property
+    def model_bands(self) -> tuple[str, ...]:
+        """Bands that a model reads and reconstructs unless told otherwise."""
+        return self.default_bands or self.bands
+
+
+def _bands(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+def _classes(*rows: tuple[int, str, str]) -> tuple[LandClass, ...]:
+    return tuple(LandClass(*row) for row in rows)
+
+
+# Dynamic World (Brown et al. 2022) as MMEarth stores it: 0 = no data, 1..9; colours of the product's own legend.
+_DYNAMIC_WORLD = _classes(
+    (1, "Water", "#419bdf"),
+    (2, "Trees", "#397d49"),
+    (3, "Grass", "#88b053"),
+    (4, "Flooded vegetation", "#7a87c6"),
+    (5, "Crops", "#e49635"),
+    (6, "Shrub and scrub", "#dfc35a"),
+    (7, "Built", "#c4281b"),
+    (8, "Bare", "#a59b8f"),
+    (9, "Snow and ice", "#b39fe1"),
+)
+# ESA WorldCover v200 product user manual.
+_WORLDCOVER = _classes(
+    (10, "Tree cover", "#006400"),
+    (20, "Shrubland", "#ffbb22"),
+    (30, "Grassland", "#ffff4c"),
+    (40, "Cropland", "#f096ff"),
+    (50, "Built-up", "#fa0000"),
+    (60, "Bare / sparse vegetation", "#b4b4b4"),
+    (70, "Snow and ice", "#f0f0f0"),
+    (80, "Permanent water", "#0064c8"),
+    (90, "Herbaceous wetland", "#0096a0"),
+    (95, "Mangroves", "#00cf75"),
+    (100, "Moss and lichen", "#fae6a0"),
+)
+_S2_BANDS = _bands("B1 B2 B3 B4 B5 B6 B7 B8A B8 B9 B10 B11 B12")
+_ERA5 = tuple(
+    f"{period}_{value}"
+    for period in ("previous_month", "month", "year")
+    for value in ("temperature_mean", "temperature_min", "temperature_max", "precipitation_sum")
+)
+
+# The order of the targets is the reference's order of losses (and of its log variances).
+_SPECS = (
+    ModalitySpec(
+        "sentinel2",
+        "Sentinel-2",
+        "pixel",
+        "continuous",
+        _S2_BANDS,
+        "reflectance x 10,000",
+        10,
+        default_bands=tuple(b for b in _S2_BANDS if b != "B10"),
+    ),
+    ModalitySpec(
+        "sentinel1",
+        "Sentinel-1",
+        "pixel",
+        "continuous",
+        _bands("asc_VV asc_VH asc_HH asc_HV desc_VV desc_VH desc_HH desc_HV"),
+        "dB",
+        10,
+    ),
+    ModalitySpec("aster", "ASTER elevation", "pixel", "continuous", _bands("elevation slope"), "m, degrees", 30),
+    ModalitySpec("era5", "ERA5 climate", "tile", "continuous", _ERA5, "K, m"),
+    ModalitySpec(
+        "dynamic_world", "Dynamic World", "pixel", "categorical", ("label",), gsd_m=10, classes=_DYNAMIC_WORLD, num_classes=9
+    ),
+    ModalitySpec("canopy_height_eth", "Canopy height", "pixel", "continuous", _bands("height height_std"), "m", 10),
+    ModalitySpec("lat", "Latitude", "tile", "continuous", _bands("sin cos")),
+    ModalitySpec("lon", "Longitude", "tile", "continuous", _bands("sin cos")),
+    ModalitySpec("biome", "Biome", "tile", "categorical", num_classes=14),
+    ModalitySpec("eco_region", "Eco-region", "tile", "categorical", num_classes=846),
+    ModalitySpec("month", "Month", "tile", "continuous", _bands("sin cos")),
+    ModalitySpec(
+        "esa_worldcover", "ESA WorldCover", "pixel", "categorical", ("Map",), gsd_m=10, classes=_WORLDCOVER, num_classes=11
+    ),
+    ModalitySpec("sentinel2_cloudmask", "Cloud mask", "pixel", "categorical", ("QA60",), gsd_m=60, is_target=False),
+    ModalitySpec(
+        "sentinel2_cloudprod", "Cloud probability", "pixel", "continuous", ("MSK_CLDPRB",), "%", 20, is_target=False
+    ),
+    ModalitySpec("sentinel2_scl", "Scene classification", "pixel", "categorical", ("SCL",), gsd_m=20, is_target=False),
+)
+
+MODALITIES: dict[str, ModalitySpec] = {spec.name: spec for spec in _SPECS}
+TARGETS: tuple[str, ...] = tuple(spec.name for spec in _SPECS if spec.is_target)
+PRODUCT_LEVELS: tuple[str, ...] = ("l1c", "l2a")
+
+
+def spec_of(name: str) -> ModalitySpec:
+    """The spec of a modality; ConfigError (with the known names) for an unknown one."""
+    try:
+        return MODALITIES[name]
+    except KeyError:
+        raise ConfigError(f"unknown modality {name!r}; known: {', '.join(MODALITIES)}") from None
+
+
+def no_data_rule(name: str, dtype: np.dtype | str) -> NoData:
+    """How `name` writes absent values when its file holds `dtype`.
+
+    HDF5 saturates a code that the dtype cannot hold (-inf in int16 becomes -32768, 255 in int8 becomes 127), so the codes
+    depend on the dtype.
+    """
+    spec, dtype = spec_of(name), np.dtype(dtype)
+    if spec.one_hot:
+        return NoData(codes=(int(np.iinfo(dtype).max),) if dtype.kind in "ui" else (), zero_row=True)
+    if dtype.kind == "f":
+        return NoData(codes=(255,) if name == "canopy_height_eth" else (), non_finite=True)
+    limits = np.iinfo(dtype)
+    if name in ("sentinel2", "dynamic_world"):
+        return NoData(codes=(0,))
+    if name == "esa_worldcover":
+        return NoData(codes=(0, min(255, limits.max)))
+    if name == "canopy_height_eth":
+        return NoData(codes=(min(255, limits.max),))
+    if spec.is_target:  # written as -inf
+        return NoData(codes=(limits.min,) if limits.min < 0 else ())
+    return NoData(codes=(limits.max,))
+
+
+def band_indices(name: str, bands: tuple[str, ...] | list[str], available: tuple[str, ...] | list[str]) -> list[int]:
+    """Positions of `bands` among `available`; ConfigError naming the modality and every band that is not there."""
+    missing = [band for band in bands if band not in available]
+    if missing:
+        raise ConfigError(f"{name}: no band {', '.join(missing)}; the set has {', '.join(available)}")
+    return [list(available).index(band) for band in bands]
+
+
+def class_lookup(spec: ModalitySpec) -> np.ndarray:
+    """Table from file code (0..255) to class id for a categorical map: int8 [256], -1 = no data or an unknown code."""
+    table = np.full(256, -1, np.int8)
+    for class_id, land_class in enumerate(spec.classes):
+        table[land_class.code] = class_id
+    return table

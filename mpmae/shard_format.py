@@ -1,0 +1,326 @@
+"""The shard set on disk: what the writer writes and every reader reads.
+
+A shard set is a folder:
+
+    manifest.json            what is in the set: modalities, splits, shards with hashes, band statistics
+    train-00000.tar          WebDataset tar (USTAR): per sample one member per pixel modality, then `scalars`
+    train-00000.index.npy    one row per sample: source row, presence bits, member offsets and sizes
+    train-00000.idx          the same offsets in DALI's text form
+
+Member names are `KEY.MODALITY.CODEC` (`00000012.sentinel2.lz4`), KEY counting the samples of a split, so plain `webdataset`
+groups them too. All numbers are little-endian. Writing is byte-reproducible: fixed owner, mode and time.
+
+Shapes: C bands, P tile side in pixels, M members of a sample.
+"""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import lz4.block
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mpmae.errors import ShardError
+from mpmae.modalities import Kind, NoData, no_data_rule
+
+FORMAT_NAME = "mpmae-shards"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+SCALARS_MEMBER = "scalars"
+Codec = Literal["raw", "lz4"]
+Filter = Literal["none", "delta-planes"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PixelEntry(_Strict):
+    """A pixel modality of the set: one tar member [C, P, P] per sample."""
+
+    name: str
+    kind: Kind
+    dtype: str
+    shape: tuple[int, int, int]
+    bands: tuple[str, ...]
+    codec: Codec
+    filter: Filter
+    no_data: NoData
+
+
+class ScalarEntry(_Strict):
+    """A field of the `scalars` member. `one_hot` rows [K] are stored as one class id (see `pack_one_hot`)."""
+
+    name: str
+    dtype: str
+    length: int
+    encoding: Literal["plain", "one_hot"]
+    no_data: NoData
+
+
+class BandStats(_Strict):
+    """Per-band statistics over valid values, in raw units."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    min: tuple[float, ...]
+    max: tuple[float, ...]
+
+
+class ShardEntry(_Strict):
+    """One tar of the set with its index."""
+
+    name: str
+    num_bytes: int
+    num_samples: int
+    sha256: str
+    index_sha256: str
+
+
+class SourceInfo(_Strict):
+    """Where the samples came from; `fingerprint` changes when the source's content does."""
+
+    name: str
+    fingerprint: str
+    num_tiles: int
+
+
+class Manifest(_Strict):
+    """manifest.json. `band_stats` is keyed by modality, sentinel2 by product level (`sentinel2_l1c`, `sentinel2_l2a`)."""
+
+    format: Literal["mpmae-shards"] = FORMAT_NAME
+    format_version: int = FORMAT_VERSION
+    source: SourceInfo
+    tile_size_px: int
+    codec: Codec
+    seed: int
+    pixels: tuple[PixelEntry, ...]
+    scalars: tuple[ScalarEntry, ...]
+    band_stats: dict[str, BandStats]
+    splits: dict[str, tuple[ShardEntry, ...]]
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names of all modalities; bit i of a sample's presence word belongs to the i-th."""
+        return tuple(e.name for e in self.pixels) + tuple(e.name for e in self.scalars)
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Member kinds of a sample in tar order: the pixel modalities, then `scalars`."""
+        return (*(e.name for e in self.pixels), SCALARS_MEMBER)
+
+    @property
+    def index_dtype(self) -> np.dtype:
+        """Row type of the index arrays of this set."""
+        num_members = len(self.members)
+        return np.dtype(
+            [("row", "<u8"), ("presence", "<u8"), ("offset", "<u8", (num_members,)), ("size", "<u4", (num_members,))]
+        )
+
+    @property
+    def scalars_dtype(self) -> np.dtype:
+        """Packed record type of the `scalars` member: tile_id, product_level, then one field per scalar modality."""
+        fields: list[tuple] = [("tile_id", "S100"), ("product_level", "S10")]
+        for entry in self.scalars:
+            fields.append((entry.name, "<i2") if entry.encoding == "one_hot" else (entry.name, entry.dtype, (entry.length,)))
+        return np.dtype(fields)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of the set's content: the modality tables and every shard's hash, in order."""
+        content = self.model_dump(mode="json", include={"pixels", "scalars", "band_stats", "splits"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def num_samples(self, split: str) -> int:
+        """Samples of a split; ShardError naming the splits there are."""
+        return sum(shard.num_samples for shard in self.shards(split))
+
+    def shards(self, split: str) -> tuple[ShardEntry, ...]:
+        """Shards of a split, in order; ShardError for an unknown split."""
+        if split not in self.splits:
+            raise ShardError(f"the shard set has no split {split!r}; it has {', '.join(self.splits)}")
+        return self.splits[split]
+
+    def dump(self) -> str:
+        """The text of manifest.json."""
+        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+
+
+def load_manifest(shards_dir: str | Path) -> Manifest:
+    """Read and check `manifest.json`; ShardError naming the file, the field and what to do."""
+    path = Path(shards_dir) / MANIFEST_NAME
+    if not path.is_file():
+        what = "has no manifest.json (an unfinished build?)" if Path(shards_dir).is_dir() else "does not exist"
+        raise ShardError(f"{shards_dir} {what}; make a shard set with `mpmae-shards build SOURCE OUTPUT`")
+    try:
+        raw = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ShardError(f"{path} is not JSON ({error}); rebuild the set or restore the file") from error
+    if not isinstance(raw, Mapping) or raw.get("format") != FORMAT_NAME:
+        raise ShardError(f"{path} is not a manifest of an mpmae shard set (its `format` is not {FORMAT_NAME!r})")
+    if raw.get("format_version") != FORMAT_VERSION:
+        raise ShardError(
+            f"{path}: format_version {raw.get('format_version')}, this version reads {FORMAT_VERSION}; "
+            "update mpmae or rebuild the set"
+        )
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        lines = [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ShardError(lines) from error
+
+
+def index_name(shard_name: str) -> str:
+    """`train-00000.tar` -> `train-00000.index.npy`."""
+    return Path(shard_name).stem + ".index.npy"
+
+
+def dali_index_name(shard_name: str) -> str:
+    """`train-00000.tar` -> `train-00000.idx`."""
+    return Path(shard_name).stem + ".idx"
+
+
+def pixel_entry(name: str, kind: Kind, array_dtype: np.dtype, shape, bands, codec: Codec) -> PixelEntry:
+    """The manifest entry of a pixel modality: filter and no-data rule follow the dtype."""
+    dtype = np.dtype(array_dtype).newbyteorder("<")
+    use_filter = codec == "lz4" and dtype.itemsize > 1
+    return PixelEntry(
+        name=name,
+        kind=kind,
+        dtype=dtype.str,
+        shape=tuple(shape),
+        bands=tuple(bands),
+        codec=codec,
+        filter="delta-planes" if use_filter else "none",
+        no_data=no_data_rule(name, dtype),
+    )
+
+
+# --- pixel members -----------------------------------------------------------------------------------------------------
+
+
+def encode_pixels(entry: PixelEntry, values: np.ndarray) -> bytes:
+    """The bytes of a member for `values` [C, P, P] of the entry's dtype (lossless, bit patterns kept)."""
+    values = np.ascontiguousarray(values, entry.dtype)
+    data = _delta_planes(values) if entry.filter == "delta-planes" else values
+    return data.tobytes() if entry.codec == "raw" else lz4.block.compress(data.tobytes(), store_size=False)
+
+
+def decode_pixels(entry: PixelEntry, data: bytes | memoryview) -> np.ndarray:
+    """The array [C, P, P] of a member; ShardError when the bytes do not give exactly that array."""
+    dtype = np.dtype(entry.dtype)
+    num_bytes = int(np.prod(entry.shape)) * dtype.itemsize
+    if entry.codec == "lz4":
+        try:
+            data = lz4.block.decompress(data, uncompressed_size=num_bytes)
+        except lz4.block.LZ4BlockError as error:
+            raise ShardError(f"{entry.name}: corrupt LZ4 block of {len(data)} bytes ({error})") from error
+    if len(data) != num_bytes:
+        raise ShardError(f"{entry.name}: {len(data)} bytes, expected {num_bytes} for {entry.shape} {entry.dtype}")
+    if entry.filter == "delta-planes":
+        return _undo_delta_planes(np.frombuffer(data, np.uint8), dtype, entry.shape)
+    return np.frombuffer(data, dtype).reshape(entry.shape)
+
+
+def _delta_planes(values: np.ndarray) -> np.ndarray:
+    """Horizontal difference, zigzag, then one plane per byte of the word: uint8 [itemsize, C*P*P]."""
+    bits = values.view(f"<u{values.itemsize}")
+    delta = bits.copy()
+    delta[..., 1:] -= bits[..., :-1]
+    signed = delta.view(f"<i{values.itemsize}")
+    zigzag = (signed << 1) ^ (signed >> (8 * values.itemsize - 1))
+    return np.ascontiguousarray(zigzag.view(np.uint8).reshape(-1, values.itemsize).T)
+
+
+def _undo_delta_planes(planes: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    unsigned = np.dtype(f"<u{dtype.itemsize}")
+    words = np.ascontiguousarray(planes.reshape(dtype.itemsize, -1).T).view(unsigned).reshape(shape)
+    delta = (words >> unsigned.type(1)) ^ (~(words & unsigned.type(1)) + unsigned.type(1))
+    return np.cumsum(delta, axis=-1, dtype=unsigned).view(dtype)
+
+
+# --- scalars -----------------------------------------------------------------------------------------------------------
+
+ALL_ZERO, ALL_NO_DATA = -1, -2
+
+
+def pack_one_hot(row: np.ndarray) -> int:
+    """Class id of a one-hot row [K]; ALL_ZERO or ALL_NO_DATA (every value the dtype's maximum) for rows without a class.
+
+    Raises ValueError for any other row.
+    """
+    if (row == 0).all():
+        return ALL_ZERO
+    if (row == np.iinfo(row.dtype).max).all():
+        return ALL_NO_DATA
+    hot = np.flatnonzero(row)
+    if len(hot) != 1 or row[hot[0]] != 1:
+        raise ValueError(f"{len(hot)} non-zero values, expected one 1")
+    return int(hot[0])
+
+
+def unpack_one_hot(class_id: int, dtype: np.dtype | str, length: int) -> np.ndarray:
+    """The row [K] that `pack_one_hot` was given."""
+    if class_id == ALL_NO_DATA:
+        return np.full(length, np.iinfo(dtype).max, dtype)
+    row = np.zeros(length, dtype)
+    if class_id >= 0:
+        row[class_id] = 1
+    return row
+
+
+def decode_scalars(manifest: Manifest, data: bytes | memoryview) -> np.void:
+    """The record of a `scalars` member (`manifest.scalars_dtype`); ShardError for a wrong size."""
+    dtype = manifest.scalars_dtype
+    if len(data) != dtype.itemsize:
+        raise ShardError(f"{SCALARS_MEMBER}: {len(data)} bytes, expected {dtype.itemsize}")
+    return np.frombuffer(data, dtype)[0]
+
+
+# --- tar members ---------------------------------------------------------------------------------------------------------
+
+
+def sample_key(ordinal: int) -> str:
+    """WebDataset key of the `ordinal`-th sample of a split."""
+    return f"{ordinal:08d}"
+
+
+def member_name(key: str, member: str, codec: Codec) -> str:
+    """Tar member name; the scalars are always raw."""
+    return f"{key}.{member}.{'raw' if member == SCALARS_MEMBER else codec}"
+
+
+def tar_member(name: str, data: bytes) -> bytes:
+    """Header, data and padding of one USTAR member with fixed owner, mode and time."""
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.mtime = len(data), 0o644, 0
+    return info.tobuf(tarfile.USTAR_FORMAT) + data + b"\0" * (-len(data) % tarfile.BLOCKSIZE)
+
+
+TAR_HEADER_BYTES = tarfile.BLOCKSIZE
+TAR_END = b"\0" * (2 * tarfile.BLOCKSIZE)
+
+
+def index_bytes(rows: np.ndarray) -> bytes:
+    """The .index.npy bytes of index rows (`manifest.index_dtype`)."""
+    buffer = io.BytesIO()
+    np.save(buffer, rows, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def load_index(path: Path, manifest: Manifest, shard: ShardEntry) -> np.ndarray:
+    """Index rows of a shard; ShardError when the file is absent or does not fit the manifest."""
+    try:
+        rows = np.load(path, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise ShardError(f"{path}: cannot read the index ({error}); run `mpmae-shards verify`") from error
+    if rows.dtype != manifest.index_dtype or rows.shape != (shard.num_samples,):
+        raise ShardError(
+            f"{path}: {rows.shape} rows of {rows.dtype}, expected {shard.num_samples} of {manifest.index_dtype}"
+        )
+    return rows
