@@ -70,7 +70,7 @@ class TrainSection(_Section):
     seed: int = Field(0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     validate_every_steps: int | None = Field(None, gt=0, description="None: only at the end")
-    val_batches: int = Field(64, gt=0, description="at most this many micro batches per rank for a validation")
+    val_samples: int | None = Field(4096, gt=0, description="at most this many validation tiles, spread evenly; None: all")
 
 
 class OptimSection(_Section):
@@ -99,6 +99,7 @@ class EngineSection(_Section):
     """What runs the step."""
 
     name: Literal["ddp", "deepspeed", "fsdp"] = "ddp"
+    ds_config: Path | None = Field(None, description="DeepSpeed JSON (`--ds-config`); deepspeed only")
 
 
 class LogSection(_Section):

@@ -1,1 +1,20 @@
-"""TODO"""
+"""Shards to batches: the order (a pure function), random-access reading, and the CPU loader."""
+
+from mpmae.loader.batch import Batch
+from mpmae.loader.cpu import CpuLoader
+from mpmae.loader.order import BatchPlan, TrainOrder, epoch_order, evaluation_batches, evaluation_ids, plan_batches
+from mpmae.loader.read import ShardReader
+from mpmae.loader.transform import Augmentation
+
+__all__ = [
+    "Augmentation",
+    "Batch",
+    "BatchPlan",
+    "CpuLoader",
+    "ShardReader",
+    "TrainOrder",
+    "epoch_order",
+    "evaluation_batches",
+    "evaluation_ids",
+    "plan_batches",
+]

@@ -1,0 +1,107 @@
+"""The arrows between packages, read off the source: who may import whom."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+FOLDER_OF = {"mpmae.kernels": "kernels", "mpmae.shard_tools": "data/shard_tools", "mpmae": "mpmae"}
+CORE = {"mpmae.errors", "mpmae.modalities", "mpmae.shard_format", "mpmae.counter_rng"}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in FOLDER_OF.items():
+        for path in (REPO / folder).rglob("*.py"):
+            parts = [package, *path.relative_to(REPO / folder).with_suffix("").parts]
+            found[".".join(p for p in parts if p != "__init__")] = path
+    for folder in ("launch", "benchmarks"):
+        for path in (REPO / folder).rglob("*.py"):
+            found[".".join(path.relative_to(REPO).with_suffix("").parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imports(path: Path) -> set[str]:
+    """Every imported name, also those inside functions; `from a import b` gives `a.b`."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def importers_of(target: str) -> set[str]:
+    return {m for m, path in MODULES.items() for name in imports(path) if name == target or name.startswith(target + ".")}
+
+
+def inside(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def test_the_walk_sees_all_packages():
+    assert {"mpmae.config", "mpmae.shard_tools", "mpmae.kernels", "mpmae.loader.cpu"} <= set(MODULES)
+
+
+def test_kernels_import_no_mpmae_but_their_own():
+    for module in [m for m in MODULES if inside(m, "mpmae.kernels")]:
+        for name in imports(MODULES[module]):
+            assert not name.startswith("mpmae") or inside(name, "mpmae.kernels"), f"{module} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"),
+    [
+        ("mpmae.shard_tools", {*CORE, "mpmae.shard_tools"}),
+        ("mpmae.loader", {*CORE, "mpmae.loader"}),
+        ("mpmae.modalities", CORE),
+        ("mpmae.shard_format", CORE),
+    ],
+)
+def test_package_stays_low(package, allowed):
+    for module in [m for m in MODULES if inside(m, package)]:
+        for name in imports(MODULES[module]):
+            assert not name.startswith("mpmae.") or any(inside(name, a) for a in allowed), f"{module} imports {name}"
+
+
+def test_only_one_model_module_imports_kernels():
+    assert len([m for m in importers_of("mpmae.kernels") if inside(m, "mpmae.models")]) <= 1
+    assert all(
+        inside(m, "mpmae.models") or inside(m, "mpmae.kernels") or inside(m, "benchmarks")
+        for m in importers_of("mpmae.kernels")
+    )
+
+
+def test_engine_never_imports_the_loader():
+    assert not [m for m in importers_of("mpmae.loader") if inside(m, "mpmae.engine")]
+
+
+def test_heavy_packages_have_one_door():
+    assert importers_of("deepspeed") <= {"mpmae.engine.deepspeed"}
+    assert importers_of("wandb") <= {"mpmae.train.track"}
+    assert importers_of("torch.utils.tensorboard") <= {"mpmae.train.track"}
+
+
+@pytest.mark.parametrize("top", ["launch", "benchmarks", "tests"])
+def test_nothing_imports_the_outer_folders(top):
+    assert not [m for m in importers_of(top) if not inside(m, top)]
+
+
+def test_launch_files_shadow_no_module():
+    standard = sys.stdlib_module_names
+    for path in (REPO / "launch").glob("*.py"):
+        assert path.stem not in standard
+        assert path.stem not in {"mpmae", "torch", "deepspeed", "numpy", "wandb", "rich", "h5py", "lz4", "yaml"}
+
+
+def test_shard_tools_run_without_torch():
+    code = "import sys, mpmae.shard_tools.cli; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
