@@ -20,3 +20,23 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the shared data folder, which is not at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def mmearth_dir(tmp_path_factory) -> Path:
+    """A synthetic set in MMEarth's layout: 60 tiles of 64 px."""
+    from mpmae.shard_tools.synth import synth
+
+    folder = tmp_path_factory.mktemp("source") / "synth"
+    synth(folder, num_tiles=60, tile_size_px=64, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shards_dir(mmearth_dir, tmp_path_factory) -> Path:
+    """The same tiles as LZ4 shards, several per split."""
+    from mpmae.shard_tools.build import build
+
+    folder = tmp_path_factory.mktemp("shards") / "synth"
+    build(mmearth_dir, folder, codec="lz4", max_samples_per_shard=20, progress=False)
+    return folder

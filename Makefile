@@ -1,0 +1,34 @@
+# `make demo` and `make test` work on a machine with Python >= 3.10 and nothing else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# Where there is no NVIDIA GPU, TORCH_ARGS can point pip at PyTorch's index of CPU wheels (see pytorch.org, "Get started").
+TORCH_ARGS ?=
+
+.PHONY: install demo test slow lint clean
+
+install: $(VENV)/installed
+
+# torch first and alone: a later range would pull another build of it.
+$(VENV)/installed: pyproject.toml setup.py requirements/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c requirements/constraints.txt torch $(TORCH_ARGS)
+	$(PIP) install -c requirements/constraints.txt -e '.[deepspeed,tracking,test]'
+	@touch $@
+	@echo "installed into $(VENV)"
+
+demo: install
+	$(BIN)/python launch/demo.py
+
+test: install
+	$(BIN)/python -m pytest
+
+slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
+
+clean:
+	rm -rf build runs .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,216 @@
+"""A pretraining run from configuration to last checkpoint."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from mpmae.config import RunConfig
+from mpmae.engine import create_engine, init_world
+from mpmae.engine.base import Engine
+from mpmae.engine.ds_config import load_ds_config
+from mpmae.engine.world import World, world_size_from_environment
+from mpmae.errors import ConfigError, TrainingError
+from mpmae.loader import Augmentation, Batch, CpuLoader, ShardReader
+from mpmae.masking import draw_visible
+from mpmae.models import MPMAE, create_model
+from mpmae.shard_format import Manifest, load_manifest
+from mpmae.train.checkpoint import Checkpoints, check_compatible
+from mpmae.train.demo_data import ensure_demo_shards
+from mpmae.train.meter import Meter
+from mpmae.train.plan import RunPlan, make_plan, show_plan
+from mpmae.train.progress import ProgressLine
+from mpmae.train.record import write_run_json
+from mpmae.train.track import open_trackers, read_jsonl
+from mpmae.train.validate import Validator
+
+log = logging.getLogger(__name__)
+
+
+def pretrain(config: RunConfig) -> None:
+    """Run (or continue) a pretraining; every rank calls this once.
+
+    Raises ConfigError, ShardError or CheckpointError before the first step when something does not fit, TrainingError when
+    the loss is no longer finite.
+    """
+    world = init_world(config.engine.name)
+    try:
+        with closing(Run(config, world)) as run:
+            run.train()
+    finally:
+        world.close()
+
+
+def dry_run(config: RunConfig) -> None:
+    """Print what `pretrain` would do, for the world size of the environment, and build nothing on disk but demo shards."""
+    ensure_demo_shards(config.data.shards)
+    manifest = load_manifest(config.data.shards)
+    plan = make_plan(config, manifest, world_size_from_environment())
+    show_plan(Console(), config, plan, manifest, build_model(config, manifest))
+
+
+def build_model(config: RunConfig, manifest: Manifest) -> MPMAE:
+    """The model that the configuration describes, for the bands that the shard set has; seeded initial weights."""
+    torch.manual_seed(config.train.seed)
+    settings = config.model.model_dump()
+    available = {entry.name: entry.bands for entry in manifest.pixels}
+    return create_model(settings.pop("name"), **settings, bands_available=available)
+
+
+class Run:
+    """Everything a run holds. The step itself is `_step`."""
+
+    def __init__(self, config: RunConfig, world: World):
+        self.config, self.world = config, world
+        self.console = Console(quiet=world.rank != 0)
+        if world.rank == 0:
+            ensure_demo_shards(config.data.shards)
+        world.barrier()
+        self.manifest = load_manifest(config.data.shards)
+        self.plan: RunPlan = make_plan(config, self.manifest, world.world_size)
+        self.checkpoints = Checkpoints(config.run.dir / "checkpoints", config.checkpoint.keep_last)
+        start = self._find_start()
+        model = build_model(config, self.manifest)
+        if world.rank == 0:
+            show_plan(self.console, config, self.plan, self.manifest, model)
+        raw_ds = load_ds_config(config.engine.ds_config) if config.engine.ds_config else None
+        self.engine: Engine = create_engine(
+            config, model, world, raw_ds, self.plan.batch.num_micro_steps, self.plan.batch.micro_batch_size
+        )
+        self.model: MPMAE = self.engine.module
+        self.start_step = 0
+        if start:
+            self.engine.load(start)
+            self.start_step = self.checkpoints.load_meta(start)["step"]
+            self.console.print(f"continuing from {start} at step {self.start_step}")
+        self.loader = self._loader(config.data.train_split, Augmentation(hflip=config.data.hflip, vflip=config.data.vflip))
+        self.validator = Validator(self.engine, self._loader(config.data.val_split, Augmentation.none()), config)
+        if world.rank == 0:
+            config.run.dir.mkdir(parents=True, exist_ok=True)
+            facts = {
+                "world_size": world.world_size,
+                "num_parameters": sum(p.numel() for p in model.parameters()),
+                "total_steps": self.plan.total_steps,
+                "steps_per_epoch": self.plan.order.steps_per_epoch,
+                "shards_fingerprint": self.manifest.fingerprint,
+            }
+            write_run_json(config, self.engine.ds_config, facts, start)
+        self.trackers = open_trackers(config, self.start_step) if world.rank == 0 else None
+
+    def _loader(self, split: str, augmentation: Augmentation) -> CpuLoader:
+        data, model = self.config.data, self.config.model
+        return CpuLoader(
+            ShardReader(data.shards, split, self.manifest),
+            tuple(dict.fromkeys(("sentinel2", *model.modalities_out))),
+            model.img_size,
+            seed=self.config.train.seed,
+            augmentation=augmentation,
+            num_workers=data.num_workers,
+            prefetch=data.prefetch,
+        )
+
+    def _find_start(self) -> Path | None:
+        """The checkpoint to continue from, checked against this run; ConfigError when the folder holds another run."""
+        resume, folder = self.config.checkpoint.resume, self.config.run.dir
+        if resume == "never":
+            if folder.exists() and any(folder.iterdir()):
+                raise ConfigError(
+                    f"run.dir = {folder} is not empty; pass --resume auto to continue the run in it, or another run.dir"
+                )
+            return None
+        start = self.checkpoints.latest() if resume == "auto" else Path(resume)
+        if start:
+            meta = self.checkpoints.load_meta(start)
+            for note in check_compatible(meta, self.config, self.manifest.fingerprint, self.world.world_size):
+                self.console.print(f"[yellow]note:[/yellow] {note}")
+        return start
+
+    def train(self) -> None:
+        """All remaining steps, then the last checkpoint and validation."""
+        total = self.plan.total_steps
+        if self.start_step >= total:
+            self.console.print(f"the run is complete: {self.start_step} of {total} steps are done")
+            return
+        meter = Meter(self.engine, self.model.modalities_out, self.plan.batch.global_batch_size)
+        progress = ProgressLine(self.console, total, self.start_step, self.world.world_size)
+        with closing(progress), closing(self._micro_batches()) as micro_batches:
+            for step in range(self.start_step, total):
+                self._step(step, micro_batches, meter)
+                self._publish(meter, progress, everything=step + 1 == total)
+                if self._due(step + 1, self.config.train.validate_every_steps):
+                    self._validate(step + 1, meter)
+                if self._due(step + 1, self.config.checkpoint.every_steps):
+                    self._publish(meter, progress, everything=True)
+                    self._save(step + 1, meter)
+
+    def _micro_batches(self) -> Iterator[tuple[int, Batch]]:
+        return self.loader.training(self.plan.order, self.plan.batch, self.world.rank, self.start_step)
+
+    def _step(self, step: int, micro_batches: Iterator[tuple[int, Batch]], meter: Meter) -> None:
+        """One optimizer step over one global batch."""
+        self.model.train()
+        for _ in range(self.plan.batch.num_micro_steps):
+            started = time.perf_counter()
+            epoch, batch = next(micro_batches)
+            meter.waited(time.perf_counter() - started)
+            visible = self._visible(epoch, batch)
+            out = self.engine.forward(batch.to(self.engine.device), visible)
+            self.engine.backward(out.loss)
+            meter.add(out.loss, out.losses)
+        lr = self.plan.learning_rate(step)
+        grad_norm = self.engine.step(lr)
+        meter.finish_step(step + 1, epoch, lr, grad_norm)
+
+    def _visible(self, epoch: int, batch: Batch) -> torch.Tensor:
+        ids = batch.sample_ids.numpy()
+        visible = draw_visible(self.config.train.seed, epoch, ids, self.model.num_patches, self.model.num_visible)
+        return visible.to(self.engine.device, non_blocking=True)
+
+    def _publish(self, meter: Meter, progress: ProgressLine, everything: bool) -> None:
+        """Write out the records that are ready; TrainingError when one is not finite."""
+        for record in meter.ready(everything):
+            if self.trackers:
+                self.trackers.log("metrics", record)
+                progress.update(record)
+            if not math.isfinite(record["loss"]):
+                bad = [name for name, loss in record["losses"].items() if not math.isfinite(loss)]
+                raise TrainingError(
+                    f"step {record['step']}: the loss is {record['loss']} (modalities: {', '.join(bad) or 'none alone'}); "
+                    f"lower optim.blr, set optim.clip_grad_norm, or resume from a checkpoint in {self.config.run.dir}"
+                )
+
+    def _due(self, step: int, every: int | None) -> bool:
+        return step == self.plan.total_steps or (every is not None and step % every == 0)
+
+    def _validate(self, step: int, meter: Meter) -> None:
+        record = {"step": step, **self.validator.run()}
+        if self.trackers:
+            self.trackers.log("validation", record)
+        meter.restart_clock()
+
+    def _save(self, step: int, meter: Meter) -> None:
+        meta = {
+            "step": step,
+            "epoch": step // self.plan.order.steps_per_epoch,
+            "config": self.config.model_dump(mode="json"),
+            "shards_fingerprint": self.manifest.fingerprint,
+            "world_size": self.world.world_size,
+        }
+        self.checkpoints.save(step, self.engine, meta)
+        meter.restart_clock()
+
+    def close(self) -> None:
+        """Release files and processes."""
+        if self.trackers:
+            self.trackers.close()
+        self.engine.close()
+
+
+def validation_is_current(run_dir: Path, step: int) -> bool:
+    """Whether validation.jsonl already has the record of `step`."""
+    return any(record["step"] == step for record in read_jsonl(run_dir / "validation.jsonl"))

@@ -1,0 +1,92 @@
+"""The arithmetic of a run, settled before anything is built: batches, steps, rates, memory per rank."""
+
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from mpmae.config import RunConfig
+from mpmae.engine.optim import LearningRate, peak_lr
+from mpmae.loader import BatchPlan, TrainOrder, plan_batches
+from mpmae.shard_format import Manifest
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will do."""
+
+    batch: BatchPlan
+    order: TrainOrder
+    total_steps: int
+    warmup_steps: int
+    learning_rate: LearningRate
+    notes: tuple[str, ...]
+
+
+def make_plan(config: RunConfig, manifest: Manifest, world_size: int) -> RunPlan:
+    """The plan of `config` on a shard set; ConfigError when sizes do not divide or the split is too small."""
+    train = config.train
+    batch = plan_batches(train.global_batch_size, train.micro_batch_size, world_size)
+    order = TrainOrder(manifest.num_samples(config.data.train_split), train.global_batch_size, train.seed)
+    total_steps = train.epochs * order.steps_per_epoch
+    if train.max_steps is not None:
+        total_steps = min(total_steps, train.max_steps)
+    warmup_steps = config.optim.warmup_steps
+    if warmup_steps is None:
+        warmup_steps = round(config.optim.warmup_epochs * order.steps_per_epoch)
+    notes = []
+    if warmup_steps >= total_steps:
+        notes.append(f"the warm-up of {warmup_steps} steps never ends in a run of {total_steps}; set optim.warmup_steps")
+    if train.max_steps is not None and total_steps < train.max_steps:
+        notes.append(f"train.epochs = {train.epochs} ends the run before train.max_steps = {train.max_steps}")
+    dropped = order.num_samples - order.steps_per_epoch * train.global_batch_size
+    if dropped:
+        notes.append(f"{dropped} of {order.num_samples} samples sit out each epoch (others every time): no whole batch left")
+    learning_rate = LearningRate(peak_lr(config), config.optim.min_lr, warmup_steps, total_steps)
+    return RunPlan(batch, order, total_steps, warmup_steps, learning_rate, tuple(notes))
+
+
+def state_bytes_per_rank(num_parameters: int, world_size: int, stage: int) -> int:
+    """Bytes of fp32 weights, gradients and AdamW moments on one rank at a ZeRO stage (0: all on every rank).
+
+    Source: Rajbhandari et al., "ZeRO", SC 2020, section 3, with 4-byte weights and gradients and 8 bytes of moments.
+    Activations come on top and depend on the micro batch.
+    """
+    weights, gradients, moments = (
+        size * num_parameters / (world_size if stage >= cut else 1) for size, cut in ((4, 3), (4, 2), (8, 1))
+    )
+    return round(weights + gradients + moments)
+
+
+def show_plan(console: Console, config: RunConfig, plan: RunPlan, manifest: Manifest, model: nn.Module) -> None:
+    """Print the plan as a table."""
+    batch, order = plan.batch, plan.order
+    table = Table(title="Run plan", show_header=False, title_justify="left", box=None, padding=(0, 2))
+    groups: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        groups[name.split(".")[0]] = groups.get(name.split(".")[0], 0) + parameter.numel()
+    total = sum(groups.values())
+    parts = ", ".join(f"{name} {count:,}" for name, count in sorted(groups.items(), key=lambda item: -item[1])[:4])
+    table.add_row("model", f"{config.model.name}, {config.model.img_size} px, patch {config.model.patch_size}")
+    table.add_row("parameters", f"{total:,} ({parts})")
+    train_shards = manifest.shards(config.data.train_split)
+    table.add_row(
+        "data",
+        f"{config.data.shards}: {order.num_samples:,} training samples in {len(train_shards)} shards, "
+        f"{sum(s.num_bytes for s in train_shards) / 1e6:,.1f} MB; every rank reads from all of them",
+    )
+    table.add_row(
+        "batch",
+        f"{batch.global_batch_size} = {batch.micro_batch_size} per micro step x {batch.num_micro_steps} micro steps "
+        f"x {batch.world_size} ranks",
+    )
+    table.add_row("steps", f"{plan.total_steps:,} ({order.steps_per_epoch:,} an epoch), warm-up {plan.warmup_steps:,}")
+    table.add_row("peak lr", f"{plan.learning_rate.peak:.3g}")
+    table.add_row("engine", f"{config.engine.name}, {config.train.precision}, {batch.world_size} ranks")
+    by_stage = ", ".join(f"{s}: {state_bytes_per_rank(total, batch.world_size, s) / 1e6:,.0f} MB" for s in range(4))
+    table.add_row("weights, gradients, AdamW per rank", f"by ZeRO stage {by_stage} (fp32; activations not counted)")
+    table.add_row("writes to", str(config.run.dir))
+    console.print(table)
+    for note in plan.notes:
+        console.print(f"[yellow]note:[/yellow] {note}")
