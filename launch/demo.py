@@ -1,0 +1,85 @@
+"""From tiles to a trained model and a report in a few minutes, on whatever machine this is.
+
+python launch/demo.py                                  (= make demo: a synthetic set in MMEarth's layout)
+MMEARTH_DIR=path/to/data_100k_v001 python launch/demo.py
+
+A second run reuses the shards and the run that are there.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from mpmae.config import DataSection
+from mpmae.errors import MpmaeError, SourceError
+from mpmae.shard_format import MANIFEST_NAME, Manifest, load_manifest
+from mpmae.shard_tools.source import MMEarthSource
+from mpmae.train import ensure_demo_shards
+
+REPO = Path(__file__).resolve().parents[1]
+console = Console(highlight=False)
+
+
+def run(title: str, shown: str, *command: str) -> None:
+    """Run a command of this project, showing it as a user would type it; SystemExit with its status when it fails."""
+    console.rule(f"[bold]{title}", align="left")
+    console.print(f"$ {shown} {shlex.join(command)}", style="dim", soft_wrap=True)
+    programs = {
+        "mpmae-shards": ["-m", "mpmae.shard_tools"],
+        "mpmae-report": ["-m", "mpmae.report"],
+        "deepspeed": ["-m", "deepspeed.launcher.runner"],
+    }
+    status = subprocess.run([sys.executable, *programs[shown], *command], cwd=REPO).returncode
+    if status:
+        console.print(f"[red]{shown} failed with status {status}; its message is above[/red]")
+        raise SystemExit(status)
+
+
+def shards_of(source: Path, output: Path) -> Manifest:
+    """The shard set of a source folder, built unless an up-to-date one is there."""
+    if (output / MANIFEST_NAME).is_file():
+        with MMEarthSource(source) as tiles:
+            if load_manifest(output).source.fingerprint == tiles.fingerprint:
+                console.print(f"shards of {source} are there: {output}")
+                return load_manifest(output)
+    run("1. Shards", "mpmae-shards", "build", str(source), str(output), "--overwrite")
+    return load_manifest(output)
+
+
+def main() -> int:
+    """Shards, pretraining on two ranks, report; the exit status."""
+    os.chdir(REPO)
+    source = os.environ.get("MMEARTH_DIR")
+    try:
+        if source:
+            if not Path(source).is_dir():
+                raise SourceError(f"MMEARTH_DIR = {source} is not a folder; it must hold NAME.h5 and its three JSON files")
+            name = Path(source).resolve().name
+            shards = Path("build/demo") / name
+            manifest = shards_of(Path(source), shards)
+        else:
+            shards = DataSection().shards
+            ensure_demo_shards(shards)
+            manifest = load_manifest(shards)
+            name = "synthetic"
+    except MpmaeError as error:
+        console.print(f"[red]error:[/red] {error}")
+        return 2
+    run_dir = Path("runs") / f"demo-{name}-{manifest.fingerprint[:8]}"
+    arguments = ["--ds-config", "configs/ds/zero2.json", "--config", "configs/run/demo.yaml", "--resume", "auto"]
+    arguments += [f"data.shards={shards}", f"run.dir={run_dir}"]
+    run("2. Pretraining, 2 ranks, ZeRO-2", "deepspeed", "--num_gpus", "2", "launch/pretrain.py", *arguments)
+    run("3. Report", "mpmae-report", str(run_dir))
+    console.rule("[bold]Made", align="left")
+    console.print(f"shards        {shards}  ({sum(map(manifest.num_samples, manifest.splits))} tiles)")
+    console.print(f"run           {run_dir}  (metrics.jsonl, validation.jsonl, run.json, checkpoints/)")
+    console.print(f"report        {run_dir / 'report.html'}  <- open this in a browser")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
