@@ -135,7 +135,9 @@ def _encode(source: MMEarthSource, manifest: Manifest, row: int) -> tuple[int, l
     try:
         members = encode_members(manifest, tile)
     except ValueError as error:
-        raise SourceError(f"{source.h5_path}: {source.describe(row)}: {error}; mend it or take it out of the splits") from error
+        raise SourceError(
+            f"{source.h5_path}: {source.describe(row)}: {error}; mend it or take it out of the splits"
+        ) from error
     return presence_bits(manifest, tile.values), members
 
 

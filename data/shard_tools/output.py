@@ -37,7 +37,7 @@ def tar_bytes(member_sizes: list[int]) -> int:
 
 
 def dali_index(manifest: Manifest, rows: np.ndarray, first_ordinal: int) -> bytes:
-    """The text of the .idx file of a shard (format v1.2 of DALI's `wds2idx`): per member extension, data offset, size, name."""
+    """The .idx file of a shard in format v1.2 of DALI's `wds2idx`: per member its extension, data offset, size and name."""
     lines = [f"v1.2 {len(rows)}"]
     for ordinal, row in enumerate(rows, first_ordinal):
         names = [member_name(sample_key(ordinal), member, manifest.codec) for member in manifest.members]

@@ -76,7 +76,9 @@ class MMEarthSource:
         self.splits: dict[str, np.ndarray] = {}
         self.band_stats: dict[str, BandStats] = {}
         if "splits" in trees:
-            self.splits = source_checks.check_splits(trees["splits"], self._json_path("splits").name, self.num_tiles, problems)
+            self.splits = source_checks.check_splits(
+                trees["splits"], self._json_path("splits").name, self.num_tiles, problems
+            )
         if "tile_info" in trees and len(self.tile_ids):
             source_checks.check_tile_info(
                 trees["tile_info"], self._json_path("tile_info").name, self.tile_ids, self.product_levels, problems

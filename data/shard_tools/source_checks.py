@@ -61,7 +61,9 @@ def find_datasets(
         problems.append(f"{where}: no dataset sentinel2, which every tile must have; it has {examples(file) or 'nothing'}")
     if wanted is not None:
         problems += [
-            f"modality {name!r} is not in {where}; it has {', '.join(known) or 'none'}" for name in wanted if name not in known
+            f"modality {name!r} is not in {where}; it has {', '.join(known) or 'none'}"
+            for name in wanted
+            if name not in known
         ]
         if "sentinel2" not in wanted:
             problems.append(f"the modalities {', '.join(wanted)} lack sentinel2, which every tile must have")
