@@ -26,7 +26,7 @@ from mpmae.train.meter import Meter
 from mpmae.train.plan import RunPlan, make_plan, show_plan
 from mpmae.train.progress import ProgressLine
 from mpmae.train.record import write_run_json
-from mpmae.train.track import open_trackers, read_jsonl
+from mpmae.train.track import open_trackers
 from mpmae.train.validate import Validator
 
 log = logging.getLogger(__name__)
@@ -88,8 +88,10 @@ class Run:
             self.engine.load(start)
             self.start_step = self.checkpoints.load_meta(start)["step"]
             self.console.print(f"continuing from {start} at step {self.start_step}")
-        self.loader = self._loader(config.data.train_split, Augmentation(hflip=config.data.hflip, vflip=config.data.vflip))
-        self.validator = Validator(self.engine, self._loader(config.data.val_split, Augmentation.none()), config)
+        train, val = config.data.train_split, config.data.val_split
+        self.loader = self._loader(train, Augmentation(hflip=config.data.hflip, vflip=config.data.vflip))
+        plain = Augmentation.none()
+        self.validator = Validator(self.engine, self._loader(val, plain), self._loader(train, plain), config)
         if world.rank == 0:
             config.run.dir.mkdir(parents=True, exist_ok=True)
             facts = {
@@ -167,8 +169,9 @@ class Run:
         meter.finish_step(step + 1, epoch, lr, grad_norm)
 
     def _visible(self, epoch: int, batch: Batch) -> torch.Tensor:
-        ids = batch.sample_ids.numpy()
-        visible = draw_visible(self.config.train.seed, epoch, ids, self.model.num_patches, self.model.num_visible)
+        visible = draw_visible(
+            self.config.train.seed, epoch, batch.sample_ids, self.model.num_patches, self.model.num_visible
+        )
         return visible.to(self.engine.device, non_blocking=True)
 
     def _publish(self, meter: Meter, progress: ProgressLine, everything: bool) -> None:
@@ -209,8 +212,3 @@ class Run:
         if self.trackers:
             self.trackers.close()
         self.engine.close()
-
-
-def validation_is_current(run_dir: Path, step: int) -> bool:
-    """Whether validation.jsonl already has the record of `step`."""
-    return any(record["step"] == step for record in read_jsonl(run_dir / "validation.jsonl"))

@@ -1,0 +1,75 @@
+"""Validation losses beside those of the trivial predictor, which knows only means and class frequencies.
+
+Shapes: N samples, K classes, P pixels of a patch.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from mpmae.config import RunConfig
+from mpmae.engine.base import Engine
+from mpmae.loader import CpuLoader
+from mpmae.masking import draw_visible
+from mpmae.modalities import MODALITIES
+from mpmae.models import MPMAE
+
+BATCH_SIZE = 32
+
+
+class Validator:
+    """Mean losses over a split, the same at any world size up to rounding.
+
+    `validation` reads the split to judge on, `training` the one whose class frequencies the trivial predictor uses.
+    """
+
+    def __init__(self, engine: Engine, validation: CpuLoader, training: CpuLoader, config: RunConfig):
+        self._engine, self._validation, self._training = engine, validation, training
+        self._seed, self._max_samples = config.train.seed, config.train.val_samples
+        self._model: MPMAE = engine.module
+        self._constants: dict[str, torch.Tensor] | None = None
+
+    @torch.no_grad()
+    def run(self) -> dict[str, Any]:
+        """{num_samples, loss, losses, trivial}; the two last by modality, NaN for one that no validation tile has."""
+        if self._constants is None:
+            self._constants = self._constant_predictions()
+        names = self._model.modalities_out
+        sums = torch.zeros(2, len(names) + 1, dtype=torch.float64, device=self._engine.device)
+        num_samples, num_present = 0, {}
+        self._model.eval()
+        for epoch, batch in self._batches(self._validation):
+            visible = draw_visible(self._seed, epoch, batch.sample_ids, self._model.num_patches, self._model.num_visible)
+            batch, visible = batch.to(self._engine.device), visible.to(self._engine.device)
+            out = self._engine.forward(batch, visible)
+            trivial = self._model.constant_shares(batch, visible, self._constants)
+            sums[0] += torch.stack([out.loss, *(out.losses[name] for name in names)])
+            sums[1, 1:] += torch.stack([trivial[name] for name in names])
+            num_samples, num_present = batch.global_batch_size, batch.num_present
+        (loss, *losses), (_, *trivials) = self._engine.sum_over_ranks(sums).tolist()
+        absent = {name: math.nan for name in names if not num_present.get(name)}
+        return {
+            "num_samples": num_samples,
+            "loss": loss,
+            "losses": dict(zip(names, losses, strict=True)) | absent,
+            "trivial": dict(zip(names, trivials, strict=True)) | absent,
+        }
+
+    def _batches(self, loader: CpuLoader):
+        return loader.evaluation(BATCH_SIZE, self._engine.rank, self._engine.world_size, self._max_samples)
+
+    def _constant_predictions(self) -> dict[str, torch.Tensor]:
+        """Per modality the constant that the trivial predictor says: 0 (the mean), or log frequencies of the classes [K]."""
+        categorical = [n for n in self._model.modalities_out if MODALITIES[n].kind == "categorical"]
+        counts = {n: torch.ones(MODALITIES[n].num_classes, dtype=torch.float64) for n in categorical}  # none is impossible
+        for _, batch in self._batches(self._training) if categorical else ():
+            for name in categorical:
+                ids = batch.values[name][~batch.padding]
+                share = torch.bincount(ids[ids >= 0].flatten(), minlength=len(counts[name]))
+                counts[name] += share
+        constants = {n: torch.zeros(1, device=self._engine.device) for n in self._model.modalities_out}
+        for name, count in counts.items():
+            total = self._engine.sum_over_ranks(count.to(self._engine.device))
+            constants[name] = (total / total.sum()).log().float()
+        return constants
