@@ -3,7 +3,6 @@
 Shapes: N samples, K classes, P pixels of a patch.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ class Validator:
 
     @torch.no_grad()
     def run(self) -> dict[str, Any]:
-        """{num_samples, loss, losses, trivial}; the two last by modality, NaN for one that no validation tile has."""
+        """{num_samples, loss, losses, trivial}; the two last by modality, None for one that no validation tile has."""
         if self._constants is None:
             self._constants = self._constant_predictions()
         names = self._model.modalities_out
@@ -48,7 +47,7 @@ class Validator:
             sums[1, 1:] += torch.stack([trivial[name] for name in names])
             num_samples, num_present = batch.global_batch_size, batch.num_present
         (loss, *losses), (_, *trivials) = self._engine.sum_over_ranks(sums).tolist()
-        absent = {name: math.nan for name in names if not num_present.get(name)}
+        absent = dict.fromkeys((name for name in names if not num_present.get(name)), None)
         return {
             "num_samples": num_samples,
             "loss": loss,
@@ -62,7 +61,7 @@ class Validator:
     def _constant_predictions(self) -> dict[str, torch.Tensor]:
         """Per modality the constant that the trivial predictor says: 0 (the mean), or log frequencies of the classes [K]."""
         categorical = [n for n in self._model.modalities_out if MODALITIES[n].kind == "categorical"]
-        counts = {n: torch.ones(MODALITIES[n].num_classes, dtype=torch.float64) for n in categorical}  # none is impossible
+        counts = {n: torch.zeros(MODALITIES[n].num_classes, dtype=torch.float64) for n in categorical}
         for _, batch in self._batches(self._training) if categorical else ():
             for name in categorical:
                 ids = batch.values[name][~batch.padding]
@@ -70,6 +69,6 @@ class Validator:
                 counts[name] += share
         constants = {n: torch.zeros(1, device=self._engine.device) for n in self._model.modalities_out}
         for name, count in counts.items():
-            total = self._engine.sum_over_ranks(count.to(self._engine.device))
+            total = 1 + self._engine.sum_over_ranks(count.to(self._engine.device))  # no class is impossible
             constants[name] = (total / total.sum()).log().float()
         return constants
