@@ -3,7 +3,7 @@
 Shapes: C bands, P tile side in pixels, K length of a tile vector.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,10 +57,15 @@ def encode_members(manifest: Manifest, tile: Tile) -> list[bytes]:
     return [*members, record.tobytes()]
 
 
-def decode_members(manifest: Manifest, row: int, members: Sequence[bytes]) -> Tile:
-    """The tile that `encode_members` was given; ShardError with the problem of every member that does not decode."""
+def decode_members(manifest: Manifest, row: int, members: Sequence[bytes], names: Collection[str] | None = None) -> Tile:
+    """The tile that `encode_members` was given, with the modalities `names` (None: all).
+
+    Raises ShardError with the problem of every member that does not decode.
+    """
     problems, values = [], {}
     for entry, data in zip(manifest.pixels, members[:-1], strict=True):
+        if names is not None and entry.name not in names:
+            continue
         try:
             values[entry.name] = decode_pixels(entry, data)
         except ShardError as error:
@@ -70,6 +75,8 @@ def decode_members(manifest: Manifest, row: int, members: Sequence[bytes]) -> Ti
     except ShardError as error:
         raise ShardError([*problems, *error.problems]) from error
     for entry in manifest.scalars:
+        if names is not None and entry.name not in names:
+            continue
         value = record[entry.name]
         if entry.encoding == "one_hot":
             if not ALL_NO_DATA <= value < entry.length:

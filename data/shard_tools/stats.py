@@ -1,0 +1,112 @@
+"""Band statistics in one pass over the tiles, exact and mergeable.
+
+Each tile gives per band the count, mean and sum of squared deviations of its valid values in float64; two such moments merge
+by the pairwise update of Chan, Golub and LeVeque ("Updating formulae and a pairwise algorithm for computing sample
+variances", 1979), which loses no digits to large means. The standard deviation is that of the population (divisor n), as in
+MMEarth's own statistics (MMEarth-data `utils/normalization.py`).
+
+Shapes: C bands, P tile side in pixels, K length of a tile vector (its bands).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpmae.modalities import MODALITIES
+from mpmae.shard_tools.progress import track
+from mpmae.shard_tools.shard_set import ShardSet
+from mpmae.shard_tools.source import MMEarthSource
+from mpmae.shard_tools.tile import Tile
+
+
+@dataclass(frozen=True)
+class BandMoments:
+    """Count, mean, sum of squared deviations, minimum and maximum per band, each [C]; bands without values count 0."""
+
+    num: np.ndarray
+    mean: np.ndarray
+    m2: np.ndarray
+    min: np.ndarray
+    max: np.ndarray
+
+    @classmethod
+    def of(cls, values: np.ndarray, valid: np.ndarray) -> "BandMoments":
+        """Moments of the `valid` among `values` [C, P, P] or [K]."""
+        x = values.reshape(len(values), -1).astype(np.float64)
+        valid = valid.reshape(x.shape)
+        num = valid.sum(axis=1)
+        mean = np.where(valid, x, 0).sum(axis=1) / np.maximum(num, 1)
+        deviation = np.where(valid, x - mean[:, None], 0)
+        return cls(
+            num,
+            mean,
+            (deviation * deviation).sum(axis=1),
+            np.where(valid, x, np.inf).min(axis=1),
+            np.where(valid, x, -np.inf).max(axis=1),
+        )
+
+    def merge(self, other: "BandMoments") -> "BandMoments":
+        """Moments of both sets of values together."""
+        num = self.num + other.num
+        share = other.num / np.maximum(num, 1)
+        delta = other.mean - self.mean
+        return BandMoments(
+            num,
+            self.mean + delta * share,
+            self.m2 + other.m2 + delta * delta * self.num * share,
+            np.minimum(self.min, other.min),
+            np.maximum(self.max, other.max),
+        )
+
+    def describe(self) -> dict[str, list[float]]:
+        """mean, std, min and max as MMEarth's band_stats.json lists them.
+
+        A band without values has mean, min and max 0 and std 1. A band without spread has std 1 too, so that dividing by
+        the std is always possible.
+        """
+        has_values = self.num > 0
+        std = np.sqrt(self.m2 / np.maximum(self.num, 1))
+        columns = {
+            "mean": np.where(has_values, self.mean, 0),
+            "std": np.where(std > 0, std, 1),
+            "min": np.where(has_values, self.min, 0),
+            "max": np.where(has_values, self.max, 0),
+        }
+        return {name: column.tolist() for name, column in columns.items()}
+
+
+class StatsPass:
+    """Collects the moments of the continuous modalities of tiles, sentinel2 by product level.
+
+    `source` (a folder or a shard set) says which modalities there are and how they write absent values.
+    """
+
+    def __init__(self, source: MMEarthSource | ShardSet):
+        self.names = tuple(name for name in source.modalities if MODALITIES[name].kind == "continuous")
+        self._no_data = {name: source.no_data(name) for name in self.names}
+        self._moments: dict[str, BandMoments] = {}
+
+    def add(self, tile: Tile) -> None:
+        """Take the values of `tile` in."""
+        for name in self.names:
+            key = f"{name}_{tile.product_level.decode()}" if name == "sentinel2" else name
+            moments = BandMoments.of(tile.values[name], self._no_data[name].valid(tile.values[name]))
+            self._moments[key] = self._moments[key].merge(moments) if key in self._moments else moments
+
+    def result(self) -> dict[str, dict[str, list[float]]]:
+        """The content of band_stats.json."""
+        return {key: self._moments[key].describe() for key in sorted(self._moments)}
+
+
+def band_stats(
+    source: MMEarthSource | ShardSet, split: str | None = "train", progress: bool = False
+) -> dict[str, dict[str, list[float]]]:
+    """Statistics in the layout of band_stats.json over the valid values of a split (None: of all tiles).
+
+    Raises SourceError or ShardError for an unknown split or a tile that cannot be read.
+    """
+    stats = StatsPass(source)
+    num_tiles = source.num_tiles(split) if isinstance(source, ShardSet) else len(source.rows(split))
+    for tile in track(source.tiles(split, stats.names), num_tiles, "stats", enabled=progress):
+        stats.add(tile)
+    return stats.result()
