@@ -1,0 +1,113 @@
+"""Sparse ConvNeXt V2 encoder on the visible patches.
+
+Shapes: N samples, B input bands, S image side in pixels, p patch side in pixels, G = S/p patches on a side, L = G*G patches,
+V visible ones, s sites on a side of a tile (8, 4, 2, 1 over the stages), K = V*s*s packed sites per sample, C channels.
+Source: Nedungadi et al., "MMEarth", arXiv 2405.02771, section 4; Woo et al., "ConvNeXt V2", arXiv 2301.00808.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpmae.models import blocks
+from mpmae.models.blocks import NORM_EPS, Block, Downsample, Sites
+
+FIRST_TILE_SIDE = 8
+ENCODER_GRN_EPS = 1e-6
+
+
+class MMEarthStem(nn.Module):
+    """3x3 convolution at full resolution, LayerNorm, GELU, depthwise convolution of kernel = stride = p/8, LayerNorm."""
+
+    def __init__(self, num_bands: int, dim: int, stride: int):
+        super().__init__()
+        self.conv = nn.Conv2d(num_bands, dim, 3, padding=1)
+        self.conv_norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.pool = nn.Conv2d(dim, dim, stride, stride=stride, groups=dim)
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+
+    def forward(self, image: Tensor, pixels: Tensor, valid_in: Tensor | None, valid_out: Tensor | None) -> Tensor:
+        """[N, V*64, C] from `image` [N, S, S, B], 0 at pixels that do not exist; `pixels` is their packed index."""
+        out = self.conv(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = F.gelu(self.conv_norm(blocks.pack_sites(out, pixels)))
+        x = blocks.merge_depthwise(blocks.keep(x, valid_in), self.pool)
+        return blocks.keep(self.norm(x), valid_out)
+
+
+class ConvNextStem(nn.Module):
+    """The stem of ConvNeXt: convolution of kernel = stride = p/8, LayerNorm."""
+
+    def __init__(self, num_bands: int, dim: int, stride: int):
+        super().__init__()
+        self.conv = nn.Conv2d(num_bands, dim, stride, stride=stride)
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+
+    def forward(self, image: Tensor, pixels: Tensor, valid_in: Tensor | None, valid_out: Tensor | None) -> Tensor:
+        """As `MMEarthStem.forward`."""
+        x = blocks.merge_conv(blocks.pack_sites(image, pixels), self.conv)
+        return blocks.keep(self.norm(x), valid_out)
+
+
+STEMS = {"mmearth": MMEarthStem, "convnext": ConvNextStem}
+
+
+class SparseEncoder(nn.Module):
+    """Four stages of ConvNeXt V2 blocks on visible sites only.
+
+    A site exists only if its patch is visible and it holds data; a missing neighbour contributes 0, and a site of a later
+    stage exists if any site under it does.
+    """
+
+    def __init__(
+        self,
+        dims: tuple[int, ...],
+        depths: tuple[int, ...],
+        *,
+        num_bands: int,
+        img_size: int,
+        patch_size: int,
+        stem: str,
+        grn_scope: str,
+    ):
+        super().__init__()
+        self.num_patches_side, self.patch_size = img_size // patch_size, patch_size
+        self.stem_stride = patch_size // FIRST_TILE_SIDE
+        self.stem = STEMS[stem](num_bands, dims[0], self.stem_stride)
+        self.downsamples = nn.ModuleList(Downsample(*pair) for pair in zip(dims, dims[1:], strict=False))
+        self.stages = nn.ModuleList(
+            nn.ModuleList(Block(dim, grn_scope=grn_scope, grn_eps=ENCODER_GRN_EPS) for _ in range(depth))
+            for dim, depth in zip(dims, depths, strict=True)
+        )
+        for side in {patch_size, *self.tile_sides}:
+            self.register_buffer(f"morton{side}", blocks.morton_sites(side), persistent=False)
+
+    @property
+    def tile_sides(self) -> tuple[int, ...]:
+        """Sites on a side of a tile, per stage: 8, 4, 2, 1."""
+        return tuple(FIRST_TILE_SIDE >> stage for stage in range(len(self.stages)))
+
+    def site_index(self, visible: Tensor, tile_side: int) -> Tensor:
+        """Row of each packed site in the flattened [N*H*H] grid of a stage: int64 [N, V*tile_side**2]."""
+        return blocks.site_index(visible, self.num_patches_side, getattr(self, f"morton{tile_side}"))
+
+    def forward(self, image: Tensor, pixel_valid: Tensor, visible: Tensor) -> Tensor:
+        """Features of the visible patches: [N, V, C], 0 for a patch without any data.
+
+        image: [N, B, S, S], finite. pixel_valid: bool [N, S, S], True where a pixel holds data. visible: int64 [N, V].
+        """
+        pixels = self.site_index(visible, self.patch_size)
+        side = image.shape[-1]
+        shown = blocks.unpack_sites(image.new_ones(*pixels.shape, 1), pixels, side) * pixel_valid[:, :, :, None]
+        valid = blocks.pack_sites(pixel_valid[:, :, :, None].to(torch.uint8), pixels)[:, :, 0].bool()
+        if bool(valid.all()):  # the one branch on data: without gaps, no stage has anything to mask
+            valid = None
+        stage_valid = blocks.merge_valid(valid, self.stem_stride)
+        x = self.stem(image.permute(0, 2, 3, 1) * shown, pixels, valid, stage_valid)
+        for stage, tile_side in enumerate(self.tile_sides):
+            if stage:
+                valid, stage_valid = stage_valid, blocks.merge_valid(stage_valid, 2)
+                x = self.downsamples[stage - 1](x, valid, stage_valid)
+            sites = Sites(self.site_index(visible, tile_side), self.num_patches_side * tile_side, stage_valid)
+            for block in self.stages[stage]:
+                x = block(x, sites)
+        return x

@@ -1,0 +1,35 @@
+"""Initial weights.
+
+"reference" follows the published code (MMEarth-train, `models/fcmae.py`, `_init_weights`), where most layers get a truncated
+normal of standard deviation 1 that is cut at -2 and 2 (their values then spread by 0.88): the depthwise convolutions, the
+linear layers of the sparse blocks, the projection and the pixel heads. The dense kernels of the sparse convolutions, the linear
+layers of the decoder, the tile heads and the mask token get 0.02. "convnextv2" is 0.02 everywhere (arXiv 2301.00808,
+appendix A). Biases, GRN and log variances start at 0, LayerNorm at 1 and 0.
+"""
+
+from torch import nn
+
+from mpmae.models.mpmae import MPMAE
+
+INITS = ("reference", "convnextv2")
+_CUT = 2.0
+
+
+def initialise(model: MPMAE, init: str) -> None:
+    """Fills `model` with fresh weights from torch's generator; `init` is one of INITS."""
+    wide = _wide(model) if init == "reference" else set()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=1.0 if name in wide else 0.02, a=-_CUT, b=_CUT)
+            nn.init.zeros_(module.bias)
+    nn.init.normal_(model.decoder.mask_token, std=0.02)
+
+
+def _wide(model: MPMAE) -> set[str]:
+    """Names of the modules that the published code fills with standard deviation 1."""
+    wide = {"decoder.proj"} | {f"heads.pixel.{name}" for name in model.heads.pixel}
+    for name, module in model.named_modules():
+        depthwise = isinstance(module, nn.Conv2d) and module.groups > 1
+        if depthwise or (name.startswith("encoder.") and isinstance(module, nn.Linear)):
+            wide.add(name)
+    return wide

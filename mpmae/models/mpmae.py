@@ -1,0 +1,231 @@
+"""MP-MAE: a masked autoencoder that reconstructs many Earth-observation modalities from Sentinel-2.
+
+Shapes: N samples, B input bands, S image side in pixels, p patch side in pixels, G patches on a side, L = G*G patches, V visible
+and M = L - V hidden ones, C channels.
+Source: Nedungadi et al., "MMEarth", arXiv 2405.02771, section 4.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mpmae.errors import ConfigError
+from mpmae.loader.batch import Batch
+from mpmae.modalities import band_indices, spec_of
+from mpmae.models import blocks, losses
+from mpmae.models.decoder import Decoder, Heads
+from mpmae.models.encoder import SparseEncoder
+
+INPUT = "sentinel2"
+
+
+@dataclass
+class MPMAEOutput:
+    """What a forward pass gives.
+
+    loss: scalar, this micro batch's share of the loss of the global batch (shares add up over micro batches and ranks).
+    losses: modality -> unweighted share, a scalar. log_vars: modality -> s_i, detached; empty without uncertainty weighting.
+    predictions: empty unless asked for; pixel [N, p*p*C, G, G] with channel (row*p + column)*C + c, tile [N, C].
+    latent: [N, C, G, G], the encoder's features, 0 at hidden patches. visible: int64 [N, V].
+    """
+
+    loss: Tensor
+    losses: dict[str, Tensor]
+    log_vars: dict[str, Tensor]
+    predictions: dict[str, Tensor]
+    latent: Tensor
+    visible: Tensor
+
+
+class MPMAE(nn.Module):
+    """Sparse encoder, shared decoder, one head per modality and their losses. Built by `mpmae.create_model`.
+
+    bands_out: modality -> bands to reconstruct, in the order of the losses. bands_available: modality -> bands that the
+    tensors of a batch hold. Everything else as in `mpmae.create_model`.
+    """
+
+    def __init__(
+        self,
+        dims: tuple[int, ...],
+        depths: tuple[int, ...],
+        *,
+        img_size: int,
+        patch_size: int,
+        num_visible: int,
+        bands_in: tuple[str, ...],
+        bands_out: dict[str, tuple[str, ...]],
+        bands_available: dict[str, tuple[str, ...]],
+        stem: str,
+        loss_weighting: str,
+        norm_pix_loss: bool,
+        decoder_dim: int,
+        decoder_depth: int,
+        grn_scope: str,
+        reference_quirks: bool,
+    ):
+        super().__init__()
+        self.img_size, self.patch_size, self.num_visible = img_size, patch_size, num_visible
+        self.num_patches_side = img_size // patch_size
+        self.num_patches = self.num_patches_side**2
+        self.bands_in, self.bands_out, self.bands_available = bands_in, bands_out, bands_available
+        self.norm_pix_loss, self.reference_quirks = norm_pix_loss, reference_quirks
+        self.encoder = SparseEncoder(
+            dims,
+            depths,
+            num_bands=len(bands_in),
+            img_size=img_size,
+            patch_size=patch_size,
+            stem=stem,
+            grn_scope=grn_scope,
+        )
+        self.decoder = Decoder(dims[-1], decoder_dim, decoder_depth, self.num_patches_side)
+        channels = {name: spec_of(name).num_classes or len(bands) for name, bands in bands_out.items()}
+        self.heads = Heads(channels, decoder_dim, patch_size)
+        self.log_vars = nn.Parameter(torch.zeros(len(bands_out))) if loss_weighting == "uncertainty" else None
+        self._select_in = self._selection(INPUT, bands_in)
+        self._select_out = {name: self._selection(name, bands) for name, bands in bands_out.items()}
+
+    @property
+    def modalities_out(self) -> tuple[str, ...]:
+        """The reconstructed modalities, in the order of the losses and of `log_vars`."""
+        return tuple(self.bands_out)
+
+    def forward(self, batch: Batch, visible: Tensor | None = None, return_predictions: bool = False) -> MPMAEOutput:
+        """Loss share, latent and, if asked for, full predictions.
+
+        visible: int64 [N, V], ascending patch numbers of each row (`mpmae.masking.draw_visible`). Without it a random one is
+        drawn in eval mode. Pixel heads run at hidden patches only unless `return_predictions`.
+        Raises ConfigError for a batch or an index that does not fit the model. Duplicate or out-of-range patch numbers are
+        looked for only in an index on the CPU: elsewhere the look would stall the device.
+        """
+        self._check_batch(batch)
+        visible = self._visible(batch, visible)
+        tokens = self.encode(batch, visible)
+        grid = self.decoder(tokens, visible)
+        hidden = blocks.hidden_patches(visible, self.num_patches)
+        predictions = self._pixel_predictions(grid, None) if return_predictions else {}
+        at_hidden = self._pixel_predictions(grid, hidden)
+        tile = self.heads.tile_predictions(grid)
+        loss, shares = self._loss(batch, at_hidden | tile, hidden)
+        if return_predictions:
+            predictions = {name: _as_map(pred, self.num_patches_side) for name, pred in predictions.items()} | tile
+            predictions = {name: predictions[name] for name in self.modalities_out}
+        latent = blocks.fill_hidden(tokens, visible, tokens.new_zeros(tokens.shape[-1]), self.num_patches)
+        log_vars = {} if self.log_vars is None else dict(zip(shares, self.log_vars.detach().unbind(), strict=True))
+        return MPMAEOutput(loss, shares, log_vars, predictions, _as_map(latent, self.num_patches_side), visible)
+
+    def encode(self, batch: Batch, visible: Tensor) -> Tensor:
+        """Features of the visible patches, [N, V, C]; any V >= 1 goes. Needs `sentinel2` of the batch only."""
+        values, valid = batch.values[INPUT], batch.valid[INPUT]
+        if self._select_in is not None:
+            values, valid = values[:, self._select_in], valid[:, self._select_in]
+        image = torch.where(valid, values, 0).to(self.decoder.mask_token.dtype)
+        pixel_valid = valid.any(1)
+        if self.encoder.stages[0][0].grn_scope == "batch":
+            pixel_valid = pixel_valid & ~batch.padding[:, None, None]  # padding must not enter the norm of the others
+        return self.encoder(image, pixel_valid, visible)
+
+    def _pixel_predictions(self, grid: Tensor, patches: Tensor | None) -> dict[str, Tensor]:
+        """[N, P, p*p*C] per pixel modality at `patches` int64 [N, P], or at all of them."""
+        if not self.heads.pixel:
+            return {}
+        if patches is not None:
+            sample = torch.arange(len(patches), device=patches.device)[:, None] * self.num_patches
+            grid = blocks.pack_sites(grid.unflatten(1, (self.num_patches_side, -1)), patches + sample)
+        return {name: head(grid) for name, head in self.heads.pixel.items()}
+
+    def _loss(self, batch: Batch, predictions: dict[str, Tensor], hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        counted = ~batch.padding
+        shares = {}
+        for name in self.modalities_out:
+            target, valid = self._target(batch, name, hidden)
+            shares[name] = losses.modality_share(
+                spec_of(name),
+                predictions[name],
+                target,
+                valid,
+                counted,
+                num_present=batch.num_present[name],
+                global_batch_size=batch.global_batch_size,
+                norm_pix=self.norm_pix_loss,
+                quirks=self.reference_quirks,
+            )
+        if self.reference_quirks:
+            kept = {name: share.detach() != 0 for name, share in shares.items()}
+        else:
+            kept = {name: batch.num_present[name] > 0 for name in shares}
+        return losses.weigh(shares, self.log_vars, counted.sum() / batch.global_batch_size, kept), shares
+
+    def _target(self, batch: Batch, name: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Target and validity of a modality, laid out as its prediction."""
+        values, valid = batch.values[name], batch.valid[name]
+        spec, selection = spec_of(name), self._select_out[name]
+        if selection is not None:
+            values, valid = values[:, selection], valid[:, selection]
+        if spec.scope == "pixel":
+            values, valid = (blocks.pack_patches(t, hidden, self.patch_size).flatten(2) for t in (values, valid))
+        return values, valid & (values >= 0) if spec.kind == "categorical" else valid
+
+    def _selection(self, name: str, bands: tuple[str, ...]) -> list[int] | None:
+        """Positions of `bands` in the batch's tensor; None when it holds just these."""
+        available = self.bands_available.get(name, ())
+        if spec_of(name).kind == "categorical" or tuple(bands) == tuple(available):
+            return None
+        return band_indices(name, bands, available)
+
+    def _visible(self, batch: Batch, visible: Tensor | None) -> Tensor:
+        device = batch.sample_ids.device
+        if visible is None:
+            if self.training:
+                raise ConfigError(
+                    "forward: no visible index; training needs one per step, from mpmae.masking.draw_visible "
+                    "(a random one is drawn in eval mode only)"
+                )
+            noise = torch.rand(len(batch), self.num_patches, device=device)
+            return noise.argsort(1)[:, : self.num_visible].sort(1).values
+        problems = []
+        expected = (len(batch), self.num_visible)
+        if visible.dtype != torch.int64:
+            problems.append(f"visible: dtype {visible.dtype}, expected torch.int64 patch numbers (see mpmae.masking.visible_index)")
+        if tuple(visible.shape) != expected:
+            problems.append(f"visible: shape {list(visible.shape)}, expected {list(expected)} (samples, visible patches)")
+        elif not problems and visible.device.type == "cpu" and not torch.compiler.is_compiling():
+            if int(visible.min()) < 0 or int(visible.max()) >= self.num_patches:
+                problems.append(
+                    f"visible: patch numbers {int(visible.min())}..{int(visible.max())}, expected 0..{self.num_patches - 1}"
+                )
+            if bool((visible.diff(dim=1) <= 0).any()):
+                problems.append("visible: a row is not strictly ascending; sort it and drop repeats")
+        if problems:
+            raise ConfigError(problems)
+        return visible
+
+    def _check_batch(self, batch: Batch) -> None:
+        problems = []
+        for name in dict.fromkeys((INPUT, *self.modalities_out)):
+            if name not in batch.values or name not in batch.valid:
+                problems.append(f"batch: no {name}; it has {', '.join(batch.values)}. Load it or take it out of modalities_out")
+                continue
+            if name in self.bands_out and name not in batch.num_present:
+                problems.append(f"batch.num_present: no {name}; expected its number of tiles in the global batch")
+            expected = self._expected_shape(name, len(batch))
+            shape, valid_shape = tuple(batch.values[name].shape), tuple(batch.valid[name].shape)
+            if shape != expected:
+                problems.append(f"batch.values[{name!r}]: shape {list(shape)}, expected {list(expected)}")
+            if valid_shape != shape:
+                problems.append(f"batch.valid[{name!r}]: shape {list(valid_shape)}, expected that of the values, {list(shape)}")
+        if problems:
+            raise ConfigError(problems)
+
+    def _expected_shape(self, name: str, num_samples: int) -> tuple[int, ...]:
+        spec = spec_of(name)
+        if spec.one_hot:
+            return (num_samples,)
+        channels = 1 if spec.kind == "categorical" else len(self.bands_available[name])
+        return (num_samples, channels, self.img_size, self.img_size) if spec.scope == "pixel" else (num_samples, channels)
+
+
+def _as_map(x: Tensor, side: int) -> Tensor:
+    """[N, C, G, G] from [N, L, C]."""
+    return x.transpose(1, 2).unflatten(2, (side, side))
