@@ -1,0 +1,140 @@
+"""What runs a training step: one protocol for DDP and DeepSpeed.
+
+A step of the loop, the same for every engine:
+
+    for batch in micro_batches:                # num_micro_steps of them
+        loss = engine.forward(batch)           # this micro batch's share of the global loss
+        engine.backward(loss)
+    grad_norm = engine.step(lr)
+
+The global loss is the sum of all shares over micro steps and ranks, so no result depends on how the global batch is cut.
+Every rank must give every parameter a gradient in every micro step: a term that a rank has no data for is multiplied by
+zero, not left out. A parameter skipped on some ranks only makes DDP raise and ZeRO hang.
+"""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn, optim
+
+from mpmae.engine.files import load_tensors, rng_state, save_tensors, set_rng_state
+from mpmae.engine.world import World
+
+
+class Engine(ABC):
+    """Forward, backward and step of a module over the ranks of a World.
+
+    Methods are collective unless said otherwise: every rank calls them, in the same order.
+    """
+
+    name: str
+    zero_stage: int | None = None
+
+    def __init__(self, module: nn.Module, world: World, num_micro_steps: int):
+        self._module = module
+        self.world = world
+        self.num_micro_steps = num_micro_steps
+        self._micro_step = 0
+
+    @property
+    def rank(self) -> int:
+        """Rank of this process."""
+        return self.world.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.world.world_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go."""
+        return self.world.device
+
+    @property
+    def module(self) -> nn.Module:
+        """The module as it was given, without wrappers. Its parameters may be partitioned (ZeRO-3): see full_state_dict."""
+        return self._module
+
+    @abstractmethod
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's output under the run's precision. Also for evaluation (under torch.no_grad, module.eval())."""
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of `loss`, a scalar: this micro batch's share of the global loss."""
+
+    @abstractmethod
+    def step(self, lr: float) -> torch.Tensor:
+        """Update the weights at rate `lr` with the gradients summed over micro steps and ranks, then drop the gradients.
+
+        Returns the L2 norm of the summed gradient before clipping: float32 scalar, detached, the same on every rank. If it
+        is not finite (a skipped step), weights and moments are as they were.
+        """
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write weights, optimizer and random state into `folder`, which exists. Raises OSError, after the last collective.
+
+        What is written is on the disk (fsync) when this returns.
+        """
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Restore what `save` wrote, at the same world size bit by bit. Raises CheckpointError."""
+
+    @abstractmethod
+    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """The module's whole state on the CPU at rank 0 (floating point as float32), None at the other ranks."""
+
+    def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A new tensor: the sum of `tensor` over the ranks."""
+        return self.world.sum_over_ranks(tensor)
+
+    def agree(self, flag: bool) -> bool:
+        """True on every rank if `flag` is True on any."""
+        return self.world.agree(flag)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.world.barrier()
+
+    def close(self) -> None:
+        """Release what the engine holds; the World stays open. Not collective."""
+
+    def _is_last_micro_step(self) -> bool:
+        return self._micro_step == self.num_micro_steps - 1
+
+    def _save_rng(self, folder: Path) -> None:
+        save_tensors(rng_state(self.device), folder / f"rng-{self.rank:05d}-of-{self.world_size:05d}.pt")
+
+    def _load_rng(self, folder: Path) -> None:
+        """At another world size the file is absent and each rank keeps the state it was seeded with."""
+        path = folder / f"rng-{self.rank:05d}-of-{self.world_size:05d}.pt"
+        if path.is_file():
+            set_rng_state(load_tensors(path), self.device)
+
+
+def set_lr(optimizer: optim.Optimizer, lr: float) -> None:
+    """Set the rate of every group."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def skip_if_not_finite(optimizer: optim.Optimizer, grad_norm: torch.Tensor) -> None:
+    """Make the next step of a fused torch optimizer a no-op if `grad_norm` is not finite, without a host sync.
+
+    Uses the attribute by which torch.amp.GradScaler tells fused optimizers about an overflow.
+    """
+    optimizer.found_inf = (~torch.isfinite(grad_norm)).to(torch.float32)
+
+
+def as_float32(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies on the CPU, contiguous, floating-point ones as float32."""
+    copies = {}
+    for name, tensor in state.items():
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        copies[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+    return copies

@@ -1,0 +1,87 @@
+"""Data parallelism of plain torch, and one process."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mpmae.config import RunConfig
+from mpmae.engine.base import Engine, as_float32, set_lr, skip_if_not_finite
+from mpmae.engine.files import load_tensors, save_tensors
+from mpmae.engine.optim import build_optimizer
+from mpmae.engine.world import World
+from mpmae.errors import CheckpointError
+
+_STATE_FILE = "ddp.pt"
+
+
+class DDPEngine(Engine):
+    """DistributedDataParallel with float32 weights; bf16 by autocast. One rank runs the module without the wrapper.
+
+    Checkpoints load at any world size.
+    """
+
+    name = "ddp"
+
+    def __init__(self, config: RunConfig, module: nn.Module, world: World, num_micro_steps: int):
+        super().__init__(module.to(world.device), world, num_micro_steps)
+        self._autocast_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
+        self._clip_grad_norm = config.optim.clip_grad_norm
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        self._optimizer = build_optimizer(module, config.optim)
+        self._ddp = None
+        if world.world_size > 1:
+            self._ddp = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See Engine."""
+        call = self._module
+        if self._ddp is not None and torch.is_grad_enabled():
+            call = self._ddp
+            # what DistributedDataParallel.no_sync toggles; it has to hold over forward and backward of a micro step
+            call.require_backward_grad_sync = self._is_last_micro_step()
+        with torch.autocast(self.device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None):
+            return call(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """See Engine. DDP averages over ranks: the factor makes it a sum, exactly so where it is a power of two."""
+        assert self._micro_step < self.num_micro_steps, "backward called again before step"
+        (loss * self.world_size).backward()
+        self._micro_step += 1
+
+    def step(self, lr: float) -> torch.Tensor:
+        """See Engine."""
+        assert self._micro_step == self.num_micro_steps, f"step after {self._micro_step} of {self.num_micro_steps} micro steps"
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        grad_norm = nn.utils.get_total_norm(gradients)
+        if self._clip_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, self._clip_grad_norm, grad_norm)
+        set_lr(self._optimizer, lr)
+        skip_if_not_finite(self._optimizer, grad_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._micro_step = 0
+        return grad_norm.detach().float()
+
+    def save(self, folder: Path) -> None:
+        """See Engine. Rank 0 writes the state, each rank its random state."""
+        self._save_rng(folder)
+        if self.rank == 0:
+            state = {"module": self._module.state_dict(), "optimizer": self._optimizer.state_dict()}
+            save_tensors(state, folder / _STATE_FILE)
+
+    def load(self, folder: Path) -> None:
+        """See Engine."""
+        state = load_tensors(folder / _STATE_FILE)
+        try:
+            self._module.load_state_dict(state["module"])
+            self._optimizer.load_state_dict(state["optimizer"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointError(f"{folder / _STATE_FILE} does not fit the model: {error}") from error
+        self._load_rng(folder)
+
+    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """See Engine."""
+        return as_float32(self._module.state_dict()) if self.rank == 0 else None

@@ -1,0 +1,164 @@
+"""DeepSpeed as an Engine: ZeRO stage 0 to 3. The only module that imports deepspeed.
+
+Where DeepSpeed 0.19.8 needs care:
+- Importing it is slow and it logs; both happen when an engine is made, not when this module is imported.
+- On a CPU it would compile a shared-memory collective (20 s, and a stale lock hangs without a word): switched off.
+- It averages gradients over ranks and divides by the accumulation steps: `backward` multiplies the loss by the world size
+  and turns the division off, so that gradients are sums of shares.
+- Stage 0 knows no gradient norm and skips no bad step: both are done here. Stages 1-3 skip by themselves and then report
+  an infinite norm, also for a NaN.
+- Its torch_autocast section would reduce the gradients of Linear and Conv in bf16 whatever communication_data_type says,
+  and an autocast around its forward is switched off by it. The autocast of bf16 runs is therefore put inside, around the
+  module's own forward. At stages 1-3 the weights themselves are bf16 too (masters are float32), at stage 0 float32.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpmae.config import RunConfig
+from mpmae.engine.base import Engine, as_float32, set_lr, skip_if_not_finite
+from mpmae.engine.ds_config import zero_stage
+from mpmae.engine.files import save_tensors
+from mpmae.engine.optim import build_optimizer
+from mpmae.engine.world import World
+from mpmae.errors import CheckpointError, ConfigError
+
+_TAG = "deepspeed"
+
+
+class DeepSpeedEngine(Engine):
+    """A deepspeed engine built from a resolved DeepSpeed configuration (`resolve_ds_config`).
+
+    The module's outputs are tensors, or tuples, lists and dicts of them: ZeRO-3 finds the tensors of nothing else.
+    Checkpoints load at the same world size and stage only.
+    """
+
+    name = "deepspeed"
+
+    def __init__(self, config: RunConfig, module: nn.Module, world: World, ds_config: dict[str, Any], num_micro_steps: int):
+        super().__init__(module, world, num_micro_steps)
+        deepspeed = _import_deepspeed()
+        self.zero_stage = zero_stage(ds_config)
+        self._parameters = [p for p in module.parameters() if p.requires_grad]
+        if config.train.precision == "bf16":
+            module.forward = _under_autocast(module.forward, world.device.type)
+        self._ds, *_ = deepspeed.initialize(
+            model=module.to(world.device),
+            optimizer=build_optimizer(module, config.optim),
+            config=ds_config,
+            dist_init_required=False,
+        )
+        self._writer = _install_writer(self._ds)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See Engine."""
+        return self._ds(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """See Engine."""
+        assert self._micro_step < self.num_micro_steps, "backward called again before step"
+        self._ds.backward(loss * self.world_size, scale_wrt_gas=False)
+        if not self._is_last_micro_step():
+            self._ds.step()  # between accumulated micro steps it only counts
+        self._micro_step += 1
+
+    def step(self, lr: float) -> torch.Tensor:
+        """See Engine."""
+        assert self._micro_step == self.num_micro_steps, f"step after {self._micro_step} of {self.num_micro_steps} micro steps"
+        set_lr(self._ds.optimizer, lr)
+        if self.zero_stage == 0:
+            grad_norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+            skip_if_not_finite(self._ds.optimizer, grad_norm)
+        self._ds.step()
+        if self.zero_stage > 0:
+            grad_norm = torch.as_tensor(self._ds.get_global_grad_norm(), device=self.device)
+        self._micro_step = 0
+        return grad_norm.detach().float()
+
+    def save(self, folder: Path) -> None:
+        """See Engine. Each rank writes its ZeRO partition and its random state."""
+        self._save_rng(folder)
+        self._ds.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        self._writer.raise_error()
+
+    def load(self, folder: Path) -> None:
+        """See Engine."""
+        if not (folder / _TAG).is_dir():
+            raise CheckpointError(f"{folder / _TAG} is absent: the checkpoint is of another engine, or incomplete")
+        path, _ = self._ds.load_checkpoint(str(folder), tag=_TAG)
+        if path is None:
+            raise CheckpointError(f"deepspeed found nothing to load in {folder / _TAG}; continue from an older checkpoint")
+        self._load_rng(folder)
+
+    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
+        """See Engine. Gathers one parameter at a time, from the float32 masters where there are any."""
+        from deepspeed.utils import safe_get_full_fp32_param
+        from deepspeed.zero import GatheredParameters
+
+        state = {}
+        for name, tensor in self._module.state_dict(keep_vars=True).items():
+            if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+                whole = safe_get_full_fp32_param(tensor)
+                whole = tensor if whole is None else whole  # stage 0
+                state |= as_float32({name: whole}) if self.rank == 0 else {}
+            else:
+                with GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
+                    state |= as_float32({name: tensor}) if self.rank == 0 else {}
+        return state if self.rank == 0 else None
+
+    def close(self) -> None:
+        """See Engine."""
+        self._ds.destroy()
+        self._module.__dict__.pop("forward", None)
+
+
+def _import_deepspeed() -> Any:
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except ImportError as error:
+        raise ConfigError(
+            f"engine.name=deepspeed, but deepspeed cannot be imported ({error}): pip install 'mpmae[deepspeed]', "
+            f"or run with engine.name=ddp"
+        ) from error
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _under_autocast(forward: Any, device_type: str) -> Any:
+    @functools.wraps(forward)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(device_type, torch.bfloat16):
+            return forward(*args, **kwargs)
+
+    return wrapped
+
+
+def _install_writer(ds: Any) -> Any:
+    """Make `ds` write files by `save_tensors`, and keep a failed write from leaving the other ranks in a barrier.
+
+    DeepSpeed's save has collectives after its writes, so an OSError is kept until they are over.
+    """
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    class Writer(TorchCheckpointEngine):
+        error: OSError | None = None
+
+        def save(self, state_dict: Any, path: str) -> None:
+            try:
+                save_tensors(state_dict, path)
+            except OSError as error:
+                self.error = error
+
+        def raise_error(self) -> None:
+            error, self.error = self.error, None
+            if error is not None:
+                raise error
+
+    ds.checkpoint_engine = Writer()
+    ds._copy_recovery_script = lambda save_path: None  # scripts of DeepSpeed: model.safetensors makes them unnecessary
+    return ds.checkpoint_engine
