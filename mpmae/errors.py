@@ -36,3 +36,7 @@ class CheckpointError(MpmaeError):
 
 class TrainingError(MpmaeError):
     """A run that cannot go on."""
+
+
+class ReportError(MpmaeError):
+    """Report data whose parts do not fit together: shapes, units or names."""

@@ -1,0 +1,202 @@
+"""What the logs say: series for the curves, validation beside the trivial predictor, the headline numbers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, Literal
+
+from mpmae.modalities import MODALITIES
+from mpmae.report.data import ReportData
+
+EQUAL_WITHIN_PERCENT = 2.0
+Mark = Literal["better", "equal", "worse", "unknown"]
+Series = list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One modality's latest validation loss beside the trivial predictor's; `ratio` = loss / trivial, NaN if unknown."""
+
+    name: str
+    title: str
+    loss_kind: str
+    loss: float
+    trivial: float
+    ratio: float
+    mark: Mark
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One of the numbers at the head of the page."""
+
+    label: str
+    value: str
+    detail: str = ""
+
+
+def number(value: Any) -> float:
+    """The value as a float; NaN for None and whatever is not a number."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+
+
+def series(objects: Sequence[Mapping[str, Any]], *keys: str) -> Series:
+    """(step, value) of every object that has the key path `keys`, values possibly NaN."""
+    found = []
+    for item in objects:
+        value: Any = item
+        for key in keys:
+            value = value.get(key, _MISSING) if isinstance(value, Mapping) else _MISSING
+        if value is not _MISSING:
+            found.append((item["step"], number(value)))
+    return found
+
+
+def modalities_of(data: ReportData) -> list[str]:
+    """Every modality with a loss anywhere in the logs, known ones in the order of the modality table, then the rest."""
+    names = {name for objects in (data.history, data.validation) for item in objects for name in item.get("losses") or {}}
+    known = [name for name in MODALITIES if name in names]
+    return known + sorted(names - set(known))
+
+
+def title_of(name: str) -> str:
+    """A modality's title, the name itself for an unknown one."""
+    return MODALITIES[name].title if name in MODALITIES else name
+
+
+def comparisons(data: ReportData) -> list[Comparison]:
+    """The last validation beside the trivial predictor, one row per modality; empty without a validation."""
+    if not data.validation:
+        return []
+    last = max(data.validation, key=lambda item: item["step"])
+    rows = []
+    for name in modalities_of(data):
+        loss, trivial = (number((last.get(key) or {}).get(name)) for key in ("losses", "trivial"))
+        ratio = loss / trivial if trivial > 0 and math.isfinite(loss) else math.nan
+        spec = MODALITIES.get(name)
+        kind = {"continuous": "mean squared error", "categorical": "cross entropy"}.get(spec.kind, "") if spec else ""
+        rows.append(Comparison(name, title_of(name), kind, loss, trivial, ratio, mark_of(ratio)))
+    return rows
+
+
+def mark_of(ratio: float) -> Mark:
+    """Whether a loss that is `ratio` times the trivial predictor's is better, equal (within 2 %) or worse."""
+    if not math.isfinite(ratio):
+        return "unknown"
+    if abs(ratio - 1.0) * 100 <= EQUAL_WITHIN_PERCENT:
+        return "equal"
+    return "better" if ratio < 1.0 else "worse"
+
+
+def verdict(data: ReportData) -> str:
+    """The answer to "did it learn?" in a sentence or two, from the last validation alone."""
+    rows = comparisons(data)
+    judged = [row for row in rows if row.mark != "unknown"]
+    if not judged:
+        reason = "no validation was recorded" if not data.validation else "the validation holds no comparable losses"
+        return f"This page cannot say: {reason}, and a falling training loss alone does not show it."
+    groups = {mark: [row.title for row in rows if row.mark == mark] for mark in ("better", "equal", "worse", "unknown")}
+    won, total = len(groups["better"]), len(rows)
+    if won == total:
+        text = f"Yes: on all {total} modalities it beats a predictor that sees no image."
+    elif won:
+        text = f"In part: it beats a predictor that sees no image on {won} of {total} modalities."
+    else:
+        text = f"No: it beats a predictor that sees no image on none of {total} modalities."
+    for mark, phrase in (("equal", "No better than that predictor"), ("worse", "Worse"), ("unknown", "Not judged")):
+        if groups[mark]:
+            text += f" {phrase}: {', '.join(groups[mark])}."
+    return text
+
+
+def warnings(data: ReportData) -> list[str]:
+    """What a reader must not overlook: non-finite losses in the logs."""
+    found = []
+    totals = series(data.history, "loss")
+    broken = [step for step, loss in totals if not math.isfinite(loss)]
+    if broken:
+        found.append(
+            f"The total loss is not finite in {len(broken):,} of {len(totals):,} logged steps, first at step {broken[0]:,}."
+        )
+    for objects, what in ((data.history, "training"), (data.validation, "validation")):
+        for name in modalities_of(data):
+            values = series(objects, "losses", name)
+            broken = [step for step, loss in values if not math.isfinite(loss)]
+            if broken:
+                found.append(
+                    f"{title_of(name)}: no finite {what} loss in {len(broken):,} of {len(values):,} entries, first at step {broken[0]:,}."
+                )
+    return found
+
+
+def headlines(data: ReportData) -> list[Headline]:
+    """The numbers at the head of the page; what is unknown is left out."""
+    run, found = data.run, []
+    rows = comparisons(data)
+    if rows:
+        last = max(data.validation, key=lambda item: item["step"])
+        samples = f" on {last['num_samples']:,} samples" if isinstance(last.get("num_samples"), int) else ""
+        won = sum(row.mark == "better" for row in rows)
+        found.append(
+            Headline(
+                "Beats the trivial predictor", f"{won} of {len(rows)}", f"modalities, at step {last['step']:,}{samples}"
+            )
+        )
+    totals = [loss for _, loss in series(data.history, "loss") if math.isfinite(loss)]
+    if totals:
+        length = max(1, min(100, len(totals) // 20))
+        first, final = (sum(part) / len(part) for part in (totals[:length], totals[-length:]))
+        detail = "training, first to last step" if length == 1 else f"training, means of the first and last {length} steps"
+        found.append(Headline("Total loss", f"{compact(first)} → {compact(final)}", detail))
+    num_steps = run.num_steps or (data.history[-1]["step"] if data.history else None)
+    if num_steps is not None:
+        seen = f"{run.num_samples_seen:,} samples seen" if run.num_samples_seen else ""
+        epochs = number(data.history[-1].get("epoch")) if data.history else math.nan
+        parts = [seen, f"epoch {epochs:.4g}" if math.isfinite(epochs) else ""]
+        found.append(Headline("Optimizer steps", f"{num_steps:,}", ", ".join(p for p in parts if p)))
+    rates, waits = (_finite(data, key) for key in ("images_per_s", "data_wait_percent"))
+    rate = run.images_per_s if run.images_per_s is not None else (median(rates) if rates else None)
+    if rate is not None:
+        wait = f"the median step waited {median(waits):.1f} % of its time for data" if waits else ""
+        found.append(Headline("Images per second", f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}", wait))
+    if run.wall_time_s is not None:
+        found.append(
+            Headline("Wall time", duration_text(run.wall_time_s), f"finished {run.finished}" if run.finished else "")
+        )
+    return found
+
+
+def duration_text(seconds: float) -> str:
+    """A duration for people: `42 s`, `5 min 10 s`, `3 h 5 min`, `2 d 4 h`."""
+    seconds = round(seconds)
+    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
+    for i, (unit, size) in enumerate(units):
+        if seconds >= size:
+            text = f"{seconds // size} {unit}"
+            rest = seconds % size // units[i + 1][1] if i + 1 < len(units) else 0
+            return f"{text} {rest} {units[i + 1][0]}" if rest else text
+    return "0 s"
+
+
+def compact(value: float) -> str:
+    """A number in about three digits: `0.412`, `12.3`, `1,234`, `1.2e-05`; `not finite` for NaN and infinities."""
+    if not math.isfinite(value):
+        return "not finite"
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size < 1e-3 or size >= 1e6:
+        text = f"{value:.2e}"
+    elif size >= 100:
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:.3g}"
+    return text.replace("-", "\N{MINUS SIGN}") if value < 0 and "e" not in text else text
+
+
+def _finite(data: ReportData, key: str) -> list[float]:
+    return [value for _, value in series(data.history, key) if math.isfinite(value)]
+
+
+_MISSING = object()
