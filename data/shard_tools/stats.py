@@ -8,11 +8,12 @@ MMEarth's own statistics (MMEarth-data `utils/normalization.py`).
 Shapes: C bands, P tile side in pixels, K length of a tile vector (its bands).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from mpmae.modalities import MODALITIES
+from mpmae.modalities import MODALITIES, NoData
 from mpmae.shard_tools.progress import track
 from mpmae.shard_tools.shard_set import ShardSet
 from mpmae.shard_tools.source import MMEarthSource
@@ -78,19 +79,23 @@ class BandMoments:
 class StatsPass:
     """Collects the moments of the continuous modalities of tiles, sentinel2 by product level.
 
-    `source` (a folder or a shard set) says which modalities there are and how they write absent values.
+    `no_data` says, per modality, how absent values are written; categorical modalities in it are left out.
     """
 
-    def __init__(self, source: MMEarthSource | ShardSet):
-        self.names = tuple(name for name in source.modalities if MODALITIES[name].kind == "continuous")
-        self._no_data = {name: source.no_data(name) for name in self.names}
+    def __init__(self, no_data: Mapping[str, NoData]):
+        self._no_data = {name: rule for name, rule in no_data.items() if MODALITIES[name].kind == "continuous"}
         self._moments: dict[str, BandMoments] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The modalities that it needs of a tile."""
+        return tuple(self._no_data)
 
     def add(self, tile: Tile) -> None:
         """Take the values of `tile` in."""
-        for name in self.names:
+        for name, rule in self._no_data.items():
             key = f"{name}_{tile.product_level.decode()}" if name == "sentinel2" else name
-            moments = BandMoments.of(tile.values[name], self._no_data[name].valid(tile.values[name]))
+            moments = BandMoments.of(tile.values[name], rule.valid(tile.values[name]))
             self._moments[key] = self._moments[key].merge(moments) if key in self._moments else moments
 
     def result(self) -> dict[str, dict[str, list[float]]]:
@@ -105,7 +110,7 @@ def band_stats(
 
     Raises SourceError or ShardError for an unknown split or a tile that cannot be read.
     """
-    stats = StatsPass(source)
+    stats = StatsPass({name: source.no_data(name) for name in source.modalities})
     num_tiles = source.num_tiles(split) if isinstance(source, ShardSet) else len(source.rows(split))
     for tile in track(source.tiles(split, stats.names), num_tiles, "stats", enabled=progress):
         stats.add(tile)

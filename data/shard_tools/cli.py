@@ -1,0 +1,210 @@
+"""The command `mpmae-shards`: build, verify, stats, inspect and synth."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from mpmae.errors import MpmaeError
+from mpmae.shard_format import MANIFEST_NAME
+from mpmae.shard_tools.build import MB, build
+from mpmae.shard_tools.inspect import print_summary, summarise
+from mpmae.shard_tools.output import disk_errors, write_whole
+from mpmae.shard_tools.shard_set import ShardSet
+from mpmae.shard_tools.source import MMEarthSource
+from mpmae.shard_tools.stats import band_stats
+from mpmae.shard_tools.synth import synth
+from mpmae.shard_tools.verify import verify
+
+EXIT_PROBLEMS, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code is returned.
+
+    0: done. 1: `verify` found problems. 2: an error, told on stderr. 130: interrupted.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except MpmaeError as error:
+        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("interrupted: what was being written is unfinished", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mpmae-shards",
+        description="Turn an MMEarth HDF5 folder into a shard set, and check, describe or imitate one.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_build(commands)
+    _add_verify(commands)
+    _add_stats(commands)
+    _add_inspect(commands)
+    _add_synth(commands)
+    return parser
+
+
+def _command(commands, name: str, run, help_text: str, description: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name, help=help_text, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _add_build(commands) -> None:
+    command = _command(
+        commands,
+        "build",
+        _run_build,
+        "MMEarth folder -> shard set",
+        "Write the shard set of an MMEarth folder (NAME.h5, NAME_splits.json, NAME_tile_info.json, NAME_band_stats.json). "
+        "The same source and options give the same bytes.",
+    )
+    command.add_argument("source", type=Path, metavar="SOURCE", help="MMEarth folder")
+    command.add_argument("output", type=Path, metavar="OUTPUT", help="folder for the shard set; absent or empty")
+    command.add_argument(
+        "--codec", choices=("lz4", "raw"), default="lz4", help="lz4: lossless filter and LZ4; raw: plain arrays"
+    )
+    command.add_argument(
+        "--modalities", type=_names, metavar="A,B", help="take only these, comma-separated; must include sentinel2"
+    )
+    command.add_argument("--splits", type=_names, metavar="A,B", help="take only these, comma-separated")
+    command.add_argument("--seed", type=int, default=0, help="seed of the shuffle within each split")
+    command.add_argument(
+        "--shard-size-mb", type=float, default=256, help="a tar is cut before it exceeds this many 10^6 bytes"
+    )
+    command.add_argument("--max-samples-per-shard", type=int, metavar="N", help="a tar is cut after this many samples")
+    command.add_argument(
+        "--overwrite", action="store_true", help="replace the shard set in OUTPUT; other files there are never removed"
+    )
+
+
+def _run_build(args: argparse.Namespace) -> int:
+    manifest = build(
+        args.source,
+        args.output,
+        codec=args.codec,
+        modalities=args.modalities,
+        splits=args.splits,
+        seed=args.seed,
+        shard_size_mb=args.shard_size_mb,
+        max_samples_per_shard=args.max_samples_per_shard,
+        overwrite=args.overwrite,
+    )
+    for split, shards in manifest.splits.items():
+        num_bytes = sum(shard.num_bytes for shard in shards)
+        print(f"{split}: {manifest.num_samples(split):,} samples in {len(shards):,} shards, {num_bytes / MB:,.1f} MB")
+    print(f"shard set of {manifest.source.name} ({len(manifest.modalities)} modalities, {args.codec}): {args.output}")
+    return 0
+
+
+def _add_verify(commands) -> None:
+    command = _command(
+        commands,
+        "verify",
+        _run_verify,
+        "check every byte of a shard set",
+        "Check hashes, indices, tar headers, every member and presence bits; with --source compare every value with the "
+        "source, bit for bit. Exit code 1 if anything is wrong.",
+    )
+    command.add_argument("shards", type=Path, metavar="SHARDS", help="folder of the shard set")
+    command.add_argument("--source", type=Path, metavar="SOURCE", help="MMEarth folder that the set was built from")
+
+
+def _run_verify(args: argparse.Namespace) -> int:
+    report = verify(args.shards, args.source, progress=True)
+    for problem in report.problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    compared = f", {report.num_compared:,} equal to the source" if args.source and report.ok else ""
+    checked = f"{report.num_samples:,} samples in {report.num_shards:,} shards, {report.num_bytes / MB:,.1f} MB"
+    print(f"{'ok' if report.ok else f'{len(report.problems):,} problems'}: {checked}{compared}: {args.shards}")
+    return 0 if report.ok else EXIT_PROBLEMS
+
+
+def _add_stats(commands) -> None:
+    command = _command(
+        commands,
+        "stats",
+        _run_stats,
+        "band statistics of a source or a shard set",
+        "Mean, standard deviation (of the population), minimum and maximum of every band over its valid values, in the "
+        "layout of band_stats.json. A band without values or without spread gets std 1.",
+    )
+    command.add_argument("source", type=Path, metavar="SOURCE_OR_SHARDS", help="MMEarth folder or shard set")
+    command.add_argument("--split", default="train", help="split to use; `all` for every tile")
+    command.add_argument("--output", type=Path, metavar="FILE", help="write to FILE instead of stdout; replaces it")
+
+
+def _run_stats(args: argparse.Namespace) -> int:
+    split = None if args.split == "all" else args.split
+    if (args.source / MANIFEST_NAME).is_file():
+        stats = band_stats(ShardSet(args.source), split, progress=True)
+    else:
+        with MMEarthSource(args.source, need_band_stats=False) as source:
+            stats = band_stats(source, split, progress=True)
+    text = json.dumps(stats, indent=1) + "\n"
+    if args.output is None:
+        print(text, end="")
+        return 0
+    with disk_errors(str(args.output), args.output.parent):
+        write_whole(args.output, text.encode())
+    print(f"band statistics of {len(stats)} modalities over {args.split}: {args.output}")
+    return 0
+
+
+def _add_inspect(commands) -> None:
+    command = _command(
+        commands,
+        "inspect",
+        _run_inspect,
+        "table and pictures of a shard set",
+        "Print what a shard set holds; with --png draw a few of its tiles.",
+    )
+    command.add_argument("shards", type=Path, metavar="SHARDS", help="folder of the shard set")
+    command.add_argument("--png", type=Path, metavar="FILE", help="draw a contact sheet")
+    command.add_argument("--split", help="split to draw (default: the first with samples)", default=argparse.SUPPRESS)
+    command.add_argument("--num-tiles", type=int, default=6, help="tiles to draw")
+
+
+def _run_inspect(args: argparse.Namespace) -> int:
+    print_summary(summarise(args.shards), Console())
+    if args.png:
+        from mpmae.shard_tools.contact_sheet import contact_sheet  # matplotlib takes a second to import
+
+        contact_sheet(args.shards, args.png, getattr(args, "split", None), args.num_tiles)
+        print(f"contact sheet: {args.png}")
+    return 0
+
+
+def _add_synth(commands) -> None:
+    command = _command(
+        commands,
+        "synth",
+        _run_synth,
+        "write a synthetic MMEarth folder",
+        "Write a synthetic dataset in MMEarth's layout whose modalities show the same landscapes.",
+    )
+    command.add_argument("output", type=Path, metavar="OUTPUT", help="folder for the dataset; absent or empty")
+    command.add_argument("--num-tiles", type=int, default=512, help="tiles in all; 80 %% train, 10 %% val, 10 %% test")
+    command.add_argument("--tile-size-px", type=int, default=64, help="tile side in pixels, a multiple of 4")
+    command.add_argument("--seed", type=int, default=0, help="each tile is a function of the seed and its number")
+
+
+def _run_synth(args: argparse.Namespace) -> int:
+    folder = synth(args.output, num_tiles=args.num_tiles, tile_size_px=args.tile_size_px, seed=args.seed)
+    print(f"synthetic MMEarth folder of {args.num_tiles:,} tiles of {args.tile_size_px} px: {folder}")
+    print(f"next: mpmae-shards build {folder} SHARDS")
+    return 0
