@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 # Looked up on first use, so that tools which never touch a model (shard_tools) do not import torch.
 _LAZY = {"create_model": "mpmae.models", "list_models": "mpmae.models", "load_reference": "mpmae.models"}
-__all__ = ["__version__", "create_model", "list_models", "load_reference"]  # noqa: F822
+__all__ = ["__version__", "create_model", "list_models", "load_reference"]
 
 
 def __getattr__(name: str):

@@ -34,8 +34,8 @@ def draw_visible(
 ) -> Tensor:
     """The visible patches of each sample in an epoch, ascending: int64 [N, V], on the CPU.
 
-    A row depends on (seed, epoch, its sample id) alone: any rank, worker or batch cut draws the same. Every subset of V of the
-    L = `num_patches` patches is equally likely. Raises ConfigError unless 1 <= V <= L.
+    A row depends on (seed, epoch, its sample id) alone: any rank, worker or batch cut draws the same. Every subset of V
+    of the L = `num_patches` patches is equally likely. Raises ConfigError unless 1 <= V <= L.
     """
     if not 1 <= num_visible <= num_patches:
         raise ConfigError(f"draw_visible: num_visible = {num_visible}, expected 1..{num_patches} (the number of patches)")

@@ -1,8 +1,8 @@
 """Run `python -m tests.golden_check DIR [CASE...]` to compare MP-MAE with the golden numbers of the published code.
 
 DIR holds manifest.json and <case>.safetensors (see the README of the golden set). One line per case; exit status 1 if any
-fails. Tolerances: float64 predictions 1e-6 absolute, losses 1e-9, gradient norms and trajectories 1e-7 relative; float32 5e-5,
-1e-5, 1e-3, 1e-4.
+fails. Tolerances: float64 predictions 1e-6 absolute, losses 1e-9, gradient norms and trajectories 1e-7 relative; float32
+5e-5, 1e-5, 1e-3, 1e-4.
 
 Shapes: N samples, C channels, H sites on a side of a stage's grid, K packed sites.
 """

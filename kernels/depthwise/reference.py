@@ -51,7 +51,9 @@ def _(x, weight, bias, index, grid_side):
 
 
 @torch.library.custom_op("mpmae::depthwise_conv_backward", mutates_args=())
-def _backward(grad: Tensor, x: Tensor, weight: Tensor, index: Tensor | None, grid_side: int) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, index: Tensor | None, grid_side: int
+) -> tuple[Tensor, Tensor, Tensor]:
     padding, channels = weight.shape[-1] // 2, weight.shape[0]
     grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
         _grid(grad, index, grid_side), _grid(x, index, grid_side), weight,

@@ -89,5 +89,13 @@ def _unpack_setup(ctx, inputs, output):
     ctx.save_for_backward(inputs[1])
 
 
-_pack.register_autograd(lambda ctx, grad: (_unpack(grad, ctx.saved_tensors[0], ctx.grid_side), None), setup_context=_pack_setup)
-_unpack.register_autograd(lambda ctx, grad: (_pack(grad, ctx.saved_tensors[0]), None, None), setup_context=_unpack_setup)
+def _pack_backward(ctx, grad):
+    return _unpack(grad, ctx.saved_tensors[0], ctx.grid_side), None
+
+
+def _unpack_backward(ctx, grad):
+    return _pack(grad, ctx.saved_tensors[0]), None, None
+
+
+_pack.register_autograd(_pack_backward, setup_context=_pack_setup)
+_unpack.register_autograd(_unpack_backward, setup_context=_unpack_setup)

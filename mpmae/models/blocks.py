@@ -122,7 +122,8 @@ def _morton_taps(weight: Tensor) -> Tensor:
     """The taps of a kernel [C_out, C_in, 2**j, 2**j] in Morton order: [C_out, C_in, 4**j]."""
     num_bits = weight.shape[-1].bit_length() - 1
     interleaved = [2 + bit + half * num_bits for bit in range(num_bits) for half in (0, 1)]
-    return weight.reshape(*weight.shape[:2], *[2] * (2 * num_bits)).permute(0, 1, *interleaved).reshape(*weight.shape[:2], -1)
+    bits = weight.reshape(*weight.shape[:2], *[2] * (2 * num_bits))
+    return bits.permute(0, 1, *interleaved).reshape(*weight.shape[:2], -1)
 
 
 def merge_valid(valid: Tensor | None, side: int) -> Tensor | None:

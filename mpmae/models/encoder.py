@@ -5,6 +5,8 @@ V visible ones, s sites on a side of a tile (8, 4, 2, 1 over the stages), K = V*
 Source: Nedungadi et al., "MMEarth", arXiv 2405.02771, section 4; Woo et al., "ConvNeXt V2", arXiv 2301.00808.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -73,7 +75,7 @@ class SparseEncoder(nn.Module):
         self.num_patches_side, self.patch_size = img_size // patch_size, patch_size
         self.stem_stride = patch_size // FIRST_TILE_SIDE
         self.stem = STEMS[stem](num_bands, dims[0], self.stem_stride)
-        self.downsamples = nn.ModuleList(Downsample(*pair) for pair in zip(dims, dims[1:], strict=False))
+        self.downsamples = nn.ModuleList(Downsample(*pair) for pair in pairwise(dims))
         self.stages = nn.ModuleList(
             nn.ModuleList(Block(dim, grn_scope=grn_scope, grn_eps=ENCODER_GRN_EPS) for _ in range(depth))
             for dim, depth in zip(dims, depths, strict=True)
@@ -96,13 +98,12 @@ class SparseEncoder(nn.Module):
         image: [N, B, S, S], finite. pixel_valid: bool [N, S, S], True where a pixel holds data. visible: int64 [N, V].
         """
         pixels = self.site_index(visible, self.patch_size)
-        side = image.shape[-1]
-        shown = blocks.unpack_sites(image.new_ones(*pixels.shape, 1), pixels, side) * pixel_valid[:, :, :, None]
-        valid = blocks.pack_sites(pixel_valid[:, :, :, None].to(torch.uint8), pixels)[:, :, 0].bool()
+        valid = blocks.pack_sites(pixel_valid[:, :, :, None], pixels)[:, :, 0]
         if bool(valid.all()):  # the one branch on data: without gaps, no stage has anything to mask
             valid = None
         stage_valid = blocks.merge_valid(valid, self.stem_stride)
-        x = self.stem(image.permute(0, 2, 3, 1) * shown, pixels, valid, stage_valid)
+        exists = self._shown_pixels(visible) & pixel_valid
+        x = self.stem(image.permute(0, 2, 3, 1) * exists[:, :, :, None], pixels, valid, stage_valid)
         for stage, tile_side in enumerate(self.tile_sides):
             if stage:
                 valid, stage_valid = stage_valid, blocks.merge_valid(stage_valid, 2)
@@ -111,3 +112,9 @@ class SparseEncoder(nn.Module):
             for block in self.stages[stage]:
                 x = block(x, sites)
         return x
+
+    def _shown_pixels(self, visible: Tensor) -> Tensor:
+        """True at the pixels of visible patches: bool [N, S, S]."""
+        side, patch = self.num_patches_side, self.patch_size
+        shown = torch.zeros(len(visible), side * side, dtype=torch.bool, device=visible.device).scatter(1, visible, True)
+        return shown.view(-1, side, 1, side, 1).expand(-1, -1, patch, -1, patch).reshape(-1, side * patch, side * patch)

@@ -4,12 +4,12 @@ Shapes: N samples, M hidden patches, Q values of a patch (p*p*C, channel fastest
 values of a tile vector.
 
 Default reduction: per sample the mean over its valid target values (on hidden patches), per modality the sum over samples
-divided by the number of tiles of the GLOBAL batch that have the modality. The shares of all micro batches and ranks add up to
-the loss of the global batch exactly, however it is cut.
+divided by the number of tiles of the GLOBAL batch that have the modality. The shares of all micro batches and ranks add up
+to the loss of the global batch exactly, however it is cut.
 
 What `reference_quirks=True` does instead, after the published code (MMEarth-train, `models/fcmae.py`):
-- every loss is a mean over the values of the local micro batch; the share of a micro batch is that mean times its part of the
-  global batch, so a result depends on the cut;
+- every loss is a mean over the values of the local micro batch; the share of a micro batch is that mean times its part of
+  the global batch, so a result depends on the cut;
 - continuous pixel modalities: no data is a target of 0 and counts; the mean of each patch is summed over the hidden patches
   and divided by the number of hidden patches with a non-zero loss;
 - sentinel2's per-patch normalisation includes the zeros that stand for no data;
@@ -17,8 +17,8 @@ What `reference_quirks=True` does instead, after the published code (MMEarth-tra
 - continuous tile modalities: the mean over all valid entries of the micro batch;
 - biome and eco_region: a row without data is class 0;
 - uncertainty weighting drops a term (its log variance too) whose loss is exactly 0.
-Not reproduced, since nothing can be compared with them: the NaN of a micro batch without any valid target (the loss is 0 here)
-and the crash when the last row or column of patches is hidden entirely. What the published code reads as data although it
+Not reproduced, since nothing can be compared with them: the NaN of a micro batch without any valid target (the loss is 0
+here) and the crash when the last row or column of patches is hidden entirely. What the published code reads as data although it
 is not (int16 aster -32768, int8 canopy height 127) is decided by the loader, before this module.
 """
 
@@ -77,9 +77,7 @@ def modality_share(
         return per_sample.sum() / num_present if num_present else per_sample.sum() * 0
 
 
-def _squared_errors(
-    spec: ModalitySpec, pred: Tensor, target: Tensor, valid: Tensor, norm_pix: bool, quirks: bool
-) -> Tensor:
+def _squared_errors(spec: ModalitySpec, pred: Tensor, target: Tensor, valid: Tensor, norm_pix: bool, quirks: bool) -> Tensor:
     target = torch.where(valid, target, 0).to(pred.dtype)
     if norm_pix and spec.name == "sentinel2":
         target = normalise_patches(target, torch.ones_like(valid) if quirks else valid)
@@ -105,8 +103,8 @@ def weigh(shares: dict[str, Tensor], log_vars: Tensor | None, part: Tensor, kept
     """The share of the training loss: a scalar from the unweighted shares of the modalities.
 
     log_vars: [number of modalities], s_i in the order of `shares`; None for the plain sum. With them
-    sum_i exp(-s_i) L_i + s_i (Kendall, Gal, Cipolla, "Multi-task learning using uncertainty", CVPR 2018, in the published code's
-    form), where s_i counts by `part`, this micro batch's part of the global batch, and only where `kept` says so.
+    sum_i exp(-s_i) L_i + s_i (Kendall, Gal, Cipolla, "Multi-task learning using uncertainty", CVPR 2018, in the published
+    code's form), where s_i counts by `part`, this micro batch's part of the global batch, and only where `kept` says so.
     """
     losses = torch.stack(list(shares.values()))
     if log_vars is None:

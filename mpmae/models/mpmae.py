@@ -1,7 +1,7 @@
 """MP-MAE: a masked autoencoder that reconstructs many Earth-observation modalities from Sentinel-2.
 
-Shapes: N samples, B input bands, S image side in pixels, p patch side in pixels, G patches on a side, L = G*G patches, V visible
-and M = L - V hidden ones, C channels.
+Shapes: N samples, B input bands, S image side in pixels, p patch side in pixels, G patches on a side, L = G*G patches,
+V visible and M = L - V hidden ones, C channels.
 Source: Nedungadi et al., "MMEarth", arXiv 2405.02771, section 4.
 """
 
@@ -187,7 +187,9 @@ class MPMAE(nn.Module):
         problems = []
         expected = (len(batch), self.num_visible)
         if visible.dtype != torch.int64:
-            problems.append(f"visible: dtype {visible.dtype}, expected torch.int64 patch numbers (see mpmae.masking.visible_index)")
+            problems.append(
+                f"visible: dtype {visible.dtype}, expected torch.int64 patch numbers (see mpmae.masking.visible_index)"
+            )
         if tuple(visible.shape) != expected:
             problems.append(f"visible: shape {list(visible.shape)}, expected {list(expected)} (samples, visible patches)")
         elif not problems and visible.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -205,7 +207,9 @@ class MPMAE(nn.Module):
         problems = []
         for name in dict.fromkeys((INPUT, *self.modalities_out)):
             if name not in batch.values or name not in batch.valid:
-                problems.append(f"batch: no {name}; it has {', '.join(batch.values)}. Load it or take it out of modalities_out")
+                problems.append(
+                    f"batch: no {name}; it has {', '.join(batch.values)}. Load it or take it out of modalities_out"
+                )
                 continue
             if name in self.bands_out and name not in batch.num_present:
                 problems.append(f"batch.num_present: no {name}; expected its number of tiles in the global batch")
@@ -214,7 +218,9 @@ class MPMAE(nn.Module):
             if shape != expected:
                 problems.append(f"batch.values[{name!r}]: shape {list(shape)}, expected {list(expected)}")
             if valid_shape != shape:
-                problems.append(f"batch.valid[{name!r}]: shape {list(valid_shape)}, expected that of the values, {list(shape)}")
+                problems.append(
+                    f"batch.valid[{name!r}]: shape {list(valid_shape)}, expected that of the values, {list(shape)}"
+                )
         if problems:
             raise ConfigError(problems)
 

@@ -63,8 +63,8 @@ def create_model(
     {name: bands or None for the default ones}; the losses keep the order of `mpmae.modalities.TARGETS`.
     mask_ratio: hidden fraction, in [0, 1). stem: "mmearth" (3x3 convolution first) or "convnext".
     loss_weighting: "uncertainty" (learned log variances) or "unweighted". norm_pix_loss: whether sentinel2 targets are
-    normalised per patch. grn_scope: over which sites the encoder's GRN takes its norm, "sample" or "batch" (the published code;
-    results then depend on the micro batch). init: "reference" (published code) or "convnextv2" (0.02 everywhere).
+    normalised per patch. grn_scope: over which sites the encoder's GRN takes its norm, "sample" or "batch" (the published
+    code; results then depend on the micro batch). init: "reference" (published code) or "convnextv2" (0.02 everywhere).
     reference_quirks: losses as the published code computes them, see `mpmae.models.losses`; it reads the bands that it
     reconstructs, so bands_in then defaults to sentinel2's output bands and may not differ from them.
     bands_available: bands that a batch's tensors hold, in order; default: those of `mpmae.modalities`.
@@ -84,7 +84,9 @@ def create_model(
         problems.append(f"create_model: unknown model {name!r}{hint} Known: {', '.join(list_models())}")
     problems += _size_problems(img_size, patch_size, decoder_dim, decoder_depth)
     available = {key: spec.bands for key, spec in MODALITIES.items()}
-    problems += [f"create_model: bands_available names an {_unknown(key)}" for key in bands_available or {} if key not in MODALITIES]
+    problems += [
+        f"create_model: bands_available names an {_unknown(key)}" for key in bands_available or {} if key not in MODALITIES
+    ]
     available |= {key: tuple(bands) for key, bands in (bands_available or {}).items()}
     bands_out = _bands_out(modalities_out, available, problems)
     if bands_in is None:
@@ -130,8 +132,8 @@ def _size_problems(img_size: int, patch_size: int, decoder_dim: int, decoder_dep
     factor, rest = divmod(patch_size, FIRST_TILE_SIDE)
     if patch_size <= 0 or rest or factor & (factor - 1):
         problems.append(
-            f"create_model: patch_size = {patch_size} is not supported; the stem's stride is patch_size / 8, so it is 8 times "
-            "a power of two: 8, 16, 32, 64, ..."
+            f"create_model: patch_size = {patch_size} is not supported; the stem's stride is patch_size / 8, so it is "
+            "8 times a power of two: 8, 16, 32, 64, ..."
         )
     elif img_size <= 0 or img_size % patch_size:
         below = img_size // patch_size * patch_size
@@ -167,7 +169,9 @@ def _bands_out(
         if spec_of(name).kind == "categorical":
             bands_out[name] = spec_of(name).bands
             if wanted[name] is not None and tuple(wanted[name]) != spec_of(name).bands:
-                problems.append(f"create_model: {name} holds class ids, not bands; give null instead of {list(wanted[name])}")
+                problems.append(
+                    f"create_model: {name} holds class ids, not bands; give null instead of {list(wanted[name])}"
+                )
             continue
         bands = _default_bands(name, available[name]) if wanted[name] is None else tuple(wanted[name])
         problems += _band_problems("modalities_out", name, bands, available[name])
@@ -184,7 +188,9 @@ def _band_problems(where: str, name: str, bands: Sequence[str], available: tuple
     missing = [band for band in bands if band not in available]
     problems = []
     if missing:
-        problems.append(f"create_model: {where}: {name} has no band {', '.join(missing)}; the set has {', '.join(available)}")
+        problems.append(
+            f"create_model: {where}: {name} has no band {', '.join(missing)}; the set has {', '.join(available)}"
+        )
     if len(set(bands)) != len(bands):
         problems.append(f"create_model: {where}: {name} lists a band twice: {', '.join(bands)}")
     if not bands:
