@@ -60,7 +60,7 @@ class DeepSpeedEngine(Engine):
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Engine."""
-        assert self._micro_step < self.num_micro_steps, "backward called again before step"
+        self._check_micro_step_left()
         self._ds.backward(loss * self.world_size, scale_wrt_gas=False)
         if not self._is_last_micro_step():
             self._ds.step()  # between accumulated micro steps it only counts
@@ -68,7 +68,7 @@ class DeepSpeedEngine(Engine):
 
     def step(self, lr: float) -> torch.Tensor:
         """See Engine."""
-        assert self._micro_step == self.num_micro_steps, f"step after {self._micro_step} of {self.num_micro_steps} micro steps"
+        self._check_all_micro_steps_done()
         set_lr(self._ds.optimizer, lr)
         if self.zero_stage == 0:
             grad_norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
@@ -96,8 +96,8 @@ class DeepSpeedEngine(Engine):
 
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
         """See Engine. Gathers one parameter at a time, from the float32 masters where there are any."""
+        from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
-        from deepspeed.zero import GatheredParameters
 
         state = {}
         for name, tensor in self._module.state_dict(keep_vars=True).items():
