@@ -41,7 +41,7 @@ def create_engine(
     name = config.engine.name
     if name == "fsdp":
         raise ConfigError(
-            "engine.name=fsdp: this version has ddp and deepspeed; ZeRO-3 (configs/ds/zero3.json) shards the same"
+            "engine.name=fsdp: this version has ddp and deepspeed (ZeRO-3 in configs/ds/zero3.json shards alike)"
         )
     if name == "ddp":
         if ds_config is not None:

@@ -101,8 +101,9 @@ class Engine(ABC):
         """Wait for all ranks."""
         self.world.barrier()
 
-    def close(self) -> None:  # noqa: B027: most engines hold nothing
+    def close(self) -> None:
         """Release what the engine holds; the World stays open. Not collective."""
+        self._module = None
 
     def _is_last_micro_step(self) -> bool:
         return self._micro_step == self.num_micro_steps - 1

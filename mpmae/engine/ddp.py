@@ -33,7 +33,8 @@ class DDPEngine(Engine):
         self._optimizer = build_optimizer(module, config.optim)
         self._ddp = None
         if world.world_size > 1:
-            self._ddp = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self._ddp = DistributedDataParallel(module, gradient_as_bucket_view=True)
+            self._ddp.broadcast_buffers = False  # no module here changes its buffers, so the first broadcast is enough
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See Engine."""

@@ -12,7 +12,10 @@ Where DeepSpeed 0.19.8 needs care:
   module's own forward. At stages 1-3 the weights themselves are bf16 too (masters are float32), at stage 0 float32.
 """
 
+import contextlib
 import functools
+import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from mpmae.engine.world import World
 from mpmae.errors import CheckpointError, ConfigError
 
 _TAG = "deepspeed"
+_LOG = logging.getLogger(__name__)
 
 
 class DeepSpeedEngine(Engine):
@@ -46,12 +50,13 @@ class DeepSpeedEngine(Engine):
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         if config.train.precision == "bf16":
             module.forward = _under_autocast(module.forward, world.device.type)
-        self._ds, *_ = deepspeed.initialize(
-            model=module.to(world.device),
-            optimizer=build_optimizer(module, config.optim),
-            config=ds_config,
-            dist_init_required=False,
-        )
+        module.to(world.device)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):  # memory reports that no setting turns off; warnings are logged elsewhere
+            self._ds, *_ = deepspeed.initialize(
+                model=module, optimizer=build_optimizer(module, config.optim), config=ds_config, dist_init_required=False
+            )
+        _LOG.debug("deepspeed.initialize printed:\n%s", printed.getvalue())
         self._writer = _install_writer(self._ds)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -114,6 +119,7 @@ class DeepSpeedEngine(Engine):
         """See Engine."""
         self._ds.destroy()
         self._module.__dict__.pop("forward", None)
+        super().close()
 
 
 def _import_deepspeed() -> Any:
