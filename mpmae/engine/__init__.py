@@ -40,10 +40,12 @@ def create_engine(
     """
     name = config.engine.name
     if name == "fsdp":
-        raise ConfigError("engine.name=fsdp: this version has ddp and deepspeed; ZeRO-3 (configs/ds/zero3.json) shards alike")
+        raise ConfigError(
+            "engine.name=fsdp: this version has ddp and deepspeed (ZeRO-3 in configs/ds/zero3.json shards alike)"
+        )
     if name == "ddp":
         if ds_config is not None:
-            raise ConfigError("engine.name=ddp with a DeepSpeed configuration, which it would ignore: set engine.name=deepspeed")
+            raise ConfigError("engine.name=ddp would ignore the DeepSpeed configuration given: set engine.name=deepspeed")
         from mpmae.engine.ddp import DDPEngine
 
         return DDPEngine(config, module, world, num_micro_steps)

@@ -103,9 +103,18 @@ class Engine(ABC):
 
     def close(self) -> None:
         """Release what the engine holds; the World stays open. Not collective."""
+        self._module = None
 
     def _is_last_micro_step(self) -> bool:
         return self._micro_step == self.num_micro_steps - 1
+
+    def _check_micro_step_left(self) -> None:
+        assert self._micro_step < self.num_micro_steps, f"a step has {self.num_micro_steps} micro steps: call step first"
+
+    def _check_all_micro_steps_done(self) -> None:
+        assert self._micro_step == self.num_micro_steps, (
+            f"step after {self._micro_step} of {self.num_micro_steps} micro steps"
+        )
 
     def _save_rng(self, folder: Path) -> None:
         save_tensors(rng_state(self.device), folder / f"rng-{self.rank:05d}-of-{self.world_size:05d}.pt")

@@ -33,7 +33,8 @@ class DDPEngine(Engine):
         self._optimizer = build_optimizer(module, config.optim)
         self._ddp = None
         if world.world_size > 1:
-            self._ddp = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self._ddp = DistributedDataParallel(module, gradient_as_bucket_view=True)
+            self._ddp.broadcast_buffers = False  # no module here changes its buffers, so the first broadcast is enough
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See Engine."""
@@ -47,13 +48,13 @@ class DDPEngine(Engine):
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Engine. DDP averages over ranks: the factor makes it a sum, exactly so where it is a power of two."""
-        assert self._micro_step < self.num_micro_steps, "backward called again before step"
+        self._check_micro_step_left()
         (loss * self.world_size).backward()
         self._micro_step += 1
 
     def step(self, lr: float) -> torch.Tensor:
         """See Engine."""
-        assert self._micro_step == self.num_micro_steps, f"step after {self._micro_step} of {self.num_micro_steps} micro steps"
+        self._check_all_micro_steps_done()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         grad_norm = nn.utils.get_total_norm(gradients)
         if self._clip_grad_norm is not None:

@@ -12,7 +12,10 @@ Where DeepSpeed 0.19.8 needs care:
   module's own forward. At stages 1-3 the weights themselves are bf16 too (masters are float32), at stage 0 float32.
 """
 
+import contextlib
 import functools
+import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from mpmae.engine.world import World
 from mpmae.errors import CheckpointError, ConfigError
 
 _TAG = "deepspeed"
+_LOG = logging.getLogger(__name__)
 
 
 class DeepSpeedEngine(Engine):
@@ -46,12 +50,13 @@ class DeepSpeedEngine(Engine):
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         if config.train.precision == "bf16":
             module.forward = _under_autocast(module.forward, world.device.type)
-        self._ds, *_ = deepspeed.initialize(
-            model=module.to(world.device),
-            optimizer=build_optimizer(module, config.optim),
-            config=ds_config,
-            dist_init_required=False,
-        )
+        module.to(world.device)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):  # memory reports that no setting turns off; warnings are logged elsewhere
+            self._ds, *_ = deepspeed.initialize(
+                model=module, optimizer=build_optimizer(module, config.optim), config=ds_config, dist_init_required=False
+            )
+        _LOG.debug("deepspeed.initialize printed:\n%s", printed.getvalue())
         self._writer = _install_writer(self._ds)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -60,7 +65,7 @@ class DeepSpeedEngine(Engine):
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Engine."""
-        assert self._micro_step < self.num_micro_steps, "backward called again before step"
+        self._check_micro_step_left()
         self._ds.backward(loss * self.world_size, scale_wrt_gas=False)
         if not self._is_last_micro_step():
             self._ds.step()  # between accumulated micro steps it only counts
@@ -68,7 +73,7 @@ class DeepSpeedEngine(Engine):
 
     def step(self, lr: float) -> torch.Tensor:
         """See Engine."""
-        assert self._micro_step == self.num_micro_steps, f"step after {self._micro_step} of {self.num_micro_steps} micro steps"
+        self._check_all_micro_steps_done()
         set_lr(self._ds.optimizer, lr)
         if self.zero_stage == 0:
             grad_norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
@@ -96,8 +101,8 @@ class DeepSpeedEngine(Engine):
 
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
         """See Engine. Gathers one parameter at a time, from the float32 masters where there are any."""
+        from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
-        from deepspeed.zero import GatheredParameters
 
         state = {}
         for name, tensor in self._module.state_dict(keep_vars=True).items():
@@ -114,6 +119,7 @@ class DeepSpeedEngine(Engine):
         """See Engine."""
         self._ds.destroy()
         self._module.__dict__.pop("forward", None)
+        super().close()
 
 
 def _import_deepspeed() -> Any:

@@ -19,14 +19,43 @@ from mpmae.errors import ConfigError
 
 AUTO = "auto"
 
-_KNOWN = (
-    "activation_checkpointing aio bf16 checkpoint comet comms_logger communication_data_type compile csv_monitor data_types "
-    "dataloader_drop_last disable_allgather disable_python_gc dump_state flops_profiler gradient_accumulation_steps "
-    "gradient_allreduce_op gradient_clipping gradient_predivide_factor log_level managed_gradient_accumulation "
-    "memory_breakdown prescale_gradients seq_parallel_communication_data_type sparse_gradients steps_per_print tensorboard "
-    "timers train_batch_size train_micro_batch_size_per_gpu wall_clock_breakdown wandb zero_allow_untested_optimizer "
-    "zero_force_ds_cpu_optimizer zero_optimization"
-).split()
+_KNOWN = [
+    "activation_checkpointing",
+    "aio",
+    "bf16",
+    "checkpoint",
+    "comet",
+    "comms_logger",
+    "communication_data_type",
+    "compile",
+    "csv_monitor",
+    "data_types",
+    "dataloader_drop_last",
+    "disable_allgather",
+    "disable_python_gc",
+    "dump_state",
+    "flops_profiler",
+    "gradient_accumulation_steps",
+    "gradient_allreduce_op",
+    "gradient_clipping",
+    "gradient_predivide_factor",
+    "log_level",
+    "managed_gradient_accumulation",
+    "memory_breakdown",
+    "prescale_gradients",
+    "seq_parallel_communication_data_type",
+    "sparse_gradients",
+    "steps_per_print",
+    "tensorboard",
+    "timers",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "wall_clock_breakdown",
+    "wandb",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+]
 
 _REFUSED = {
     "optimizer": "the run configuration owns it: set optim.*",
@@ -76,7 +105,7 @@ def load_ds_config(path: str | Path) -> dict[str, Any]:
     if twice:
         raise ConfigError(f"{path}: given twice in one section: {', '.join(twice)}; keep one of each")
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: the top level is a {type(raw).__name__}, expected an object such as configs/ds/zero2.json")
+        raise ConfigError(f"{path}: the top level is a {type(raw).__name__}, expected an object as in configs/ds/")
     return raw
 
 
@@ -121,13 +150,13 @@ def resolve_ds_config(
         if given == AUTO:
             problems += _set(resolved, key, value)
         elif isinstance(given, bool) != isinstance(value, bool) or given != value:
-            problems.append(f"{key} = {_show(given)}, but {owner} gives {_show(value)}: write {_show(AUTO)} or change the run")
+            problems.append(f"{key} = {_show(given)}, but {owner} gives {_show(value)}: write {_show(AUTO)}")
     for key, value in _defaults(raw).items():
         if _get(raw, key, AUTO) == AUTO:
             problems += _set(resolved, key, value)
 
     for path in _autos(resolved):
-        known = [key for key in (*_owned(config, 0, 1, 1, 1), *_defaults(raw), *_FIXED)]
+        known = [*_owned(config, 0, 1, 1, 1), *_defaults(raw)]
         problems.append(f"{path} is {_show(AUTO)} and nothing fills it: give a value; filled are {', '.join(known)}")
     if problems:
         raise ConfigError([f"{where}: {problem}" for problem in problems])

@@ -108,7 +108,8 @@ def current_world() -> World:
     backend = dist.get_backend()
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
-    return World(dist.get_rank(), local_rank, dist.get_world_size(), _local_world_size(dist.get_world_size()), device, backend)
+    world_size = dist.get_world_size()
+    return World(dist.get_rank(), local_rank, world_size, _local_world_size(world_size), device, backend)
 
 
 def _complete_environment(engine_name: str) -> tuple[str, ...]:

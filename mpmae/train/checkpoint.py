@@ -1,0 +1,227 @@
+"""Checkpoints that are complete or absent.
+
+    run.dir/checkpoints/
+      latest                     text: step-00000020
+      step-00000020/
+        checkpoint.json          step, data position, configuration, ...; the files and their sizes; written last
+        model.safetensors        the whole model, float32
+        engine/                  optimizer, ZeRO partitions, random state
+      step-00000030.partial/     a save that is under way, or that a crash cut off
+
+Written aside, fsync, checkpoint.json, fsync, rename: a folder without `.partial` is whole. Reading it needs no deepspeed.
+"""
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save as serialize
+
+from mpmae.engine.base import Engine
+from mpmae.engine.world import World, current_world
+from mpmae.errors import CheckpointError
+
+FORMAT_VERSION = 1
+META_NAME = "checkpoint.json"
+MODEL_NAME = "model.safetensors"
+ENGINE_FOLDER = "engine"
+LATEST_NAME = "latest"
+_PARTIAL = ".partial"
+_LOG = logging.getLogger(__name__)
+
+
+class Checkpoints:
+    """The checkpoint folder of a run. `save` is collective; the rest is for any process, also without a run."""
+
+    def __init__(self, folder: str | Path, keep_last: int, world: World | None = None):
+        self.folder = Path(folder)
+        self.keep_last = keep_last
+        self._world = world
+
+    def save(self, step: int, write: Callable[[Path], None], meta: dict[str, Any]) -> Path:
+        """The folder of a new complete checkpoint of `step` (steps done so far). All ranks call it together.
+
+        Every rank's `write(folder)` writes its files below the given folder; after an error it still has to have taken part
+        in all of its own collectives. `meta` is the plain data of checkpoint.json (see `checkpoint_meta`).
+
+        Afterwards only the newest `keep_last` complete checkpoints are left. Checkpoints of this or a later step, which a
+        run resumed from an older one finds, are set aside as `step-N.abandoned`.
+
+        Raises CheckpointError on every rank if any of them failed (disk full, no permission); the checkpoints that were
+        there are untouched.
+        """
+        world = self._world or current_world()
+        final = self.folder / _name(step)
+        partial = final.with_name(final.name + _PARTIAL)
+        self._together(world, step, lambda: self._start(partial) if world.rank == 0 else None)
+        try:
+            self._together(world, step, lambda: write(partial))
+            self._together(world, step, lambda: self._commit(partial, final, step, meta) if world.rank == 0 else None)
+        except CheckpointError:
+            if world.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)  # the next save removes what is still left
+            raise
+        if world.rank == 0:
+            try:
+                self._prune(step)
+            except OSError as error:
+                _LOG.warning("cannot remove old checkpoints in %s: %s; remove them by hand", self.folder, error)
+        return final
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint, or None. A torn one is passed over with a warning that names it."""
+        for path in reversed(self._all()):
+            problems = find_problems(path)
+            if not problems:
+                return path
+            _LOG.warning("checkpoint %s is torn, looking for an older one: %s", path, "; ".join(problems))
+        return None
+
+    def _start(self, partial: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(f"step-*{_PARTIAL}"):
+            shutil.rmtree(leftover)
+        partial.mkdir()
+
+    def _commit(self, partial: Path, final: Path, step: int, meta: dict[str, Any]) -> None:
+        files = {}
+        for path in sorted(partial.rglob("*")):
+            if path.is_file():
+                files[path.relative_to(partial).as_posix()] = path.stat().st_size
+            _fsync(path)
+        content = {**meta, "format_version": FORMAT_VERSION, "step": step, "files": files}
+        _write(partial / META_NAME, json.dumps(content, indent=2))
+        _fsync(partial)
+        if final.exists():
+            self._set_aside(final, step)
+        partial.rename(final)
+        _fsync(self.folder)
+        for path in self._all():
+            if _step(path) > step:
+                self._set_aside(path, step)
+        _write(self.folder / (LATEST_NAME + _PARTIAL), final.name + "\n")
+        (self.folder / (LATEST_NAME + _PARTIAL)).replace(self.folder / LATEST_NAME)
+        _fsync(self.folder)
+
+    def _set_aside(self, path: Path, step: int) -> None:
+        aside = path.with_name(path.name + ".abandoned")
+        if aside.exists():
+            shutil.rmtree(aside)
+        path.rename(aside)
+        _LOG.warning("checkpoint %s is not older than step %d, which is saved now: moved to %s", path, step, aside)
+
+    def _prune(self, newest_step: int) -> None:
+        complete = [path for path in self._all() if not find_problems(path)]
+        kept = set(complete[-self.keep_last :])
+        for path in self._all():
+            if path not in kept and _step(path) < newest_step:
+                partial = path.with_name(path.name + _PARTIAL)  # a cut-off removal must not look like a checkpoint
+                path.rename(partial)
+                shutil.rmtree(partial)
+
+    def _all(self) -> list[Path]:
+        """Folders named like checkpoints, oldest first."""
+        return sorted((p for p in self.folder.glob("step-*") if p.is_dir() and _step(p) is not None), key=_step)
+
+    def _together(self, world: World, step: int, action: Callable[[], None]) -> None:
+        """Runs `action`, then raises on all ranks if it failed on any, so that none of them waits for the others."""
+        problem = error = None
+        try:
+            action()
+        except Exception as caught:
+            error = caught
+            problem = f"rank {world.rank}: {type(caught).__name__}: {caught}"
+        problems = [p for p in world.gather_objects(problem) if p]
+        if problems:
+            free = _free_bytes(self.folder)
+            raise CheckpointError(
+                f"checkpoint of step {step} not saved in {self.folder} ({free / 2**30:.2f} GiB free): "
+                f"{'; '.join(problems)}. "
+                f"Earlier checkpoints are untouched; make room or mend the cause, then resume from the newest"
+            ) from error
+
+
+def write_engine(engine: Engine) -> Callable[[Path], None]:
+    """The `write` of `Checkpoints.save` for an engine: its state, and model.safetensors by rank 0."""
+
+    def write(folder: Path) -> None:
+        state = engine.full_state_dict()  # collective, so before anything that can fail on one rank only
+        (folder / ENGINE_FOLDER).mkdir(exist_ok=True)
+        engine.save(folder / ENGINE_FOLDER)
+        if state is not None:
+            _write(folder / MODEL_NAME, serialize(state, {"format": "pt"}))
+
+    return write
+
+
+def load_engine(engine: Engine, checkpoint: str | Path) -> None:
+    """Restore an engine from a checkpoint folder. Collective. Raises CheckpointError."""
+    engine.load(Path(checkpoint) / ENGINE_FOLDER)
+
+
+def load_meta(checkpoint: str | Path) -> dict[str, Any]:
+    """checkpoint.json of a complete checkpoint. Raises CheckpointError: absent, torn, or of a newer version."""
+    path = Path(checkpoint)
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint {path}; checkpoint.resume takes a folder such as checkpoints/step-00000020")
+    problems = find_problems(path)
+    if problems:
+        raise CheckpointError([f"checkpoint {path} is torn: {problem}; use an older one" for problem in problems])
+    return json.loads((path / META_NAME).read_text())
+
+
+def find_problems(checkpoint: Path) -> list[str]:
+    """What keeps a folder from being a complete checkpoint; empty if it is one."""
+    path = checkpoint / META_NAME
+    try:
+        meta = json.loads(path.read_text())
+        version, files = meta["format_version"], meta["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{META_NAME} is absent or unreadable ({type(error).__name__}: {error})"]
+    if not isinstance(files, dict):
+        return [f"{META_NAME} lists no files"]
+    if version != FORMAT_VERSION:
+        return [f"{META_NAME} has format version {version}, this program reads {FORMAT_VERSION}"]
+    problems = []
+    for name, num_bytes in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            problems.append(f"{name} is absent")
+        elif file.stat().st_size != num_bytes:
+            problems.append(f"{name} has {file.stat().st_size} bytes, expected {num_bytes}")
+    return problems
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _step(path: Path) -> int | None:
+    digits = path.name.removeprefix("step-")
+    return int(digits) if digits.isdigit() else None
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _fsync(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _free_bytes(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

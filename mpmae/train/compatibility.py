@@ -1,0 +1,100 @@
+"""Whether a checkpoint may be continued under the present configuration, and the record that this is judged by."""
+
+from typing import Any
+
+from mpmae.config import RunConfig
+from mpmae.errors import CheckpointError
+
+_FREE = ("run", "log", "checkpoint", "engine", "data.shards", "data.num_workers", "data.prefetch")
+_FORBIDDEN = ("model", "train.global_batch_size", "train.seed", "data.train_split")
+
+
+def checkpoint_meta(
+    config: RunConfig,
+    epoch: int,
+    batch_index: int,
+    shards_fingerprint: str,
+    world_size: int,
+    zero_stage: int | None,
+    **more: Any,
+) -> dict[str, Any]:
+    """The `meta` of `Checkpoints.save`: plain data that `check_compatible` reads.
+
+    `epoch` and `batch_index` say which global batch comes next; `zero_stage` is the engine's; `more` is kept as given.
+    """
+    return {
+        **more,
+        "epoch": epoch,
+        "batch_index": batch_index,
+        "config": config.model_dump(mode="json"),
+        "shards_fingerprint": shards_fingerprint,
+        "world_size": world_size,
+        "engine": config.engine.name,
+        "zero_stage": zero_stage,
+    }
+
+
+def check_compatible(
+    meta: dict[str, Any],
+    config: RunConfig,
+    shards_fingerprint: str,
+    world_size: int,
+    zero_stage: int | None = None,
+) -> list[str]:
+    """Notes on what differs harmlessly between a checkpoint's `meta` and the run that wants to continue it.
+
+    Raises CheckpointError with every difference that forbids it: model or modalities, shards, split, global batch size,
+    seed (the order of the samples), engine; for deepspeed also world size, ZeRO stage and precision.
+    """
+    notes, problems = [], []
+    now = _flatten(config.model_dump(mode="json"))
+    before = _flatten(meta["config"])
+    for key in sorted(now.keys() | before.keys()):
+        was, wanted = before.get(key, "(absent)"), now.get(key, "(absent)")
+        if was == wanted or _below(key, _FREE):
+            continue
+        change = f"{key}: {was!r} in the checkpoint, {wanted!r} now"
+        (problems if _below(key, _FORBIDDEN) else notes).append(change)
+
+    if meta["shards_fingerprint"] != shards_fingerprint:
+        problems.append(
+            f"data.shards: other samples than the checkpoint's (fingerprint {meta['shards_fingerprint'][:12]}, now "
+            f"{shards_fingerprint[:12]}); point data.shards at the same shard set"
+        )
+    if meta["engine"] != config.engine.name:
+        problems.append(f"engine.name: {meta['engine']!r} in the checkpoint, {config.engine.name!r} now")
+    elif config.engine.name == "deepspeed":
+        if meta["zero_stage"] != zero_stage:
+            problems.append(
+                f"ZeRO stage {meta['zero_stage']} in the checkpoint, {zero_stage} now: stages do not convert; use "
+                f"--ds-config configs/ds/zero{meta['zero_stage']}.json"
+            )
+        if meta["world_size"] != world_size:
+            problems.append(
+                f"world size {meta['world_size']} in the checkpoint, {world_size} now: ZeRO partitions fit no other; "
+                f"start {meta['world_size']} ranks"
+            )
+        precision = [note for note in notes if note.startswith("train.precision:")]
+        problems += [f"{note}; ZeRO partitions are of one precision" for note in precision]
+        notes = [note for note in notes if note not in precision]
+    elif meta["world_size"] != world_size:
+        notes.append(
+            f"world size {meta['world_size']} in the checkpoint, {world_size} now: sums run in another order, so the loss "
+            f"curve agrees to rounding only, and each rank's random state starts anew"
+        )
+    if problems:
+        raise CheckpointError([*problems, "to change any of these, start a new run, from model.safetensors if you like"])
+    return notes
+
+
+def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict) or not tree:
+        return {path: tree}
+    flat = {}
+    for key, value in tree.items():
+        flat |= _flatten(value, f"{path}.{key}" if path else key)
+    return flat
+
+
+def _below(key: str, prefixes: tuple[str, ...]) -> bool:
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in prefixes)

@@ -1,0 +1,73 @@
+"""Runs a function on several ranks, each a process of its own: `run_ranks(function, num_ranks, argument)`.
+
+As a script it is one of those processes: spawn.py FILE FUNCTION ARGUMENT_PICKLE RESULT_PICKLE.
+"""
+
+import importlib.util
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def run_ranks(function: Callable, num_ranks: int, argument: Any, folder: Path, timeout_s: float = 240.0) -> list[Any]:
+    """What `function(argument)` returned on each rank. Raises AssertionError with a rank's output if it failed or hung.
+
+    `function` belongs to a module file; it finds RANK, WORLD_SIZE and the rest in the environment, as under torchrun.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "argument.pkl").write_bytes(pickle.dumps(argument))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes, logs = [], []
+    for rank in range(num_ranks):
+        env = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(num_ranks),
+            "LOCAL_WORLD_SIZE": str(num_ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        log = folder / f"rank{rank}.log"
+        logs.append(log)
+        command = [sys.executable, __file__, function.__code__.co_filename, function.__name__]
+        command += [str(folder / "argument.pkl"), str(folder / f"result{rank}.pkl")]
+        with log.open("w") as file:
+            processes.append(subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT))
+    deadline = time.monotonic() + timeout_s
+    try:
+        while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
+            if time.monotonic() > deadline:
+                raise AssertionError(f"no end after {timeout_s} s:\n" + "\n".join(log.read_text()[-3000:] for log in logs))
+            time.sleep(0.05)
+        failed = [rank for rank, p in enumerate(processes) if p.poll()]
+        if failed:
+            raise AssertionError("\n".join(f"rank {rank}:\n{logs[rank].read_text()[-6000:]}" for rank in failed))
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    return [pickle.loads((folder / f"result{rank}.pkl").read_bytes()) for rank in range(num_ranks)]
+
+
+def _main(file: str, function: str, argument: str, result: str) -> None:
+    sys.path.insert(0, str(Path(file).parent))
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    value = getattr(module, function)(pickle.loads(Path(argument).read_bytes()))
+    Path(result).write_bytes(pickle.dumps(value))
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -1,0 +1,148 @@
+"""A small two-task model whose loss is a share of a global one, and a training run of it on any engine.
+
+Shapes: N samples of a micro batch, C channels.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mpmae.config import RunConfig, validate
+from mpmae.engine import LearningRate, create_engine, init_world, load_ds_config
+from mpmae.engine.base import Engine
+
+GLOBAL_BATCH = 16
+DS_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "ds"
+
+
+class Toy(nn.Module):
+    """Two heads over a trunk with every kind of parameter the models have: conv, ndim-2 scale, token, norm, scalar."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.LayerNorm(8)
+        self.gamma = nn.Parameter(torch.ones(1, 8))
+        self.token = nn.Parameter(torch.full((1, 1, 8), 0.02))
+        self.hidden = nn.Linear(8, 24)
+        self.head_a = nn.Linear(24, 4)
+        self.head_b = nn.Linear(24, 5)
+        self.log_variance = nn.Parameter(torch.zeros(2))
+        self.register_buffer("offset", torch.full((1,), 0.25))
+
+    def forward(self, x, target_a, target_b, has_b, num_b):
+        """This micro batch's share: mean over all samples for task a, over the `num_b` samples that have b for task b."""
+        features = self.norm(self.conv(x).flatten(2).mean(2))
+        hidden = torch.nn.functional.gelu(self.hidden(features * self.gamma + self.token[0]))
+        error_a = (self.head_a(hidden).float() - target_a + self.offset).square().mean(1).sum() / GLOBAL_BATCH
+        per_sample_b = nn.functional.cross_entropy(self.head_b(hidden).float(), target_b, reduction="none")
+        error_b = (per_sample_b * has_b).sum() / num_b  # zero-weighted, not skipped, where no sample has b
+        errors = torch.stack([error_a, error_b])
+        share = len(x) / GLOBAL_BATCH
+        return (torch.exp(-self.log_variance) * errors + share * self.log_variance).sum()
+
+
+@dataclass
+class Case:
+    """One training run."""
+
+    engine: str = "ddp"
+    stage: int = 0
+    num_micro_steps: int = 1
+    clip: float | None = None
+    precision: str = "fp32"
+    steps: int = 10
+    save_at: int | None = None
+    load_from: str | None = None
+    bad_step: int | None = None
+    ds_extra: dict | None = None
+
+    @property
+    def label(self) -> str:
+        name = self.engine if self.engine == "ddp" else f"zero{self.stage}"
+        return f"{name} x{self.num_micro_steps} clip={self.clip} {self.precision}"
+
+
+def run_config(case: Case) -> RunConfig:
+    train = {"global_batch_size": GLOBAL_BATCH, "precision": case.precision}
+    optim = {"clip_grad_norm": case.clip, "lr": 0.01, "weight_decay": 0.1}
+    return validate({"train": train, "optim": optim, "engine": {"name": case.engine}}, "toy")
+
+
+def make_engine(case: Case, world) -> Engine:
+    torch.manual_seed(1234 + world.rank)  # engines have to start from rank 0's weights
+    ds_config = None
+    if case.engine == "deepspeed":
+        ds_config = load_ds_config(DS_FOLDER / f"zero{case.stage}.json")
+        if case.stage == 3:  # so that small parameters are partitioned as well
+            ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        ds_config = json.loads(json.dumps(ds_config | (case.ds_extra or {})))
+    micro_batch = GLOBAL_BATCH // world.world_size // case.num_micro_steps
+    return create_engine(run_config(case), Toy(), world, ds_config, case.num_micro_steps, micro_batch)
+
+
+def global_batch(step: int) -> dict[str, torch.Tensor]:
+    """A batch in which only the first 5 samples have task b: the second of two ranks never has one."""
+    generator = torch.Generator().manual_seed(1000 + step % 3)
+    x = torch.randn(GLOBAL_BATCH, 3, 6, 6, generator=generator)
+    return {
+        "x": x,
+        "target_a": x.mean((2, 3)).repeat(1, 2)[:, :4] * 3,
+        "target_b": torch.randint(0, 5, (GLOBAL_BATCH,), generator=generator),
+        "has_b": (torch.arange(GLOBAL_BATCH) < 5).float(),
+    }
+
+
+def train(engine: Engine, case: Case, first: int, last: int) -> dict[str, list[float]]:
+    """Losses, gradient norms and a random draw per step."""
+    schedule = LearningRate(0.01, 0.0, 3, 12)
+    record = {"loss": [], "grad_norm": [], "draw": []}
+    rows = GLOBAL_BATCH // engine.world_size
+    micro = rows // case.num_micro_steps
+    for step in range(first, last):
+        batch = global_batch(step)
+        total = torch.zeros((), dtype=torch.float64)
+        for index in range(case.num_micro_steps):
+            start = engine.rank * rows + index * micro
+            part = {key: value[start : start + micro] for key, value in batch.items()}
+            if step == case.bad_step and engine.rank == engine.world_size - 1:
+                part["x"] = part["x"] * float("nan")
+            loss = engine.forward(**part, num_b=5)
+            engine.backward(loss)
+            total += loss.detach().double()
+        grad_norm = engine.step(schedule(step + 1))
+        record["loss"].append(engine.sum_over_ranks(total).item())
+        record["grad_norm"].append(grad_norm.item())
+        record["draw"].append(torch.rand(1).item())
+    return record
+
+
+def run_cases(cases: list[tuple[Case, str | None]]) -> list[dict[str, Any]]:
+    """Runs every case in one world; per case its record, full weights and what else was asked for."""
+    world = init_world("toy")
+    results = []
+    for case, folder in cases:
+        engine = make_engine(case, world)
+        result: dict[str, Any] = {"initial": engine.full_state_dict()}
+        if case.load_from is not None:
+            engine.load(Path(case.load_from))
+        first = case.save_at if case.load_from is not None else 0
+        if case.save_at is not None and case.load_from is None:
+            result |= train(engine, case, 0, case.save_at)
+            if world.rank == 0:
+                Path(folder).mkdir(parents=True)
+            world.barrier()
+            engine.save(Path(folder))
+            rest = train(engine, case, case.save_at, case.steps)
+            result |= {"rest_" + key: value for key, value in rest.items()}
+        else:
+            result |= train(engine, case, first, case.steps)
+        result["state"] = engine.full_state_dict()
+        results.append(result)
+        engine.close()
+    world.close()
+    return results
