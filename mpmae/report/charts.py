@@ -167,18 +167,19 @@ def _y_axis(numbers: Sequence[float], zero_based: bool) -> _Axis:
 
 
 def ticks(low: float, high: float, log: bool) -> list[float]:
-    """Round values within low..high: about four on a linear axis; powers of ten (with 2 and 5 if few) on a logarithmic one."""
+    """Round values within low..high: at least three, or powers of ten (with 2 and 5 if few) if `log`."""
     if log:
         powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
         found = [10.0**p for p in powers if low <= 10.0**p <= high]
         if len(found) < 3:
             found = [m * 10.0**p for p in powers for m in (1, 2, 5) if low <= m * 10.0**p <= high]
         return found[:: math.ceil(len(found) / 5)]
-    raw = (high - low) / 4
-    scale = 10.0 ** math.floor(math.log10(raw))
-    spacing = next(m * scale for m in (1, 2, 5, 10) if raw <= m * scale * 1.0000001)
-    first, last = math.ceil(low / spacing - 1e-9), math.floor(high / spacing + 1e-9)
-    return [round(i * spacing, 12) if spacing > 1e-9 else i * spacing for i in range(first, last + 1)]
+    scale = 10.0 ** math.floor(math.log10(high - low))
+    for spacing in (5 * scale, 2 * scale, scale, scale / 2, scale / 5):
+        first, last = math.ceil(low / spacing - 1e-9), math.floor(high / spacing + 1e-9)
+        if last - first >= 2:
+            break
+    return [i * spacing for i in range(first, last + 1)]
 
 
 def _tick_text(value: float) -> str:
@@ -187,7 +188,7 @@ def _tick_text(value: float) -> str:
         if size >= limit:
             unit = 1e3 if letter == "k" else limit
             return f"{value / unit:.4g}{letter}".replace("-", "\N{MINUS SIGN}")
-    text = f"{value:.0e}".replace("e-0", "e-") if 0 < size < 1e-3 else f"{value:.4g}"
+    text = f"{value:.2g}".replace("e-0", "e-") if 0 < size < 1e-2 else f"{value:.4g}"
     return text if "e" in text else text.replace("-", "\N{MINUS SIGN}")
 
 

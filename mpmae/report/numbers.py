@@ -124,9 +124,8 @@ def warnings(data: ReportData) -> list[str]:
             values = series(objects, "losses", name)
             broken = [step for step, loss in values if not math.isfinite(loss)]
             if broken:
-                found.append(
-                    f"{title_of(name)}: no finite {what} loss in {len(broken):,} of {len(values):,} entries, first at step {broken[0]:,}."
-                )
+                share = f"{len(broken):,} of {len(values):,} entries, first at step {broken[0]:,}"
+                found.append(f"{title_of(name)}: no finite {what} loss in {share}.")
     return found
 
 
@@ -191,7 +190,7 @@ def compact(value: float) -> str:
     elif size >= 100:
         text = f"{value:,.0f}"
     else:
-        text = f"{value:.3g}"
+        text = f"{value:#.3g}"
     return text.replace("-", "\N{MINUS SIGN}") if value < 0 and "e" not in text else text
 
 

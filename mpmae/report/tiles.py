@@ -28,9 +28,10 @@ from mpmae.report.pictures import (
 from mpmae.report.vectors import VectorTables, degrees_text, vector_tables
 
 PICTURE_SIDE_PX = 224
-_MIN_REFLECTANCE_SPAN = 600.0  # 0.06: a dark, even tile must not become coloured noise
+_MIN_REFLECTANCE_SPAN = 0.05  # a dark, even tile must not become coloured noise
+_REFLECTANCE = 1e-4  # Sentinel-2 digital number -> reflectance
 # Usual backscatter of land, in dB: (low, high) of the co-polarised band, the cross-polarised band and their difference.
-RADAR_RANGE_DB = ((-22.0, -2.0), (-28.0, -10.0), (2.0, 14.0))
+RADAR_RANGE_DB = ((-22.0, -2.0), (-29.0, -8.0), (0.0, 12.0))
 RADAR_ORBITS = {"asc": "ascending pass", "desc": "descending pass"}
 OPTICAL_LOOKS = {"true colour": ("B4", "B3", "B2"), "false colour": ("B8", "B4", "B3")}
 # modality -> band -> (title, unit, colour map)
@@ -87,12 +88,13 @@ class ScaleLegend:
 
 @dataclass
 class Row:
-    """One way of looking at one modality. No `figures`: the `notes` say why. `is_input`: the encoder saw part of it."""
+    """One way of looking at one modality. `absent`: the tile has no data for it. `is_input`: the encoder saw part of it."""
 
     title: str
     detail: str = ""
     error: str = ""
     is_input: bool = False
+    absent: bool = False
     figures: list[Figure] = field(default_factory=list)
     classes: list[LegendClass] = field(default_factory=list)
     scale: ScaleLegend | None = None
@@ -101,11 +103,13 @@ class Row:
 
 @dataclass(frozen=True)
 class TileView:
-    """One tile of the page."""
+    """One tile of the page; `absent` are titles of what has no data here, `inputs` rows the encoder saw part of."""
 
     title: str
     facts: str
-    rows: list[Row]
+    absent: list[str]
+    inputs: list[Row]
+    others: list[Row]
     tables: VectorTables
 
 
@@ -123,14 +127,24 @@ def tile_view(tile: TilePicture) -> TileView:
         facts.insert(0, f"{degrees_text('lat', tile.lat)} {degrees_text('lon', tile.lon)}")
     if tile.place:
         facts.insert(0, tile.place)
-    rows = [row for name in MODALITIES if name in tile.maps for row in _rows(tile, MODALITIES[name])]
-    return TileView(tile.tile_id, " · ".join(facts), rows, vector_tables(tile.vectors))
+    specs = [spec for name, spec in MODALITIES.items() if name in tile.maps]
+    specs.sort(key=lambda spec: spec.kind == "categorical")  # land-cover maps side by side
+    rows = [row for spec in specs for row in _rows(tile, spec)]
+    shown = [row for row in rows if not row.absent]
+    return TileView(
+        title=tile.tile_id,
+        facts=" · ".join(facts),
+        absent=[row.title for row in rows if row.absent],
+        inputs=[row for row in shown if row.is_input],
+        others=[row for row in shown if not row.is_input],
+        tables=vector_tables(tile.vectors),
+    )
 
 
 def _rows(tile: TilePicture, spec: ModalitySpec) -> list[Row]:
     triple = tile.maps[spec.name]
     if not np.any(triple.valid):
-        rows = [Row(spec.title, notes=["No data in this tile."])]
+        return [Row(spec.title, absent=True)]
     elif spec.kind == "categorical":
         rows = [_class_row(tile, spec)]
     elif spec.name == "sentinel2":
@@ -152,15 +166,15 @@ def _optical_row(tile: TilePicture, look: str, bands: tuple[str, ...]) -> Row:
     if absent:
         row.notes.append(f"Not shown: {', '.join(absent)} not among the reconstructed bands.")
         return row
-    target, prediction = _bands(triple, bands)
+    target, prediction = (Layer(layer.values * _REFLECTANCE, layer.is_data) for layer in _bands(triple, bands))
     if not target.is_data.any():
-        row.notes.append("No data in these bands.")
+        row.absent = True
         return row
     stretch = Stretch.of(target.values, np.broadcast_to(target.is_data, target.values.shape), _MIN_REFLECTANCE_SPAN)
-    low, high = stretch.low.min(), stretch.high.max()
-    row.detail += f" Stretched from the target's 2nd to its 98th percentile, within {low:,.0f} to {high:,.0f} ({spec.unit})."
+    low, high = max(stretch.low.min(), 0.0), stretch.high.max()
+    row.detail += f" Stretched from the target's 2nd to its 98th percentile: reflectance {low:.2f} to {high:.2f}."
     _add_figures(row, tile, spec.name, target, prediction, lambda layer: colour_composite(*layer, stretch))
-    row.error = _rmse_text(tile, target, prediction, "", decimals=0)
+    row.error = _rmse_text(tile, target, prediction, "", decimals=4)
     return row
 
 
@@ -181,14 +195,14 @@ def _radar_rows(tile: TilePicture, orbit: str) -> list[Row]:
         _add_figures(row, tile, spec.name, target, prediction, lambda layer: _radar_composite(layer, stretch))
         row.error = _rmse_text(tile, target, prediction, "dB", decimals=1)
         rows.append(row)
-    return rows or [Row(title, notes=["No data: this tile has no such pass."])]
+    return rows or [Row(title, absent=True)]
 
 
 def _band_row(tile: TilePicture, spec: ModalitySpec, band: str, title: str, unit: str, colormap: str) -> Row:
     target, prediction = _bands(tile.maps[spec.name], (band,))
     row = Row(title)
     if not target.is_data.any():
-        row.notes.append("No data in this tile.")
+        row.absent = True
         return row
     is_elevation = band == "elevation"
     scale = ColourScale.of(target.values[0], target.is_data, colormap, _MIN_SCALE_SPAN, from_zero=not is_elevation)
@@ -216,8 +230,8 @@ def _class_row(tile: TilePicture, spec: ModalitySpec) -> Row:
     compared = tile.hidden_pixels & target.is_data & prediction.is_data
     truth, guess = triple.target[compared], triple.prediction[compared]
     for class_id, land_class in enumerate(spec.classes):
-        shown = any((layer.values[0] == class_id)[layer.is_data].any() for layer in (target, prediction))
-        if shown:
+        drawn = (triple.target[target.is_data], triple.prediction[prediction.is_data & tile.hidden_pixels])
+        if any(np.any(ids == class_id) for ids in drawn):
             shares = [100 * float(np.mean(ids == class_id)) if ids.size else None for ids in (truth, guess)]
             row.classes.append(LegendClass(land_class.name, land_class.colour, *shares))
     if truth.size:

@@ -4,6 +4,7 @@ Latitude, longitude and month reach the model as (sin, cos) of an angle: degrees
 month (MMEarth data, arXiv 2405.02771, appendix).
 """
 
+import calendar
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ import numpy as np
 from mpmae.modalities import MODALITIES
 from mpmae.report.data import ClassGuess, VectorPair
 
-ABSENT = "no data"
+ABSENT = "–"
 PERIODS = {"previous_month": "Previous month", "month": "Month", "year": "Year"}
 _QUANTITIES = {
     "temperature_mean": "Temperature, mean",
@@ -20,13 +21,16 @@ _QUANTITIES = {
     "temperature_max": "Temperature, highest",
     "precipitation_sum": "Precipitation",
 }
-_MONTHS = "January February March April May June July August September October November December".split()
+_MONTHS = calendar.month_name[1:]
 _ZERO_CELSIUS_K = 273.15
 
 
 @dataclass(frozen=True)
 class PlaceRow:
-    """A quantity with its target, its prediction and how far apart they are, as text; `right` for classes only."""
+    """A quantity with its target, its prediction and how far apart they are, as text.
+
+    `right` is for classes: True = the likeliest is the target, False = the target is not among those shown.
+    """
 
     title: str
     target: str
@@ -78,9 +82,10 @@ def degrees_text(name: str, degrees: float) -> str:
 
 
 def month_text(month: float) -> str:
-    """A month number (1 = January; any real number, modulo 12) with its name: `June (6.2)`."""
-    number = (month - 0.5) % 12 + 0.5
-    return f"{_MONTHS[(round(number) - 1) % 12]} ({number:.1f})"
+    """A month number (1 = January; any real number, modulo 12) with its name: `June`, or `June (6.2)` if not whole."""
+    number = round((month - 0.5) % 12 + 0.5, 1)
+    name = _MONTHS[(round(number) - 1) % 12]
+    return name if number == round(number) else f"{name} ({number:.1f})"
 
 
 def _entries(pair: VectorPair) -> list[tuple[str, float, float, bool]]:
@@ -94,7 +99,7 @@ def _class_row(title: str, guess: ClassGuess) -> PlaceRow:
         return PlaceRow(title, guess.target or ABSENT, likeliest or "none", "")
     place = names.index(guess.target) + 1 if guess.target in names else None
     verdict = {1: "✓ right", None: "✗ not in the first three"}.get(place, f"~ likeliest no. {place}")
-    return PlaceRow(title, guess.target, likeliest, verdict, place == 1)
+    return PlaceRow(title, guess.target, likeliest, verdict, {1: True, None: False}.get(place))
 
 
 def _angle_row(name: str, title: str, pair: VectorPair) -> PlaceRow:
