@@ -135,8 +135,32 @@ class MPMAE(nn.Module):
             grid = blocks.pack_sites(grid.unflatten(1, (self.num_patches_side, -1)), patches + sample)
         return {name: head(grid) for name, head in self.heads.pixel.items()}
 
+    def constant_shares(self, batch: Batch, visible: Tensor, constants: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Unweighted loss shares of a predictor that says the same everywhere, whatever it sees.
+
+        constants: per modality one value [1] for all bands (normalised units), or the logits of the classes [K].
+        """
+        hidden = blocks.hidden_patches(visible, self.num_patches)
+        predictions = {}
+        for name, constant in constants.items():
+            spec = spec_of(name)
+            if spec.kind == "categorical":
+                values = constant.repeat(self.patch_size**2) if spec.scope == "pixel" else constant
+            else:
+                values = constant.expand(len(self.bands_out[name]) * (self.patch_size**2 if spec.scope == "pixel" else 1))
+            predictions[name] = values.expand(len(batch), *(hidden.shape[1:] if spec.scope == "pixel" else ()), -1)
+        return self._shares(batch, predictions, hidden)
+
     def _loss(self, batch: Batch, predictions: dict[str, Tensor], hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        counted = ~batch.padding
+        shares = self._shares(batch, predictions, hidden)
+        if self.reference_quirks:
+            kept = {name: share.detach() != 0 for name, share in shares.items()}
+        else:
+            kept = {name: batch.num_present[name] > 0 for name in shares}
+        part = (~batch.padding).sum() / batch.global_batch_size
+        return losses.weigh(shares, self.log_vars, part, kept), shares
+
+    def _shares(self, batch: Batch, predictions: dict[str, Tensor], hidden: Tensor) -> dict[str, Tensor]:
         shares = {}
         for name in self.modalities_out:
             target, valid = self._target(batch, name, hidden)
@@ -145,17 +169,13 @@ class MPMAE(nn.Module):
                 predictions[name],
                 target,
                 valid,
-                counted,
+                ~batch.padding,
                 num_present=batch.num_present[name],
                 global_batch_size=batch.global_batch_size,
                 norm_pix=self.norm_pix_loss,
                 quirks=self.reference_quirks,
             )
-        if self.reference_quirks:
-            kept = {name: share.detach() != 0 for name, share in shares.items()}
-        else:
-            kept = {name: batch.num_present[name] > 0 for name in shares}
-        return losses.weigh(shares, self.log_vars, counted.sum() / batch.global_batch_size, kept), shares
+        return shares
 
     def _target(self, batch: Batch, name: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Target and validity of a modality, laid out as its prediction."""

@@ -1,35 +1,32 @@
 """A pretraining run from configuration to last checkpoint."""
 
-import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
 
 from mpmae.config import RunConfig
-from mpmae.engine import create_engine, init_world
-from mpmae.engine.base import Engine
-from mpmae.engine.ds_config import load_ds_config
-from mpmae.engine.world import World, world_size_from_environment
+from mpmae.engine import Engine, World, create_engine, init_world, load_ds_config
+from mpmae.engine.ds_config import resolve_ds_config, zero_stage
 from mpmae.errors import ConfigError, TrainingError
 from mpmae.loader import Augmentation, Batch, CpuLoader, ShardReader
 from mpmae.masking import draw_visible
 from mpmae.models import MPMAE, create_model
 from mpmae.shard_format import Manifest, load_manifest
-from mpmae.train.checkpoint import Checkpoints, check_compatible
+from mpmae.train.checkpoint import Checkpoints, load_engine, load_meta, write_engine
+from mpmae.train.compatibility import check_compatible, checkpoint_meta
 from mpmae.train.demo_data import ensure_demo_shards
 from mpmae.train.meter import Meter
 from mpmae.train.plan import RunPlan, make_plan, show_plan
-from mpmae.train.progress import ProgressLine
+from mpmae.train.progress import ProgressLine, make_console
 from mpmae.train.record import write_run_json
 from mpmae.train.track import open_trackers
 from mpmae.train.validate import Validator
-
-log = logging.getLogger(__name__)
 
 
 def pretrain(config: RunConfig) -> None:
@@ -47,11 +44,29 @@ def pretrain(config: RunConfig) -> None:
 
 
 def dry_run(config: RunConfig) -> None:
-    """Print what `pretrain` would do, for the world size of the environment, and build nothing on disk but demo shards."""
+    """Print what `pretrain` would do for the world size of the environment; writes nothing but the demo shards."""
     ensure_demo_shards(config.data.shards)
     manifest = load_manifest(config.data.shards)
-    plan = make_plan(config, manifest, world_size_from_environment())
-    show_plan(Console(), config, plan, manifest, build_model(config, manifest))
+    plan = make_plan(config, manifest, int(os.environ.get("WORLD_SIZE", "1")))
+    ds_config = resolved_ds_config(config, plan)
+    console = make_console(quiet=os.environ.get("RANK", "0") != "0")
+    show_plan(console, config, plan, manifest, build_model(config, manifest))
+    if ds_config:
+        console.print_json(data=ds_config)
+
+
+def resolved_ds_config(config: RunConfig, plan: RunPlan) -> dict[str, Any] | None:
+    """The DeepSpeed configuration with nothing left open; None for another engine. ConfigError where it does not fit."""
+    path = config.engine.ds_config
+    if config.engine.name != "deepspeed":
+        if path:
+            raise ConfigError(f"engine.ds_config = {path}, but engine.name = {config.engine.name} would ignore it; drop one")
+        return None
+    if path is None:
+        raise ConfigError("engine.name = deepspeed needs a DeepSpeed configuration: --ds-config configs/ds/zero2.json")
+    batch = plan.batch
+    raw = load_ds_config(path)
+    return resolve_ds_config(raw, config, batch.world_size, batch.micro_batch_size, batch.num_micro_steps, path)
 
 
 def build_model(config: RunConfig, manifest: Manifest) -> MPMAE:
@@ -67,26 +82,27 @@ class Run:
 
     def __init__(self, config: RunConfig, world: World):
         self.config, self.world = config, world
-        self.console = Console(quiet=world.rank != 0)
+        self.console = make_console(quiet=world.rank != 0)
         if world.rank == 0:
             ensure_demo_shards(config.data.shards)
         world.barrier()
         self.manifest = load_manifest(config.data.shards)
         self.plan: RunPlan = make_plan(config, self.manifest, world.world_size)
         self.checkpoints = Checkpoints(config.run.dir / "checkpoints", config.checkpoint.keep_last)
+        self.ds_config = resolved_ds_config(config, self.plan)
         start = self._find_start()
         model = build_model(config, self.manifest)
-        if world.rank == 0:
-            show_plan(self.console, config, self.plan, self.manifest, model)
-        raw_ds = load_ds_config(config.engine.ds_config) if config.engine.ds_config else None
+        num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 takes them apart
+        show_plan(self.console, config, self.plan, self.manifest, model)
+        batch = self.plan.batch
         self.engine: Engine = create_engine(
-            config, model, world, raw_ds, self.plan.batch.num_micro_steps, self.plan.batch.micro_batch_size
+            config, model, world, self.ds_config, batch.num_micro_steps, batch.micro_batch_size
         )
         self.model: MPMAE = self.engine.module
         self.start_step = 0
         if start:
-            self.engine.load(start)
-            self.start_step = self.checkpoints.load_meta(start)["step"]
+            load_engine(self.engine, start)
+            self.start_step = load_meta(start)["step"]
             self.console.print(f"continuing from {start} at step {self.start_step}")
         train, val = config.data.train_split, config.data.val_split
         self.loader = self._loader(train, Augmentation(hflip=config.data.hflip, vflip=config.data.vflip))
@@ -96,12 +112,12 @@ class Run:
             config.run.dir.mkdir(parents=True, exist_ok=True)
             facts = {
                 "world_size": world.world_size,
-                "num_parameters": sum(p.numel() for p in model.parameters()),
+                "num_parameters": num_parameters,
                 "total_steps": self.plan.total_steps,
                 "steps_per_epoch": self.plan.order.steps_per_epoch,
                 "shards_fingerprint": self.manifest.fingerprint,
             }
-            write_run_json(config, self.engine.ds_config, facts, start)
+            write_run_json(config, self.ds_config, facts, start)
         self.trackers = open_trackers(config, self.start_step) if world.rank == 0 else None
 
     def _loader(self, split: str, augmentation: Augmentation) -> CpuLoader:
@@ -127,8 +143,9 @@ class Run:
             return None
         start = self.checkpoints.latest() if resume == "auto" else Path(resume)
         if start:
-            meta = self.checkpoints.load_meta(start)
-            for note in check_compatible(meta, self.config, self.manifest.fingerprint, self.world.world_size):
+            stage = zero_stage(self.ds_config) if self.ds_config else None
+            known = (self.config, self.manifest.fingerprint, self.world.world_size, stage)
+            for note in check_compatible(load_meta(start), *known):
                 self.console.print(f"[yellow]note:[/yellow] {note}")
         return start
 
@@ -163,7 +180,7 @@ class Run:
             visible = self._visible(epoch, batch)
             out = self.engine.forward(batch.to(self.engine.device), visible)
             self.engine.backward(out.loss)
-            meter.add(out.loss, out.losses)
+            meter.add(out.loss, out.losses, batch.num_present)
         lr = self.plan.learning_rate(step)
         grad_norm = self.engine.step(lr)
         meter.finish_step(step + 1, epoch, lr, grad_norm)
@@ -181,7 +198,7 @@ class Run:
                 self.trackers.log("metrics", record)
                 progress.update(record)
             if not math.isfinite(record["loss"]):
-                bad = [name for name, loss in record["losses"].items() if not math.isfinite(loss)]
+                bad = [name for name, loss in record["losses"].items() if loss is not None and not math.isfinite(loss)]
                 raise TrainingError(
                     f"step {record['step']}: the loss is {record['loss']} (modalities: {', '.join(bad) or 'none alone'}); "
                     f"lower optim.blr, set optim.clip_grad_norm, or resume from a checkpoint in {self.config.run.dir}"
@@ -197,14 +214,10 @@ class Run:
         meter.restart_clock()
 
     def _save(self, step: int, meter: Meter) -> None:
-        meta = {
-            "step": step,
-            "epoch": step // self.plan.order.steps_per_epoch,
-            "config": self.config.model_dump(mode="json"),
-            "shards_fingerprint": self.manifest.fingerprint,
-            "world_size": self.world.world_size,
-        }
-        self.checkpoints.save(step, self.engine, meta)
+        epoch, batch_index = divmod(step, self.plan.order.steps_per_epoch)
+        facts = (self.manifest.fingerprint, self.world.world_size, self.engine.zero_stage)
+        meta = checkpoint_meta(self.config, epoch, batch_index, *facts)
+        self.checkpoints.save(step, write_engine(self.engine), meta)
         meter.restart_clock()
 
     def close(self) -> None:

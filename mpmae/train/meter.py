@@ -29,6 +29,7 @@ class Meter:
         self._engine, self._modalities, self._global_batch_size = engine, modalities, global_batch_size
         self._lag = 2 if engine.device.type == "cuda" else 0
         self._sums = torch.zeros(len(modalities) + 1, dtype=torch.float64, device=engine.device)
+        self._absent: set[str] = set()
         self._pending: deque[tuple[dict[str, Any], torch.Tensor]] = deque()
         self._step_start, self._wait_s = time.perf_counter(), 0.0
 
@@ -37,8 +38,9 @@ class Meter:
         self._wait_s += seconds
 
     @torch.no_grad()
-    def add(self, loss: torch.Tensor, losses: dict[str, torch.Tensor]) -> None:
-        """Add a micro batch's shares of the global loss."""
+    def add(self, loss: torch.Tensor, losses: dict[str, torch.Tensor], num_present: dict[str, int]) -> None:
+        """Add a micro batch's shares of the global loss; a modality that no tile of the global batch has gets no number."""
+        self._absent = {name for name in self._modalities if not num_present[name]}
         self._sums += torch.stack([loss, *(losses[name] for name in self._modalities)]).to(self._sums.dtype)
 
     @torch.no_grad()
@@ -51,6 +53,7 @@ class Meter:
         known = {
             "step": step,
             "epoch": epoch,
+            "absent": self._absent,
             "lr": lr,
             "images_per_s": self._global_batch_size / elapsed_s,
             "data_wait_percent": 100 * self._wait_s / elapsed_s,
@@ -72,7 +75,7 @@ class Meter:
         while len(self._pending) > (0 if everything else self._lag):
             known, numbers = self._pending.popleft()
             loss, *losses, grad_norm = numbers.tolist()
-            by_modality = dict(zip(self._modalities, losses, strict=True))
+            by_modality = dict(zip(self._modalities, losses, strict=True)) | dict.fromkeys(known.pop("absent"))
             first = {"step": known["step"], "epoch": known["epoch"], "loss": loss, "losses": by_modality}
             records.append(first | {"lr": known["lr"], "grad_norm": grad_norm} | known)
         return records

@@ -10,6 +10,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 PLAIN_INTERVAL_S = 10.0
 
 
+def make_console(quiet: bool) -> Console:
+    """The console of a run; wide enough for a plan in a log file."""
+    console = Console(quiet=quiet, highlight=False)
+    return console if console.is_terminal else Console(quiet=quiet, highlight=False, width=160)
+
+
 class ProgressLine:
     """Shows step, loss, rate, data wait, memory and time left."""
 
