@@ -63,6 +63,11 @@ class CpuLoader:
         batches = evaluation_batches(everyone, batch_size, rank, world_size)
         return self._run(self._job(0, ids, num_present, len(everyone), padding) for ids, padding in batches)
 
+    def batch_of(self, sample_ids: np.ndarray) -> Batch:
+        """The given samples (int64 [N]) as one batch by themselves, with the views of epoch 0."""
+        num_present = self.reader.num_present(sample_ids, self.modalities)
+        return self._job(0, sample_ids, num_present, len(sample_ids))()[1]
+
     def _job(
         self, epoch: int, ids: np.ndarray, num_present: dict[str, int], total: int, padding: np.ndarray | None = None
     ) -> Callable[[], tuple[int, Batch]]:
