@@ -188,8 +188,10 @@ def _tick_text(value: float) -> str:
         if size >= limit:
             unit = 1e3 if letter == "k" else limit
             return f"{value / unit:.4g}{letter}".replace("-", "\N{MINUS SIGN}")
-    text = f"{value:.2g}".replace("e-0", "e-") if 0 < size < 1e-2 else f"{value:.4g}"
-    return text if "e" in text else text.replace("-", "\N{MINUS SIGN}")
+    if 0 < size < 1e-2:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
 
 
 def _grid(root: ElementTree.Element, x: _Axis, y: _Axis) -> None:

@@ -42,15 +42,18 @@ def number(value: Any) -> float:
 
 
 def series(objects: Sequence[Mapping[str, Any]], *keys: str) -> Series:
-    """(step, value) of every object that has the key path `keys`, values possibly NaN."""
-    found = []
+    """(step, value) by step for the objects that have the key path `keys`; a value may be NaN.
+
+    A run resumed from an earlier step logs some steps again: the later object counts.
+    """
+    found: dict[int, float] = {}
     for item in objects:
         value: Any = item
         for key in keys:
             value = value.get(key, _MISSING) if isinstance(value, Mapping) else _MISSING
         if value is not _MISSING:
-            found.append((item["step"], number(value)))
-    return found
+            found[item["step"]] = number(value)
+    return sorted(found.items())
 
 
 def modalities_of(data: ReportData) -> list[str]:
@@ -148,7 +151,7 @@ def headlines(data: ReportData) -> list[Headline]:
         first, final = (sum(part) / len(part) for part in (totals[:length], totals[-length:]))
         detail = "training, first to last step" if length == 1 else f"training, means of the first and last {length} steps"
         found.append(Headline("Total loss", f"{compact(first)} → {compact(final)}", detail))
-    num_steps = run.num_steps or (data.history[-1]["step"] if data.history else None)
+    num_steps = run.num_steps or max((item["step"] for item in data.history), default=None)
     if num_steps is not None:
         seen = f"{run.num_samples_seen:,} samples seen" if run.num_samples_seen else ""
         epochs = number(data.history[-1].get("epoch")) if data.history else math.nan

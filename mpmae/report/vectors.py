@@ -1,10 +1,9 @@
 """A tile's vectors in words people use: degrees, month names, degrees Celsius, millimetres, likeliest classes.
 
-Latitude, longitude and month reach the model as (sin, cos) of an angle: degrees of latitude and longitude, and 30 degrees a
-month (MMEarth data, arXiv 2405.02771, appendix).
+The MMEarth files hold latitude, longitude and month as (sin, cos) of an angle: degrees of latitude and longitude, and 30
+degrees a month, 1 = January.
 """
 
-import calendar
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -21,7 +20,10 @@ _QUANTITIES = {
     "temperature_max": "Temperature, highest",
     "precipitation_sum": "Precipitation",
 }
-_MONTHS = calendar.month_name[1:]
+_MONTHS = (
+    *("January", "February", "March", "April", "May", "June"),
+    *("July", "August", "September", "October", "November", "December"),
+)
 _ZERO_CELSIUS_K = 273.15
 
 

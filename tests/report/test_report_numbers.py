@@ -68,6 +68,11 @@ def test_non_finite_losses_are_warned_about():
     ]
 
 
+def test_steps_logged_again_after_a_resume_count_once():
+    history = [{"step": s, "loss": 1.0} for s in (1, 2, 3)] + [{"step": s, "loss": 5.0} for s in (2, 3, 4)]
+    assert numbers.series(history, "loss") == [(1, 1.0), (2, 5.0), (3, 5.0), (4, 5.0)]
+
+
 def test_headlines_skip_what_is_unknown():
     assert numbers.headlines(ReportData("t")) == []
     cards = {card.label: card for card in numbers.headlines(ReportData("t", history=[{"step": 7, "loss": 2.0}]))}
