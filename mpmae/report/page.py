@@ -17,13 +17,13 @@ from mpmae.report.vectors import PERIODS
 
 _KEY_SIDE_PX = 24
 _RUN_CHARTS = (
-    # key of metrics.jsonl, title, unit, whether the axis starts at 0
-    ("loss", "Total loss", "", False),
-    ("lr", "Learning rate", "", True),
-    ("grad_norm", "Gradient norm", "", False),
-    ("images_per_s", "Images per second", "", True),
-    ("data_wait_percent", "Waiting for data", "%", True),
-    ("memory_mb", "Memory", "MB", True),
+    # key of metrics.jsonl, divisor to the unit, title, unit, whether the axis starts at 0
+    ("loss", 1, "Total loss", "", False),
+    ("lr", 1, "Learning rate", "", True),
+    ("grad_norm", 1, "Gradient norm", "", False),
+    ("images_per_s", 1, "Images per second", "", True),
+    ("data_wait_percent", 1, "Waiting for data", "%", True),
+    ("memory_bytes", 1e6, "Memory", "MB", True),
 )
 
 
@@ -90,8 +90,8 @@ def _lead(data: ReportData) -> str:
 
 
 def _run_charts(data: ReportData) -> Iterator[Chart]:
-    for key, title, unit, zero_based in _RUN_CHARTS:
-        values = numbers.series(data.history, key)
+    for key, divisor, title, unit, zero_based in _RUN_CHARTS:
+        values = [(step, value / divisor) for step, value in numbers.series(data.history, key)]
         if values:
             yield line_chart(title, values, unit=unit, zero_based=zero_based)
 

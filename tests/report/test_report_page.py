@@ -77,7 +77,7 @@ def make_data(**changes) -> ReportData:
             "lr": 1e-4 * s,
             "grad_norm": 1.0,
         }
-        | {"images_per_s": 100.0 + s, "data_wait_percent": 1.0, "memory_mb": 512.0}
+        | {"images_per_s": 100.0 + s, "data_wait_percent": 1.0, "memory_bytes": 5.12e8}
         for s in range(1, 41)
     ]
     validation = [
