@@ -38,6 +38,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the defaults that say something: neither None nor a switch that is off."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mpmae-shards",
@@ -53,9 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _command(commands, name: str, run, help_text: str, description: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(
-        name, help=help_text, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    command = commands.add_parser(name, help=help_text, description=description, formatter_class=_HelpFormatter)
     command.set_defaults(run=run)
     return command
 
@@ -79,9 +84,9 @@ def _add_build(commands) -> None:
         "--codec", choices=("lz4", "raw"), default="lz4", help="lz4: lossless filter and LZ4; raw: plain arrays"
     )
     command.add_argument(
-        "--modalities", type=_names, metavar="A,B", help="take only these, comma-separated; must include sentinel2"
+        "--modalities", type=_names, metavar="A,B", help="take only these, sentinel2 among them; all if not given"
     )
-    command.add_argument("--splits", type=_names, metavar="A,B", help="take only these, comma-separated")
+    command.add_argument("--splits", type=_names, metavar="A,B", help="take only these; all if not given")
     command.add_argument("--seed", type=int, default=0, help="seed of the shuffle within each split")
     command.add_argument(
         "--shard-size-mb", type=float, default=256, help="a tar is cut before it exceeds this many 10^6 bytes"
@@ -175,7 +180,7 @@ def _add_inspect(commands) -> None:
     )
     command.add_argument("shards", type=Path, metavar="SHARDS", help="folder of the shard set")
     command.add_argument("--png", type=Path, metavar="FILE", help="draw a contact sheet")
-    command.add_argument("--split", help="split to draw (default: the first with samples)", default=argparse.SUPPRESS)
+    command.add_argument("--split", help="split to draw; the first with samples if not given")
     command.add_argument("--num-tiles", type=int, default=6, help="tiles to draw")
 
 
@@ -184,7 +189,7 @@ def _run_inspect(args: argparse.Namespace) -> int:
     if args.png:
         from mpmae.shard_tools.contact_sheet import contact_sheet  # matplotlib takes a second to import
 
-        contact_sheet(args.shards, args.png, getattr(args, "split", None), args.num_tiles)
+        contact_sheet(args.shards, args.png, args.split, args.num_tiles)
         print(f"contact sheet: {args.png}")
     return 0
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import numpy as np
 
 from mpmae.errors import ShardError
 from mpmae.shard_format import (
+    FORMAT_NAME,
     MANIFEST_NAME,
     TAR_END,
     TAR_HEADER_BYTES,
@@ -20,7 +22,6 @@ from mpmae.shard_format import (
     dali_index_name,
     index_bytes,
     index_name,
-    load_manifest,
     member_name,
     sample_key,
     tar_member,
@@ -85,10 +86,8 @@ def own_files(folder: Path) -> list[str]:
     A tar is known by its index beside it (which is written first): other tools name tars the same way.
     """
     own = []
-    if (folder / MANIFEST_NAME).is_file():
-        with suppress(ShardError):  # a manifest.json of another tool is simply not ours
-            load_manifest(folder)
-            own.append(MANIFEST_NAME)
+    if _is_manifest(folder / MANIFEST_NAME):
+        own.append(MANIFEST_NAME)
     for path in sorted(folder.iterdir()):
         shard = path.name.removesuffix(TEMP_SUFFIX)
         for suffix in (".index.npy", ".idx"):
@@ -97,6 +96,17 @@ def own_files(folder: Path) -> list[str]:
         if is_temp or (_SHARD_PATTERN.fullmatch(shard) and (folder / index_name(shard)).is_file()):
             own.append(path.name)
     return own
+
+
+def _is_manifest(path: Path) -> bool:
+    """Whether `path` is a manifest of a shard set, of any version; other tools have files of that name too."""
+    if not path.is_file():
+        return False
+    try:
+        tree = json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return isinstance(tree, dict) and tree.get("format") == FORMAT_NAME
 
 
 @contextmanager

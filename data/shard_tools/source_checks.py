@@ -183,12 +183,12 @@ def check_tile_info(tree: Any, where: str, tile_ids: np.ndarray, levels: np.ndar
     if not isinstance(tree, dict):
         problems.append(f"{where}: expected an object keyed by tile id")
         return
-    absent, different = [], []
+    absent, different, known = [], [], [level.encode() for level in PRODUCT_LEVELS]
     for tile_id, level in zip(tile_ids.tolist(), levels.tolist(), strict=True):
         key = tile_id.decode(errors="replace")
         if key not in tree:
             absent.append(key)
-        elif tree[key] != level.decode(errors="replace"):
+        elif level in known and tree[key] != level.decode():
             different.append(f"{key}: {tree[key] if isinstance(tree[key], str) else 'none'}, metadata {level.decode()}")
     if absent:
         problems.append(f"{where}: {len(absent)} of {len(tile_ids)} tiles of metadata are missing ({examples(absent)})")

@@ -97,7 +97,7 @@ def noise_fields(rng: np.random.Generator, exponents: tuple[float, ...], size_px
 
 def draw_scene(rng: np.random.Generator, climate: Climate, size_px: int) -> Scene:
     """A landscape for the climate."""
-    relief, moisture, people, texture, river, fine = noise_fields(rng, (3.8, 3.0, 3.4, 2.0, 3.4, 0.8), size_px)
+    relief, moisture, people, texture, river, fine = noise_fields(rng, (3.8, 3.0, 3.4, 2.0, 5.5, 0.8), size_px)
     height_m = climate.base_m + float(np.exp(rng.normal(2.6, 1.0))) * relief
     height_m = np.maximum(height_m, height_m - height_m.min())  # no tile lies below the sea
     gradient_y, gradient_x = np.gradient(height_m, PIXEL_M)
@@ -166,7 +166,9 @@ def _land_cover(rng, climate: Climate, height_m, slope_deg, relief, moisture, pe
         cover[(relief < shore) & (moisture > 0) & np.isin(cover, (TREES, GRASS, SHRUB))] = wetland
         cover[relief < level] = WATER
     if rng.random() < 0.25 * min(1, climate.wetness + 0.2):
-        cover[np.abs(river - river.flat[0] * 0.2) < rng.uniform(0.02, 0.07)] = WATER
+        # A level line of a smooth field winds like a river; value over gradient is the distance to it in pixels.
+        distance_px = np.abs(river) / (np.hypot(*np.gradient(river)) + 1e-6)
+        cover[distance_px < rng.uniform(0.8, 2.2)] = WATER
     return cover
 
 
