@@ -29,11 +29,11 @@ class ShardReader:
     """
 
     def __init__(self, shards_dir: str | Path, split: str, manifest: Manifest | None = None):
+        self._files: list[int] = []
         self.folder = Path(shards_dir)
         self.manifest = manifest or load_manifest(self.folder)
         self.split = split
         self._shards = self.manifest.shards(split)
-        self._files: list[int] = []
         try:
             self._open()
             self.index = (

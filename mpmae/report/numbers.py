@@ -4,19 +4,22 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mpmae.modalities import MODALITIES
 from mpmae.report.data import ReportData
 
 EQUAL_WITHIN_PERCENT = 2.0
-Mark = Literal["better", "equal", "worse", "unknown"]
+Mark = Literal["better", "equal", "worse", "unknown", "absent"]
 Series = list[tuple[int, float]]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One modality's latest validation loss beside the trivial predictor's; `ratio` = loss / trivial, NaN if unknown."""
+    """One modality's latest validation loss beside the trivial predictor's; `ratio` = loss / trivial, NaN if unknown.
+
+    The mark is `absent` where the log says None: no validation tile has the modality.
+    """
 
     name: str
     title: str
@@ -44,6 +47,7 @@ def number(value: Any) -> float:
 def series(objects: Sequence[Mapping[str, Any]], *keys: str) -> Series:
     """(step, value) by step for the objects that have the key path `keys`; a value may be NaN.
 
+    None is no value: no tile of that batch had the modality.
     A run resumed from an earlier step logs some steps again: the later object counts.
     """
     found: dict[int, float] = {}
@@ -51,7 +55,7 @@ def series(objects: Sequence[Mapping[str, Any]], *keys: str) -> Series:
         value: Any = item
         for key in keys:
             value = value.get(key, _MISSING) if isinstance(value, Mapping) else _MISSING
-        if value is not _MISSING:
+        if value is not _MISSING and value is not None:
             found[item["step"]] = number(value)
     return sorted(found.items())
 
@@ -75,11 +79,13 @@ def comparisons(data: ReportData) -> list[Comparison]:
     last = max(data.validation, key=lambda item: item["step"])
     rows = []
     for name in modalities_of(data):
-        loss, trivial = (number((last.get(key) or {}).get(name)) for key in ("losses", "trivial"))
+        losses = last.get("losses") or {}
+        loss, trivial = number(losses.get(name)), number((last.get("trivial") or {}).get(name))
         ratio = loss / trivial if trivial > 0 and math.isfinite(loss) else math.nan
         spec = MODALITIES.get(name)
         kind = {"continuous": "mean squared error", "categorical": "cross entropy"}.get(spec.kind, "") if spec else ""
-        rows.append(Comparison(name, title_of(name), kind, loss, trivial, ratio, mark_of(ratio)))
+        mark = "absent" if name in losses and losses[name] is None else mark_of(ratio)
+        rows.append(Comparison(name, title_of(name), kind, loss, trivial, ratio, mark))
     return rows
 
 
@@ -95,19 +101,25 @@ def mark_of(ratio: float) -> Mark:
 def verdict(data: ReportData) -> str:
     """The answer to "did it learn?" in a sentence or two, from the last validation alone."""
     rows = comparisons(data)
-    judged = [row for row in rows if row.mark != "unknown"]
+    judged = [row for row in rows if row.mark not in ("unknown", "absent")]
     if not judged:
         reason = "no validation was recorded" if not data.validation else "the validation holds no comparable losses"
         return f"This page cannot say: {reason}, and a falling training loss alone does not show it."
-    groups = {mark: [row.title for row in rows if row.mark == mark] for mark in ("better", "equal", "worse", "unknown")}
-    won, total = len(groups["better"]), len(rows)
+    groups = {mark: [row.title for row in rows if row.mark == mark] for mark in get_args(Mark)}
+    won, total = len(groups["better"]), len(rows) - len(groups["absent"])
     if won == total:
         text = f"Yes: on all {total} modalities it beats a predictor that sees no image."
     elif won:
         text = f"In part: it beats a predictor that sees no image on {won} of {total} modalities."
     else:
         text = f"No: it beats a predictor that sees no image on none of {total} modalities."
-    for mark, phrase in (("equal", "No better than that predictor"), ("worse", "Worse"), ("unknown", "Not judged")):
+    phrases = {
+        "equal": "No better than that predictor",
+        "worse": "Worse",
+        "unknown": "Not judged",
+        "absent": "In no validation tile",
+    }
+    for mark, phrase in phrases.items():
         if groups[mark]:
             text += f" {phrase}: {', '.join(groups[mark])}."
     return text
@@ -140,11 +152,9 @@ def headlines(data: ReportData) -> list[Headline]:
         last = max(data.validation, key=lambda item: item["step"])
         samples = f" on {last['num_samples']:,} samples" if isinstance(last.get("num_samples"), int) else ""
         won = sum(row.mark == "better" for row in rows)
-        found.append(
-            Headline(
-                "Beats the trivial predictor", f"{won} of {len(rows)}", f"modalities, at step {last['step']:,}{samples}"
-            )
-        )
+        present = sum(row.mark != "absent" for row in rows)
+        detail = f"modalities, at step {last['step']:,}{samples}"
+        found.append(Headline("Beats the trivial predictor", f"{won} of {present}", detail))
     totals = [loss for _, loss in series(data.history, "loss") if math.isfinite(loss)]
     if totals:
         length = max(1, min(100, len(totals) // 20))

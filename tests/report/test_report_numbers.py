@@ -52,6 +52,16 @@ def test_verdict(pairs, start):
     assert numbers.verdict(ReportData("t", validation=[validation(**pairs)])).startswith(start)
 
 
+def test_a_modality_in_no_validation_tile_is_neither_judged_nor_warned_about():
+    losses = {"lat": 0.5, "era5": None}
+    data = ReportData("t", validation=[{"step": 1, "losses": losses, "trivial": {"lat": 1.0, "era5": None}}])
+    assert numbers.verdict(data) == (
+        "Yes: on all 1 modalities it beats a predictor that sees no image. In no validation tile: ERA5 climate."
+    )
+    assert [row.mark for row in numbers.comparisons(data)] == ["absent", "better"]
+    assert numbers.warnings(data) == []
+
+
 def test_no_validation_is_no_verdict():
     data = ReportData("t", history=[{"step": 1, "loss": 9.0}, {"step": 2, "loss": 1.0}])
     assert numbers.verdict(data).startswith("This page cannot say: no validation was recorded")
@@ -59,7 +69,7 @@ def test_no_validation_is_no_verdict():
 
 def test_non_finite_losses_are_warned_about():
     history = [
-        {"step": s, "loss": math.nan if s == 3 else 1.0, "losses": {"lat": None if s > 3 else 1.0}} for s in range(1, 6)
+        {"step": s, "loss": math.nan if s == 3 else 1.0, "losses": {"lat": math.inf if s > 3 else 1.0}} for s in range(1, 6)
     ]
     texts = numbers.warnings(ReportData("t", history=history))
     assert texts == [

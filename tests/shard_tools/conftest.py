@@ -1,6 +1,5 @@
 """Small synthetic MMEarth folders, made once, and the real ones where they are present."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -10,14 +9,6 @@ from mpmae.shard_tools.build import build
 from mpmae.shard_tools.synth import synth
 
 REAL_NAMES = ("data_real_v001", "data_real128_v001")
-
-
-@pytest.fixture(scope="session")
-def shared_dir() -> Path:
-    folder = Path(os.environ.get("MPMAE_SHARED_DIR", Path(__file__).resolve().parents[2].parent / "shared"))
-    if not folder.is_dir():
-        pytest.skip(f"no shared data at {folder} (set MPMAE_SHARED_DIR)")
-    return folder
 
 
 @pytest.fixture(scope="session", params=REAL_NAMES)
