@@ -18,8 +18,8 @@ What `reference_quirks=True` does instead, after the published code (MMEarth-tra
 - biome and eco_region: a row without data is class 0;
 - uncertainty weighting drops a term (its log variance too) whose loss is exactly 0.
 Not reproduced, since nothing can be compared with them: the NaN of a micro batch without any valid target (the loss is 0
-here) and the crash when the last row or column of patches is hidden entirely. What the published code reads as data although it
-is not (int16 aster -32768, int8 canopy height 127) is decided by the loader, before this module.
+here) and the crash when the last row or column of patches is hidden entirely. What the published code reads as data
+although it is not (int16 aster -32768, int8 canopy height 127) is decided by the loader, before this module.
 """
 
 import torch
