@@ -151,11 +151,15 @@ class MPMAE(nn.Module):
                 norm_pix=self.norm_pix_loss,
                 quirks=self.reference_quirks,
             )
-        if self.reference_quirks:
-            kept = {name: share.detach() != 0 for name, share in shares.items()}
-        else:
-            kept = {name: batch.num_present[name] > 0 for name in shares}
-        return losses.weigh(shares, self.log_vars, counted.sum() / batch.global_batch_size, kept), shares
+        loss = losses.weigh(
+            shares,
+            self.log_vars,
+            counted,
+            num_present=batch.num_present,
+            global_batch_size=batch.global_batch_size,
+            quirks=self.reference_quirks,
+        )
+        return loss, shares
 
     def _target(self, batch: Batch, name: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Target and validity of a modality, laid out as its prediction."""
