@@ -185,7 +185,8 @@ def _add_inspect(commands) -> None:
 
 
 def _run_inspect(args: argparse.Namespace) -> int:
-    print_summary(summarise(args.shards), Console())
+    console = Console()
+    print_summary(summarise(args.shards), console if console.is_terminal else Console(width=140))
     if args.png:
         from mpmae.shard_tools.contact_sheet import contact_sheet  # matplotlib takes a second to import
 

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 _DIMS = {"sample": (1,), "batch": (0, 1)}
 
 

@@ -8,9 +8,9 @@ of them are one module; it runs once here.
 import torch
 from torch import Tensor, nn
 
+from mpmae.modalities import spec_of
 from mpmae.models import blocks
 from mpmae.models.blocks import Block, Sites
-from mpmae.modalities import spec_of
 
 DECODER_GRN_EPS = 1e-4
 

@@ -20,7 +20,11 @@ def initialise(model: MPMAE, init: str) -> None:
     wide = _wide(model) if init == "reference" else set()
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=1.0 if name in wide else 0.02, a=-_CUT, b=_CUT)
+            if name in wide:
+                nn.init.trunc_normal_(module.weight, std=1.0, a=-_CUT, b=_CUT)
+            else:
+                # A cut at 100 standard deviations is none, but trunc_normal_ would now and then return the cut itself, -2.
+                nn.init.normal_(module.weight, std=0.02)
             nn.init.zeros_(module.bias)
     nn.init.normal_(model.decoder.mask_token, std=0.02)
 

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mpmae.errors import CheckpointError
@@ -165,13 +167,11 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"no checkpoint file {path}")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
             return load_file(path)
         # The published checkpoints carry their command line as an argparse.Namespace, which holds plain data only.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(
             f"{path} is not a readable checkpoint: {error}; expected safetensors or a pickle of plain tensors"
         ) from error

@@ -18,8 +18,8 @@ What `reference_quirks=True` does instead, after the published code (MMEarth-tra
 - biome and eco_region: a row without data is class 0;
 - uncertainty weighting drops a term (its log variance too) whose loss is exactly 0.
 Not reproduced, since nothing can be compared with them: the NaN of a micro batch without any valid target (the loss is 0
-here) and the crash when the last row or column of patches is hidden entirely. What the published code reads as data although it
-is not (int16 aster -32768, int8 canopy height 127) is decided by the loader, before this module.
+here) and the crash when the last row or column of patches is hidden entirely. What the published code reads as data
+although it is not (int16 aster -32768, int8 canopy height 127) is decided by the loader, before this module.
 """
 
 import torch
@@ -72,7 +72,7 @@ def modality_share(
         weight = (valid & counted.view(-1, *[1] * (valid.ndim - 1))).to(errors.dtype)
         errors = errors * weight
         if quirks:
-            return _local_mean(spec, errors, weight) * (counted.sum() / global_batch_size)
+            return _local_mean(spec, errors, weight) * (counted.sum().to(errors.dtype) / global_batch_size)
         per_sample = errors.reshape(len(errors), -1).sum(1) / weight.reshape(len(errors), -1).sum(1).clamp(min=1)
         return per_sample.sum() / num_present if num_present else per_sample.sum() * 0
 
@@ -99,16 +99,29 @@ def _local_mean(spec: ModalitySpec, errors: Tensor, weight: Tensor) -> Tensor:
     return errors.sum() / weight.sum().clamp(min=1)
 
 
-def weigh(shares: dict[str, Tensor], log_vars: Tensor | None, part: Tensor, kept: dict[str, Tensor | bool]) -> Tensor:
+def weigh(
+    shares: dict[str, Tensor],
+    log_vars: Tensor | None,
+    counted: Tensor,
+    *,
+    num_present: dict[str, int],
+    global_batch_size: int,
+    quirks: bool,
+) -> Tensor:
     """The share of the training loss: a scalar from the unweighted shares of the modalities.
 
-    log_vars: [number of modalities], s_i in the order of `shares`; None for the plain sum. With them
+    log_vars: [number of modalities], s_i in the order of `shares`; None for the plain sum. With them the loss is
     sum_i exp(-s_i) L_i + s_i (Kendall, Gal, Cipolla, "Multi-task learning using uncertainty", CVPR 2018, in the published
-    code's form), where s_i counts by `part`, this micro batch's part of the global batch, and only where `kept` says so.
+    code's form). This share holds each s_i by its samples' part of the global batch; an s_i drops out when no tile of the
+    global batch has the modality (quirk: when the loss is exactly 0). The rest as in `modality_share`.
     """
     losses = torch.stack(list(shares.values()))
     if log_vars is None:
         return losses.sum()
+    part = counted.sum().to(losses.dtype) / global_batch_size
+    if quirks:
+        parts = part * (losses.detach() != 0)
+    else:
+        parts = torch.stack([part if num_present[name] else torch.zeros_like(part) for name in shares])
     log_vars = log_vars.to(losses.dtype)
-    keep = torch.stack([torch.as_tensor(flag, device=losses.device) for flag in kept.values()]).to(losses.dtype)
-    return ((-log_vars).exp() * losses + log_vars * keep * part).sum()
+    return ((-log_vars).exp() * losses + log_vars * parts).sum()

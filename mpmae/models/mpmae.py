@@ -153,12 +153,15 @@ class MPMAE(nn.Module):
 
     def _loss(self, batch: Batch, predictions: dict[str, Tensor], hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         shares = self._shares(batch, predictions, hidden)
-        if self.reference_quirks:
-            kept = {name: share.detach() != 0 for name, share in shares.items()}
-        else:
-            kept = {name: batch.num_present[name] > 0 for name in shares}
-        part = (~batch.padding).sum() / batch.global_batch_size
-        return losses.weigh(shares, self.log_vars, part, kept), shares
+        loss = losses.weigh(
+            shares,
+            self.log_vars,
+            ~batch.padding,
+            num_present=batch.num_present,
+            global_batch_size=batch.global_batch_size,
+            quirks=self.reference_quirks,
+        )
+        return loss, shares
 
     def _shares(self, batch: Batch, predictions: dict[str, Tensor], hidden: Tensor) -> dict[str, Tensor]:
         shares = {}
