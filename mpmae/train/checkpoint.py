@@ -151,7 +151,6 @@ def write_engine(engine: Engine) -> Callable[[Path], None]:
 
     def write(folder: Path) -> None:
         state = engine.full_state_dict()  # collective, so before anything that can fail on one rank only
-        (folder / ENGINE_FOLDER).mkdir(exist_ok=True)
         engine.save(folder / ENGINE_FOLDER)
         if state is not None:
             _write(folder / MODEL_NAME, serialize(state, {"format": "pt"}))
