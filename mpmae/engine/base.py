@@ -76,9 +76,9 @@ class Engine(ABC):
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write weights, optimizer and random state into `folder`, which exists. Raises OSError, after the last collective.
+        """Write weights, optimizer and random state into `folder`, made if absent, and sync them to the disk.
 
-        What is written is on the disk (fsync) when this returns.
+        Raises OSError on a rank that cannot write, after the last collective: no other rank is left waiting for it.
         """
 
     @abstractmethod

@@ -68,6 +68,7 @@ class DDPEngine(Engine):
 
     def save(self, folder: Path) -> None:
         """See Engine. Rank 0 writes the state, each rank its random state."""
+        folder.mkdir(parents=True, exist_ok=True)
         self._save_rng(folder)
         if self.rank == 0:
             state = {"module": self._module.state_dict(), "optimizer": self._optimizer.state_dict()}

@@ -86,9 +86,9 @@ class DeepSpeedEngine(Engine):
 
     def save(self, folder: Path) -> None:
         """See Engine. Each rank writes its ZeRO partition and its random state."""
-        self._save_rng(folder)
         self._ds.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
         self._writer.raise_error()
+        self._save_rng(folder)
 
     def load(self, folder: Path) -> None:
         """See Engine."""
@@ -153,6 +153,12 @@ def _install_writer(ds: Any) -> Any:
 
     class Writer(TorchCheckpointEngine):
         error: OSError | None = None
+
+        def makedirs(self, path: str, exist_ok: bool = False) -> None:
+            try:
+                Path(path).mkdir(parents=True, exist_ok=exist_ok)
+            except OSError as error:
+                self.error = error
 
         def save(self, state_dict: Any, path: str) -> None:
             try:

@@ -38,6 +38,7 @@ class Checkpoints:
     """The checkpoint folder of a run. `save` is collective; the rest is for any process, also without a run."""
 
     def __init__(self, folder: str | Path, keep_last: int, world: World | None = None):
+        assert keep_last >= 1, keep_last
         self.folder = Path(folder)
         self.keep_last = keep_last
         self._world = world
@@ -48,7 +49,7 @@ class Checkpoints:
         Every rank's `write(folder)` writes its files below the given folder; after an error it still has to have taken part
         in all of its own collectives. `meta` is the plain data of checkpoint.json (see `checkpoint_meta`).
 
-        Afterwards only the newest `keep_last` complete checkpoints are left. Checkpoints of this or a later step, which a
+        Afterwards only the newest `keep_last` checkpoints are left. Checkpoints of this or a later step, which a
         run resumed from an older one finds, are set aside as `step-N.abandoned`.
 
         Raises CheckpointError on every rank if any of them failed (disk full, no permission); the checkpoints that were
@@ -67,13 +68,16 @@ class Checkpoints:
             raise
         if world.rank == 0:
             try:
-                self._prune(step)
-            except OSError as error:
-                _LOG.warning("cannot remove old checkpoints in %s: %s; remove them by hand", self.folder, error)
+                self._tidy(final, step)
+            except OSError as error:  # the checkpoint is complete by now, and `latest()` finds it without the text file
+                _LOG.warning("checkpoint %s is saved, but %s is not tidied up: %s", final, self.folder, error)
         return final
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, or None. A torn one is passed over with a warning that names it."""
+        """The newest complete checkpoint, or None. A torn one is passed over with a warning that names it.
+
+        With several ranks, rank 0 asks and tells the others, so that all agree on a shared file system.
+        """
         for path in reversed(self._all()):
             problems = find_problems(path)
             if not problems:
@@ -100,12 +104,18 @@ class Checkpoints:
             self._set_aside(final, step)
         partial.rename(final)
         _fsync(self.folder)
+
+    def _tidy(self, final: Path, step: int) -> None:
         for path in self._all():
             if _step(path) > step:
                 self._set_aside(path, step)
         _write(self.folder / (LATEST_NAME + _PARTIAL), final.name + "\n")
         (self.folder / (LATEST_NAME + _PARTIAL)).replace(self.folder / LATEST_NAME)
         _fsync(self.folder)
+        for path in self._all()[: -self.keep_last]:
+            partial = path.with_name(path.name + _PARTIAL)  # a cut-off removal must not look like a checkpoint
+            path.rename(partial)
+            shutil.rmtree(partial)
 
     def _set_aside(self, path: Path, step: int) -> None:
         aside = path.with_name(path.name + ".abandoned")
@@ -113,15 +123,6 @@ class Checkpoints:
             shutil.rmtree(aside)
         path.rename(aside)
         _LOG.warning("checkpoint %s is not older than step %d, which is saved now: moved to %s", path, step, aside)
-
-    def _prune(self, newest_step: int) -> None:
-        complete = [path for path in self._all() if not find_problems(path)]
-        kept = set(complete[-self.keep_last :])
-        for path in self._all():
-            if path not in kept and _step(path) < newest_step:
-                partial = path.with_name(path.name + _PARTIAL)  # a cut-off removal must not look like a checkpoint
-                path.rename(partial)
-                shutil.rmtree(partial)
 
     def _all(self) -> list[Path]:
         """Folders named like checkpoints, oldest first."""
@@ -150,7 +151,6 @@ def write_engine(engine: Engine) -> Callable[[Path], None]:
 
     def write(folder: Path) -> None:
         state = engine.full_state_dict()  # collective, so before anything that can fail on one rank only
-        (folder / ENGINE_FOLDER).mkdir(exist_ok=True)
         engine.save(folder / ENGINE_FOLDER)
         if state is not None:
             _write(folder / MODEL_NAME, serialize(state, {"format": "pt"}))

@@ -16,6 +16,8 @@ from mpmae.engine import LearningRate, create_engine, init_world, load_ds_config
 from mpmae.engine.base import Engine
 
 GLOBAL_BATCH = 16
+PEAK_LR = 0.005
+WEIGHT_DECAY = 0.1
 DS_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "ds"
 
 
@@ -69,7 +71,7 @@ class Case:
 
 def run_config(case: Case) -> RunConfig:
     train = {"global_batch_size": GLOBAL_BATCH, "precision": case.precision}
-    optim = {"clip_grad_norm": case.clip, "lr": 0.01, "weight_decay": 0.1}
+    optim = {"clip_grad_norm": case.clip, "lr": PEAK_LR, "weight_decay": WEIGHT_DECAY}
     return validate({"train": train, "optim": optim, "engine": {"name": case.engine}}, "toy")
 
 
@@ -99,8 +101,8 @@ def global_batch(step: int) -> dict[str, torch.Tensor]:
 
 def train(engine: Engine, case: Case, first: int, last: int) -> dict[str, list[float]]:
     """Losses, gradient norms and a random draw per step."""
-    schedule = LearningRate(0.01, 0.0, 3, 12)
-    record = {"loss": [], "grad_norm": [], "draw": []}
+    schedule = LearningRate(PEAK_LR, 0.0, 3, 12)
+    record: dict[str, list[float]] = {"loss": [], "grad_norm": [], "draw": []}
     rows = GLOBAL_BATCH // engine.world_size
     micro = rows // case.num_micro_steps
     for step in range(first, last):
@@ -121,6 +123,40 @@ def train(engine: Engine, case: Case, first: int, last: int) -> dict[str, list[f
     return record
 
 
+def reference(clip: float | None, skip: int | None = None, steps: int = 10) -> dict[str, Any]:
+    """The same run in plain torch: whole batch at once, no engine, step `skip` left out altogether."""
+    torch.manual_seed(1234)
+    module = Toy()
+    exempt = {"conv.bias", "norm.weight", "norm.bias", "hidden.bias", "head_a.bias", "head_b.bias", "log_variance"}
+    named = dict(module.named_parameters())
+    groups = [
+        {"params": [p for name, p in named.items() if name not in exempt], "weight_decay": WEIGHT_DECAY},
+        {"params": [named[name] for name in sorted(exempt)], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), foreach=False)
+    schedule = LearningRate(PEAK_LR, 0.0, 3, 12)
+    result: dict[str, Any] = {"loss": [], "grad_norm": [], "initial": clone(module)}
+    for step in range(steps):
+        if step == skip:
+            continue
+        loss = module(**global_batch(step), num_b=5)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), float("inf") if clip is None else clip)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule(step + 1)
+        optimizer.step()
+        result["loss"].append(loss.item())
+        result["grad_norm"].append(norm.item())
+        if step == 0:
+            result["state_after_first"] = clone(module)
+    return result | {"state": clone(module)}
+
+
+def clone(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+
 def run_cases(cases: list[tuple[Case, str | None]]) -> list[dict[str, Any]]:
     """Runs every case in one world; per case its record, full weights and what else was asked for."""
     world = init_world("toy")
@@ -130,7 +166,6 @@ def run_cases(cases: list[tuple[Case, str | None]]) -> list[dict[str, Any]]:
         result: dict[str, Any] = {"initial": engine.full_state_dict()}
         if case.load_from is not None:
             engine.load(Path(case.load_from))
-        first = case.save_at if case.load_from is not None else 0
         if case.save_at is not None and case.load_from is None:
             result |= train(engine, case, 0, case.save_at)
             if world.rank == 0:
@@ -139,8 +174,13 @@ def run_cases(cases: list[tuple[Case, str | None]]) -> list[dict[str, Any]]:
             engine.save(Path(folder))
             rest = train(engine, case, case.save_at, case.steps)
             result |= {"rest_" + key: value for key, value in rest.items()}
+        elif case.load_from is not None:
+            result |= train(engine, case, case.save_at, case.steps)
         else:
-            result |= train(engine, case, first, case.steps)
+            result |= train(engine, case, 0, 1)
+            result["state_after_first"] = engine.full_state_dict()
+            for key, values in train(engine, case, 1, case.steps).items():
+                result[key] += values
         result["state"] = engine.full_state_dict()
         results.append(result)
         engine.close()

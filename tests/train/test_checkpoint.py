@@ -1,0 +1,303 @@
+import errno
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpmae.config import validate
+from mpmae.errors import CheckpointError
+from mpmae.train import checkpoint as module
+from mpmae.train.checkpoint import Checkpoints, find_problems, load_meta
+from mpmae.train.compatibility import check_compatible, checkpoint_meta
+
+
+class KilledError(BaseException):
+    """Stands for SIGKILL: no handler of the code under test may run."""
+
+
+def writer(text: str):
+    def write(folder: Path) -> None:
+        (folder / "engine").mkdir()
+        (folder / "engine" / "state.bin").write_text(text)
+        (folder / "model.safetensors").write_text(text * 2)
+
+    return write
+
+
+def save(folder: Path, step: int, keep_last: int = 3) -> Path:
+    return Checkpoints(folder, keep_last).save(step, writer(f"step {step}"), {"epoch": 1})
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_saved_checkpoint_is_complete(tmp_path):
+    path = save(tmp_path / "new" / "checkpoints", 20)
+    assert path.name == "step-00000020"
+    assert Checkpoints(path.parent, 3).latest() == path
+    assert (path.parent / "latest").read_text() == "step-00000020\n"
+    assert names(path.parent) == ["latest", "step-00000020"]
+    meta = load_meta(path)
+    assert meta["step"] == 20
+    assert meta["epoch"] == 1
+    assert meta["files"] == {"engine/state.bin": 7, "model.safetensors": 14}
+
+
+def test_no_checkpoint(tmp_path):
+    assert Checkpoints(tmp_path / "absent", 3).latest() is None
+    assert Checkpoints(tmp_path, 3).latest() is None
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        load_meta(tmp_path / "step-00000001")
+
+
+def test_keeps_the_newest(tmp_path):
+    for step in (9, 10, 100, 1000):
+        save(tmp_path, step, keep_last=2)
+    assert names(tmp_path) == ["latest", "step-00000100", "step-00001000"]
+    save(tmp_path, 1001, keep_last=1)
+    assert names(tmp_path) == ["latest", "step-00001001"]
+
+
+def test_removes_what_a_crash_left(tmp_path):
+    save(tmp_path, 10)
+    (tmp_path / "step-00000020.partial" / "engine").mkdir(parents=True)
+    assert Checkpoints(tmp_path, 3).latest().name == "step-00000010"
+    save(tmp_path, 30)
+    assert names(tmp_path) == ["latest", "step-00000010", "step-00000030"]
+
+
+def test_a_run_resumed_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step, keep_last=5)
+    Checkpoints(tmp_path, 1).save(20, writer("another branch"), {})
+    assert Checkpoints(tmp_path, 1).latest() == tmp_path / "step-00000020"
+    assert "another branch" in (tmp_path / "step-00000020" / "model.safetensors").read_text()
+    assert names(tmp_path) == ["latest", "step-00000020", "step-00000020.abandoned", "step-00000030.abandoned"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: (path / "engine" / "state.bin").unlink(), "engine/state.bin is absent"),
+        (lambda path: (path / "model.safetensors").write_text("x"), "model.safetensors has 1 bytes, expected 14"),
+        (lambda path: (path / "checkpoint.json").unlink(), "checkpoint.json is absent"),
+        (lambda path: (path / "checkpoint.json").write_text('{"step": 20'), "checkpoint.json is absent or unreadable"),
+    ],
+)
+def test_torn_checkpoint_is_passed_over_with_a_warning(tmp_path, caplog, damage, reason):
+    save(tmp_path, 10)
+    torn = save(tmp_path, 20)
+    damage(torn)
+    with caplog.at_level(logging.WARNING):
+        assert Checkpoints(tmp_path, 3).latest() == tmp_path / "step-00000010"
+    assert str(torn) in caplog.text
+    assert reason in caplog.text
+    with pytest.raises(CheckpointError, match="torn"):
+        load_meta(torn)
+
+
+def test_newer_format_is_refused(tmp_path):
+    path = save(tmp_path, 1)
+    meta = json.loads((path / "checkpoint.json").read_text())
+    (path / "checkpoint.json").write_text(json.dumps(meta | {"format_version": 99}))
+    with pytest.raises(CheckpointError, match="format version 99"):
+        load_meta(path)
+
+
+class FailingAt:
+    """Raises `error` at the n-th call, over all patched functions together; counts in any case."""
+
+    def __init__(self, monkeypatch, n: int, error: BaseException):
+        self.num_calls = 0
+        for owner, name in [
+            (os, "fsync"),
+            (os, "rename"),
+            (os, "replace"),
+            (os, "mkdir"),
+            (os, "open"),
+            (os, "unlink"),
+            (shutil, "rmtree"),
+            (Path, "mkdir"),
+            (Path, "open"),
+            (Path, "rename"),
+            (Path, "replace"),
+            (module, "_fsync"),
+            (module, "_write"),
+        ]:
+            monkeypatch.setattr(owner, name, self.wrap(getattr(owner, name), n, error))
+
+    def wrap(self, function, n, error):
+        def wrapped(*args, **kwargs):
+            self.num_calls += 1
+            if self.num_calls == n:
+                raise error
+            return function(*args, **kwargs)
+
+        return wrapped
+
+
+def count_calls(tmp_path) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        (tmp_path / "count").mkdir()
+        save(tmp_path / "count", 10, keep_last=1)
+        counter = FailingAt(patch, -1, KilledError())
+        save(tmp_path / "count", 20, keep_last=1)
+        return counter.num_calls
+
+
+def test_killed_at_every_step_of_a_save(tmp_path):
+    num_calls = count_calls(tmp_path)
+    assert num_calls > 20
+    outcomes = []
+    for n in range(1, num_calls + 1):
+        folder = tmp_path / str(n)
+        save(folder, 10, keep_last=1)
+        with pytest.MonkeyPatch.context() as patch:
+            FailingAt(patch, n, KilledError())
+            with pytest.raises(KilledError):
+                save(folder, 20, keep_last=1)
+        found = Checkpoints(folder, 1).latest()
+        assert found is not None, f"nothing left after a kill at call {n}"
+        assert find_problems(found) == []
+        assert (folder / (folder / "latest").read_text().strip()).exists() or found.name == "step-00000020"
+        outcomes.append(found.name)
+        save(folder, 30, keep_last=1)
+        assert names(folder) == ["latest", "step-00000030"]
+    assert outcomes == sorted(outcomes), "once there, the new checkpoint has to stay"
+    assert set(outcomes) == {"step-00000010", "step-00000020"}
+
+
+def test_disk_full_at_every_step_of_a_save(tmp_path):
+    num_calls = count_calls(tmp_path)
+    num_refused = 0
+    for n in range(1, num_calls + 1):
+        folder = tmp_path / str(n)
+        save(folder, 10, keep_last=1)
+        expected, refusal = "step-00000020", None
+        with pytest.MonkeyPatch.context() as patch:
+            FailingAt(patch, n, OSError(errno.ENOSPC, "No space left on device"))
+            try:
+                save(folder, 20, keep_last=1)
+            except CheckpointError as error:
+                refusal = str(error)
+        if refusal is not None:
+            num_refused += 1
+            assert "No space left on device" in refusal
+            assert str(folder) in refusal
+            assert "step-00000020.partial" not in names(folder)
+            if "step-00000020" not in names(folder):  # there if only the fsync after the rename failed
+                expected = "step-00000010"
+        found = Checkpoints(folder, 1).latest()
+        assert found.name == expected
+        assert find_problems(found) == []
+        save(folder, 30, keep_last=1)
+        assert names(folder) == ["latest", "step-00000030"]
+    assert num_refused > 10
+
+
+def test_trouble_after_the_commit_is_a_warning(tmp_path, caplog, monkeypatch):
+    save(tmp_path, 10, keep_last=1)
+
+    def refuse(path):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with caplog.at_level(logging.WARNING):
+        save(tmp_path, 20, keep_last=1)
+    assert "step-00000020 is saved, but" in caplog.text
+    assert "Permission denied" in caplog.text
+    assert Checkpoints(tmp_path, 1).latest().name == "step-00000020"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_real_full_disk(tmp_path):
+    save(tmp_path, 10)
+
+    def write(folder: Path) -> None:
+        (folder / "small").write_text("fits")
+        with Path("/dev/full").open("wb") as file:
+            torch.save({"weight": torch.zeros(10_000)}, file)
+
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        Checkpoints(tmp_path, 3).save(20, write, {})
+    assert names(tmp_path) == ["latest", "step-00000010"]
+
+
+def test_error_in_the_writer_is_not_hidden(tmp_path):
+    def write(folder: Path) -> None:
+        raise ZeroDivisionError("a bug")
+
+    with pytest.raises(CheckpointError, match="ZeroDivisionError: a bug") as caught:
+        Checkpoints(tmp_path, 3).save(20, write, {})
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert names(tmp_path) == []
+
+
+def config_of(**changes):
+    return validate(changes, "test")
+
+
+def meta_of(config, world_size=2, zero_stage=None, shards="a" * 64):
+    return json.loads(json.dumps(checkpoint_meta(config, 3, 17, shards, world_size, zero_stage, note="kept")))
+
+
+def test_same_run_continues():
+    config = config_of()
+    meta = meta_of(config)
+    assert meta["note"] == "kept"
+    assert (meta["epoch"], meta["batch_index"]) == (3, 17)
+    assert check_compatible(meta, config, "a" * 64, 2) == []
+
+
+def test_harmless_differences_are_notes():
+    meta = meta_of(config_of())
+    config = config_of(
+        train={"epochs": 300}, optim={"lr": 0.01}, run={"dir": "elsewhere"}, data={"shards": "moved", "num_workers": 7}
+    )
+    notes = check_compatible(meta, config, "a" * 64, 4)
+    assert len(notes) == 3
+    assert any("train.epochs: 200 in the checkpoint, 300 now" in note for note in notes)
+    assert any("optim.lr" in note for note in notes)
+    assert any("world size 2 in the checkpoint, 4 now" in note for note in notes)
+
+
+def test_all_forbidden_differences_at_once():
+    meta = meta_of(config_of())
+    config = config_of(
+        model={"name": "mpmae_tiny", "modalities_out": ["sentinel2"]},
+        train={"global_batch_size": 512, "seed": 1},
+        data={"train_split": "other"},
+        engine={"name": "deepspeed"},
+    )
+    with pytest.raises(CheckpointError) as caught:
+        check_compatible(meta, config, "b" * 64, 2, 2)
+    text = str(caught.value)
+    for expected in (
+        "model.name: 'mpmae_atto' in the checkpoint, 'mpmae_tiny' now",
+        "model.modalities_out",
+        "train.global_batch_size",
+        "train.seed",
+        "data.train_split",
+        "aaaaaaaaaaaa",
+        "bbbbbbbbbbbb",
+        "engine.name: 'ddp' in the checkpoint, 'deepspeed' now",
+    ):
+        assert expected in text
+    assert len(caught.value.problems) == 8
+
+
+def test_deepspeed_is_bound_to_world_size_stage_and_precision():
+    meta = meta_of(config_of(engine={"name": "deepspeed"}), world_size=2, zero_stage=2)
+    same = config_of(engine={"name": "deepspeed"})
+    assert check_compatible(meta, same, "a" * 64, 2, 2) == []
+    with pytest.raises(CheckpointError) as caught:
+        check_compatible(meta, config_of(engine={"name": "deepspeed"}, train={"precision": "bf16"}), "a" * 64, 4, 3)
+    text = str(caught.value)
+    assert "start 2 ranks" in text
+    assert "--ds-config configs/ds/zero2.json" in text
+    assert "train.precision: 'fp32' in the checkpoint, 'bf16' now" in text
