@@ -1,0 +1,88 @@
+"""From a finished run to the page: arrays are put together rightly and every modality arrives."""
+
+import pytest
+import torch
+
+from mpmae.errors import CheckpointError, ReportError
+from mpmae.modalities import TARGETS
+from mpmae.models.losses import normalise_patches
+from mpmae.report.collect import collect, denormalise_patches, unpatch
+from mpmae.report.page import render_report
+from tests.train.launches import launch_ok
+
+
+def to_patches(image: torch.Tensor, p: int) -> torch.Tensor:
+    """[G*G, p*p*C] with channel (row*p + column)*C + c, written out pixel by pixel."""
+    channels, side, _ = image.shape
+    rows = []
+    for top in range(0, side, p):
+        for left in range(0, side, p):
+            rows.append([image[c, top + r, left + k] for r in range(p) for k in range(p) for c in range(channels)])
+    return torch.tensor(rows)
+
+
+def test_unpatch_inverts_the_layout_of_predictions():
+    image = torch.randn(3, 16, 16)
+    prediction = to_patches(image, 8).T.unflatten(1, (2, 2))
+    assert torch.equal(unpatch(prediction, 3, 8), image)
+
+
+def test_denormalise_inverts_the_patch_normalisation():
+    target, valid = 5 + 3 * torch.randn(3, 16, 16), torch.rand(3, 16, 16) > 0.2
+    normalised = normalise_patches(to_patches(target, 8)[None], to_patches(valid.float(), 8)[None].bool())[0]
+    image = unpatch(normalised.T.unflatten(1, (2, 2)), 3, 8)
+    back = denormalise_patches(image, target, valid, 8)
+    torch.testing.assert_close(back[valid], target[valid])
+
+
+def test_a_folder_without_a_run(tmp_path):
+    with pytest.raises(ReportError, match=r"is not a run folder.*run.json"):
+        collect(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run_dir(shards_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report") / "run"
+    launch_ok(
+        "python",
+        1,
+        folder,
+        f"data.shards={shards_dir}",
+        "train.global_batch_size=4",
+        "train.max_steps=1",
+        "model.modalities_out={sentinel2: [B4, B3, B2, B8], sentinel1: null, aster: null, era5: null, dynamic_world: null,"
+        " canopy_height_eth: null, lat: [cos], lon: null, biome: null, eco_region: null, month: null, esa_worldcover: null}",
+    )
+    return folder
+
+
+def test_every_modality_arrives(run_dir):
+    data = collect(run_dir, num_tiles=2)
+    assert len(data.tiles) == 2
+    for tile in data.tiles:
+        assert set(tile.maps) | set(tile.vectors) == set(TARGETS)
+        assert tile.visible.sum() == 19
+        assert -90 <= tile.lat <= 90
+    assert [line["step"] for line in data.history] == [1]
+    page = render_report(data)
+    assert data.tiles[0].tile_id in page
+
+
+def test_targets_are_in_raw_units(run_dir, mmearth_dir):
+    import h5py
+
+    tile = collect(run_dir, num_tiles=1).tiles[0]
+    with h5py.File(mmearth_dir / f"{mmearth_dir.name}.h5") as file:
+        ids = [row["tile_id"].decode() for row in file["metadata"][:]]
+        raw = file["sentinel2"][ids.index(tile.tile_id)][[3, 2, 1, 8], 4:60, 4:60].astype("f4")
+    triple = tile.maps["sentinel2"]
+    assert triple.bands == ("B4", "B3", "B2", "B8")
+    torch.testing.assert_close(
+        torch.from_numpy(triple.target)[triple.valid], torch.from_numpy(raw)[triple.valid], rtol=1e-4, atol=0.5
+    )
+
+
+def test_a_run_without_a_checkpoint(run_dir, tmp_path):
+    (tmp_path / "run.json").write_text((run_dir / "run.json").read_text())
+    with pytest.raises(CheckpointError, match="no complete checkpoint"):
+        collect(tmp_path)
