@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mpmae.config import RunConfig
-from mpmae.errors import ConfigError
+from mpmae.errors import ConfigError, TrainingError
 
 
 class Tracker(Protocol):
@@ -27,7 +27,7 @@ class JsonLines:
     """
 
     def __init__(self, folder: Path, start_step: int):
-        self._files = {}
+        self._folder, self._files = folder, {}
         for kind in ("metrics", "validation"):
             path = folder / f"{kind}.jsonl"
             kept = [line for line in read_jsonl(path) if line["step"] <= start_step]
@@ -37,8 +37,12 @@ class JsonLines:
             self._files[kind] = path.open("a", buffering=1)
 
     def log(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Append a line."""
-        self._files[kind].write(json.dumps(record) + "\n")
+        """Append a line. Raises TrainingError, naming the file, when it cannot be written."""
+        try:
+            self._files[kind].write(json.dumps(record) + "\n")
+        except OSError as error:
+            path = self._folder / f"{kind}.jsonl"
+            raise TrainingError(f"cannot write {path}: {error.strerror}; make room, then --resume auto") from error
 
     def close(self) -> None:
         """Close the files."""
@@ -116,7 +120,7 @@ class Wandb:
 
     def close(self) -> None:
         """Finish the run."""
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 class Trackers:
