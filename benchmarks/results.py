@@ -1,0 +1,142 @@
+"""Generate RESULTS.md, its plots and README's figure from the records.
+
+python benchmarks/results.py            (rewrites them)
+python benchmarks/results.py --check    (status 1 when they are not what the records give)
+"""
+
+import argparse
+import io
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from record import load_records
+
+mpl.use("svg")
+mpl.rcParams["svg.hashsalt"] = "mpmae"  # the same bytes every time
+from matplotlib import pyplot as plt  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent / "README.md"
+PHASES = {"data wait": "#8a8f98", "forward": "#2563a8", "backward": "#6ea3d8", "optimizer": "#d98a29"}
+PARTS = ("stem", "stage 0", "stage 1", "stage 2", "stage 3", "decoder block")
+FIGURE = re.compile(r"(<!-- figure -->\n).*?(<!-- /figure -->)", re.DOTALL)
+
+
+def machine(record: dict[str, Any]) -> str:
+    """One line on where a record was made."""
+    environment = record["environment"]
+    packages = environment["packages"]
+    device = environment["gpu"] or f"{environment['cores']} CPU cores"
+    return f"{device}, torch {packages['torch']}, Python {environment['python']}, commit {record['commit'][:10]}"
+
+
+def step_plot(record: dict[str, Any]) -> str:
+    """SVG: milliseconds a step by phase, one bar a case."""
+    cases = record["results"]["cases"]
+    figure, axes = plt.subplots(figsize=(7.5, 0.55 * len(cases) + 1.1))
+    left = [0.0] * len(cases)
+    for phase, colour in PHASES.items():
+        widths = [case["ms"][phase]["median"] for case in cases.values()]
+        axes.barh(list(cases), widths, left=left, color=colour, label=phase, height=0.6)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for y, (end, case) in enumerate(zip(left, cases.values(), strict=True)):
+        axes.text(end, y, f"  {case['images_per_s']['median']:.0f} images/s", va="center", fontsize=9)
+    axes.set_xlim(0, max(left) * 1.2)
+    axes.set_xlabel(f"ms a step of {record['case']['global_batch_size']} images (median)")
+    axes.invert_yaxis()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(ncols=4, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=9)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    return text.getvalue()
+
+
+def step_section(record: dict[str, Any]) -> str:
+    """Markdown of a training-step record."""
+    case, results = record["case"], record["results"]
+    lines = [
+        "## What a training step costs",
+        "",
+        f"{case['model']}, {case['img_size']} px, patch {case['patch_size']}, {case['precision']}, {case['engine']}, global "
+        f"batch {case['global_batch_size']}; {record['date'][:10]}, {machine(record)}. Made by `python benchmarks/step.py`; "
+        f"p20 / median / p80 over {case['rounds']} rounds of {case['steps']} steps, cases alternating.",
+        "",
+        "![ms a step by phase](plots/training-step.svg)",
+        "",
+        "| case | images/s | " + " | ".join(f"{phase} ms" for phase in PHASES) + " | speed-up |",
+        "|---|---|" + "---|" * (len(PHASES) + 1),
+    ]
+    for name, result in results["cases"].items():
+        rate = result["images_per_s"]
+        phases = " | ".join(f"{result['ms'][phase]['median']:.1f}" for phase in PHASES)
+        speedup = results["speedup_over_1_rank_1_thread"][name]
+        spread = f"{rate['p20']:.1f} / **{rate['median']:.1f}** / {rate['p80']:.1f}"
+        lines.append(f"| {name} | {spread} | {phases} | {speedup:.2f} |")
+    lines += ["", "Forward by part, median ms:", "", "| case | " + " | ".join(PARTS) + " |", "|---|" + "---|" * len(PARTS)]
+    for name, result in results["cases"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{result['ms'][part]['median']:.1f}" for part in PARTS) + " |")
+    lines += [
+        "",
+        f"The loader alone, two threads, all modalities: {results['loader_alone_samples_per_s']:.0f} samples/s.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def readme_figure(record: dict[str, Any]) -> str:
+    """The measured sentence of the README."""
+    case, cases = record["case"], record["results"]["cases"]
+    best = cases["2 ranks, 1 thread each"]["images_per_s"]["median"]
+    one = cases["1 rank, 1 thread"]["images_per_s"]["median"]
+    loader = record["results"]["loader_alone_samples_per_s"]
+    return (
+        f"Measured on {record['environment']['cores']} CPU cores ({case['model']}, {case['img_size']} px, all 12 modalities, "
+        f"{case['precision']}): **{best:.0f} images/s** pretraining on two ranks, {one:.0f} on one; the loader alone gives "
+        f"{loader:.0f} samples/s. No GPU figures yet. [All records](benchmarks/RESULTS.md).\n"
+    )
+
+
+def outputs() -> dict[Path, str]:
+    """Every generated file with its text."""
+    files: dict[Path, str] = {}
+    sections = [
+        "# Results\n\nGenerated by `python benchmarks/results.py` from [records/](records/); do not edit.\n",
+        "No record here was made on a GPU: CUDA, bf16 on tensor cores and multi-node throughput are not measured yet.\n",
+    ]
+    steps = load_records("training step")
+    if steps:
+        sections.append(step_section(steps[-1]))
+        files[HERE / "plots" / "training-step.svg"] = step_plot(steps[-1])
+        files[README] = FIGURE.sub(lambda m: m[1] + readme_figure(steps[-1]) + m[2], README.read_text())
+    files[HERE / "RESULTS.md"] = "\n".join(sections)
+    return files
+
+
+def is_stale(path: Path, text: str) -> bool:
+    """Whether a text differs; a plot may, since matplotlib draws the same numbers in its own way from version to version."""
+    return path.suffix != ".svg" and path.read_text() != text
+
+
+def main() -> int:
+    """Write or check the generated files; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args()
+    files = outputs()
+    stale = [path for path, text in files.items() if not path.is_file() or is_stale(path, text)]
+    if options.check:
+        print("\n".join(f"stale: {path.name}; run python benchmarks/results.py" for path in stale))
+        return 1 if stale else 0
+    for path, text in files.items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    print(f"written: {', '.join(path.name for path in stale) or 'nothing new'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
