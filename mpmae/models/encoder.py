@@ -98,6 +98,7 @@ class SparseEncoder(nn.Module):
         image: [N, B, S, S], finite. pixel_valid: bool [N, S, S], True where a pixel holds data. visible: int64 [N, V].
         """
         pixels = self.site_index(visible, self.patch_size)
+        image = image.to(self.stem.conv.weight.dtype)
         valid = blocks.pack_sites(pixel_valid[:, :, :, None], pixels)[:, :, 0]
         if bool(valid.all()):  # the one branch on data: without gaps, no stage has anything to mask
             valid = None

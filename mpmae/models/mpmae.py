@@ -83,8 +83,10 @@ class MPMAE(nn.Module):
         channels = {name: spec_of(name).num_classes or len(bands) for name, bands in bands_out.items()}
         self.heads = Heads(channels, decoder_dim, patch_size)
         self.log_vars = nn.Parameter(torch.zeros(len(bands_out))) if loss_weighting == "uncertainty" else None
-        self._select_in = self._selection(INPUT, bands_in)
-        self._select_out = {name: self._selection(name, bands) for name, bands in bands_out.items()}
+        # positions of the bands in the batch's tensors, as buffers so that picking them moves nothing to the device
+        self.register_buffer("select_in", self._selection(INPUT, bands_in), persistent=False)
+        for name, bands in bands_out.items():
+            self.register_buffer(f"select_{name}", self._selection(name, bands), persistent=False)
 
     @property
     def modalities_out(self) -> tuple[str, ...]:
@@ -94,8 +96,9 @@ class MPMAE(nn.Module):
     def forward(self, batch: Batch, visible: Tensor | None = None, return_predictions: bool = False) -> MPMAEOutput:
         """Loss share, latent and, if asked for, full predictions.
 
-        visible: int64 [N, V], ascending patch numbers of each row (`mpmae.masking.draw_visible`). Without it a random one is
-        drawn in eval mode. Pixel heads run at hidden patches only unless `return_predictions`.
+        visible: int64 [N, V], ascending patch numbers of each row (`mpmae.masking.draw_visible`), best left on the CPU: it
+        is checked there and moved to the batch's device. Without it a random one is drawn in eval mode.
+        Pixel heads run at hidden patches only unless `return_predictions`.
         Raises ConfigError for a batch or an index that does not fit the model. Duplicate or out-of-range patch numbers are
         looked for only in an index on the CPU: elsewhere the look would stall the device.
         """
@@ -118,10 +121,9 @@ class MPMAE(nn.Module):
     def encode(self, batch: Batch, visible: Tensor) -> Tensor:
         """Features of the visible patches, [N, V, C]; any V >= 1 goes. Needs `sentinel2` of the batch only."""
         values, valid = batch.values[INPUT], batch.valid[INPUT]
-        if self._select_in is not None:
-            values, valid = values[:, self._select_in], valid[:, self._select_in]
-        image = torch.where(valid, values, 0).to(self.decoder.mask_token.dtype)
-        pixel_valid = valid.any(1)
+        if self.select_in is not None:
+            values, valid = (t.index_select(1, self.select_in) for t in (values, valid))
+        image, pixel_valid = torch.where(valid, values, 0), valid.any(1)
         if self.encoder.stages[0][0].grn_scope == "batch":
             pixel_valid = pixel_valid & ~batch.padding[:, None, None]  # padding must not enter the norm of the others
         return self.encoder(image, pixel_valid, visible)
@@ -183,19 +185,19 @@ class MPMAE(nn.Module):
     def _target(self, batch: Batch, name: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Target and validity of a modality, laid out as its prediction."""
         values, valid = batch.values[name], batch.valid[name]
-        spec, selection = spec_of(name), self._select_out[name]
+        spec, selection = spec_of(name), getattr(self, f"select_{name}")
         if selection is not None:
-            values, valid = values[:, selection], valid[:, selection]
+            values, valid = (t.index_select(1, selection) for t in (values, valid))
         if spec.scope == "pixel":
             values, valid = (blocks.pack_patches(t, hidden, self.patch_size).flatten(2) for t in (values, valid))
         return values, valid & (values >= 0) if spec.kind == "categorical" else valid
 
-    def _selection(self, name: str, bands: tuple[str, ...]) -> list[int] | None:
+    def _selection(self, name: str, bands: tuple[str, ...]) -> Tensor | None:
         """Positions of `bands` in the batch's tensor; None when it holds just these."""
         available = self.bands_available.get(name, ())
         if spec_of(name).kind == "categorical" or tuple(bands) == tuple(available):
             return None
-        return band_indices(name, bands, available)
+        return torch.tensor(band_indices(name, bands, available))
 
     def _visible(self, batch: Batch, visible: Tensor | None) -> Tensor:
         device = batch.sample_ids.device
@@ -224,7 +226,7 @@ class MPMAE(nn.Module):
                 problems.append("visible: a row is not strictly ascending; sort it and drop repeats")
         if problems:
             raise ConfigError(problems)
-        return visible
+        return visible.to(device, non_blocking=True)
 
     def _check_batch(self, batch: Batch) -> None:
         problems = []
