@@ -3,6 +3,7 @@
 Shapes: N samples of a micro batch, C channels.
 """
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,7 @@ def train(engine: Engine, case: Case, first: int, last: int) -> dict[str, list[f
     return record
 
 
+@functools.cache
 def reference(clip: float | None, skip: int | None = None, steps: int = 10) -> dict[str, Any]:
     """The same run in plain torch: whole batch at once, no engine, step `skip` left out altogether."""
     torch.manual_seed(1234)
