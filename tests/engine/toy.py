@@ -23,7 +23,7 @@ DS_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "ds"
 
 
 class Toy(nn.Module):
-    """Two heads over a trunk with each kind of parameter that models have: conv, ndim-2 scale, token, norm, scalar, frozen."""
+    """Two heads over a trunk, with each kind of parameter that models have: conv, scale, token, norm, scalar, frozen."""
 
     def __init__(self):
         super().__init__()
