@@ -9,7 +9,7 @@ A step of the loop, the same for every engine:
 
 The global loss is the sum of all shares over micro steps and ranks, so no result depends on how the global batch is cut.
 Every rank must give every parameter a gradient in every micro step: a term that a rank has no data for is multiplied by
-zero, not left out. A parameter skipped on some ranks only makes DDP raise and ZeRO hang.
+zero, not left out. A parameter skipped on some ranks only leaves the others waiting for it.
 """
 
 from abc import ABC, abstractmethod

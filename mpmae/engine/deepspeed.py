@@ -27,7 +27,7 @@ from mpmae.engine.base import Engine, as_float32, set_lr, skip_if_not_finite
 from mpmae.engine.ds_config import zero_stage
 from mpmae.engine.files import save_tensors
 from mpmae.engine.optim import build_optimizer
-from mpmae.engine.world import World
+from mpmae.engine.world import World, hold_process_group
 from mpmae.errors import CheckpointError, ConfigError
 
 _TAG = "deepspeed"
@@ -46,6 +46,7 @@ class DeepSpeedEngine(Engine):
     def __init__(self, config: RunConfig, module: nn.Module, world: World, ds_config: dict[str, Any], num_micro_steps: int):
         super().__init__(module, world, num_micro_steps)
         deepspeed = _import_deepspeed()
+        hold_process_group("deepspeed")
         self.zero_stage = zero_stage(ds_config)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         if config.train.precision == "bf16":

@@ -1,5 +1,6 @@
 """The processes of a run: who am I, how many are we, and the few collectives that code outside an engine needs."""
 
+import atexit
 import os
 import socket
 from dataclasses import dataclass, field
@@ -15,6 +16,9 @@ _LAUNCHER_KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_POR
 _SLURM_KEYS = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
 _FIRST_SLURM_PORT = 15_000
 _NUM_SLURM_PORTS = 20_000
+
+
+_held: list[str] = []
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,9 @@ class World:
         return values[0]
 
     def close(self) -> None:
-        """Leave the process group; safe to call twice."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        """Leave the process group, unless something holds it; safe to call twice."""
+        if not _held:
+            _leave_process_group()
         for key in self.added_env:
             os.environ.pop(key, None)
 
@@ -94,10 +98,21 @@ def init_world(engine_name: str = "ddp", timeout_s: float = 1800.0) -> World:
     else:
         device, backend = torch.device("cpu"), "gloo"
         if "OMP_NUM_THREADS" not in os.environ:  # ranks that all take every core slow each other down
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+            torch.set_num_threads(max(1, _num_cores() // local_world_size))
     if not dist.is_initialized():
         dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
+    assert (dist.get_rank(), dist.get_world_size()) == (rank, world_size), "a process group of another world is open"
     return World(rank, local_rank, world_size, local_world_size, device, backend, added)
+
+
+def hold_process_group(holder: str) -> None:
+    """Keep the process group until the process ends: the next `init_world` finds it again.
+
+    For libraries that hold on to its subgroups in globals, as DeepSpeed does.
+    """
+    if not _held:
+        atexit.register(_leave_process_group)
+    _held.append(holder)
 
 
 def current_world() -> World:
@@ -110,6 +125,11 @@ def current_world() -> World:
     device = torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
     world_size = dist.get_world_size()
     return World(dist.get_rank(), local_rank, world_size, _local_world_size(world_size), device, backend)
+
+
+def _leave_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _complete_environment(engine_name: str) -> tuple[str, ...]:
@@ -173,6 +193,12 @@ def _local_world_size(world_size: int) -> int:
     per_node = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")  # such as "4(x2)" or "4,3"
     digits = per_node.split("(")[0].split(",")[0]
     return int(digits) if digits else world_size
+
+
+def _num_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # Linux: what this process may use, not what the machine has
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _free_loopback_port() -> int:

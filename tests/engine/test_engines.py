@@ -123,6 +123,15 @@ def test_first_bf16_step_has_the_right_size(results, engine, stage):
     assert differs.float().mean() < 0.05, "only tiny gradients may round to another sign"
 
 
+def two_worlds(case: Case) -> list[dict[str, Any]]:
+    return [run_cases([(case, None)])[0] for _ in range(2)]
+
+
+def test_one_process_can_run_twice(tmp_path):
+    first, second = run_ranks(two_worlds, 1, Case("deepspeed", 2, steps=2), tmp_path)[0]
+    assert first["loss"] == second["loss"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_whole_matrix(tmp_path, num_ranks):

@@ -69,9 +69,8 @@ def test_learning_rate_per_step():
     assert [schedule(step) for step in (0, 1, 9, 10)] == pytest.approx([0.0, 0.1, 0.9, 1.0])
     assert schedule(30) == pytest.approx(0.55)
     assert schedule(50) == schedule(99) == pytest.approx(0.1)
-    assert (
-        learning_rate(config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 20})}), 5)(20) == 0.1
-    )
+    shorter = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 20})})
+    assert learning_rate(shorter, steps_per_epoch=5)(20) == 0.1
 
 
 def test_warmup_as_long_as_the_run():

@@ -3,6 +3,7 @@
 Shapes: N samples of a micro batch, C channels.
 """
 
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ DS_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "ds"
 
 
 class Toy(nn.Module):
-    """Two heads over a trunk with every kind of parameter the models have: conv, ndim-2 scale, token, norm, scalar."""
+    """Two heads over a trunk, with each kind of parameter that models have: conv, scale, token, norm, scalar, frozen."""
 
     def __init__(self):
         super().__init__()
@@ -30,6 +31,7 @@ class Toy(nn.Module):
         self.norm = nn.LayerNorm(8)
         self.gamma = nn.Parameter(torch.ones(1, 8))
         self.token = nn.Parameter(torch.full((1, 1, 8), 0.02))
+        self.frozen = nn.Parameter(torch.full((8,), 0.3), requires_grad=False)
         self.hidden = nn.Linear(8, 24)
         self.head_a = nn.Linear(24, 4)
         self.head_b = nn.Linear(24, 5)
@@ -39,7 +41,7 @@ class Toy(nn.Module):
     def forward(self, x, target_a, target_b, has_b, num_b):
         """This micro batch's share: mean over all samples for task a, over the `num_b` samples that have b for task b."""
         features = self.norm(self.conv(x).flatten(2).mean(2))
-        hidden = torch.nn.functional.gelu(self.hidden(features * self.gamma + self.token[0]))
+        hidden = torch.nn.functional.gelu(self.hidden(features * self.gamma + self.token[0] + self.frozen))
         error_a = (self.head_a(hidden).float() - target_a + self.offset).square().mean(1).sum() / GLOBAL_BATCH
         per_sample_b = nn.functional.cross_entropy(self.head_b(hidden).float(), target_b, reduction="none")
         error_b = (per_sample_b * has_b).sum() / num_b  # zero-weighted, not skipped, where no sample has b
@@ -123,6 +125,7 @@ def train(engine: Engine, case: Case, first: int, last: int) -> dict[str, list[f
     return record
 
 
+@functools.cache
 def reference(clip: float | None, skip: int | None = None, steps: int = 10) -> dict[str, Any]:
     """The same run in plain torch: whole batch at once, no engine, step `skip` left out altogether."""
     torch.manual_seed(1234)
@@ -130,7 +133,7 @@ def reference(clip: float | None, skip: int | None = None, steps: int = 10) -> d
     exempt = {"conv.bias", "norm.weight", "norm.bias", "hidden.bias", "head_a.bias", "head_b.bias", "log_variance"}
     named = dict(module.named_parameters())
     groups = [
-        {"params": [p for name, p in named.items() if name not in exempt], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for name, p in named.items() if name not in exempt | {"frozen"}], "weight_decay": WEIGHT_DECAY},
         {"params": [named[name] for name in sorted(exempt)], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), foreach=False)
