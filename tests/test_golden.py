@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_check import CASES, check
+
+from tests.golden_check import CASES, check
 
 HERE = Path(__file__).resolve().parent
 OWN = ("fcmae_p8_56", "fcmae_p16_112")

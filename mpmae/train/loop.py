@@ -141,7 +141,9 @@ class Run:
                     f"run.dir = {folder} is not empty; pass --resume auto to continue the run in it, or another run.dir"
                 )
             return None
-        start = self.checkpoints.latest() if resume == "auto" else Path(resume)
+        start = Path(resume)
+        if resume == "auto":
+            start = self.world.broadcast_object(self.checkpoints.latest() if self.world.rank == 0 else None)
         if start:
             stage = zero_stage(self.ds_config) if self.ds_config else None
             known = (self.config, self.manifest.fingerprint, self.world.world_size, stage)
