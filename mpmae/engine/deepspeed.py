@@ -16,6 +16,8 @@ import contextlib
 import functools
 import io
 import logging
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,10 @@ class DeepSpeedEngine(Engine):
 
 
 def _import_deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it looks for one and warns on every rank that there is none
+    # deepspeed 0.19.8 calls collectives by names that torch 2.13 deprecates; nothing here can act on that
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
     try:
         import deepspeed
         import deepspeed.ops
