@@ -75,7 +75,7 @@ def main() -> int:
     run_dir = Path("runs") / f"demo-{name}-{manifest.fingerprint[:8]}"
     arguments = ["--ds-config", "configs/ds/zero2.json", "--config", "configs/run/demo.yaml", "--resume", "auto"]
     arguments += [f"data.shards={shards}", f"run.dir={run_dir}"]
-    launcher = ["--num_gpus", "2", "--log_level", "warning"]
+    launcher = ["--num_gpus", "2", "--quiet"]
     run("2. Pretraining, 2 ranks, ZeRO-2", "deepspeed", *launcher, "launch/pretrain.py", *arguments)
     run("3. Report", "mpmae-report", str(run_dir))
     console.rule("[bold]Made", align="left")
