@@ -58,7 +58,7 @@ def check_compatible(
 
     if meta["shards_fingerprint"] != shards_fingerprint:
         problems.append(
-            f"data.shards: other samples than the checkpoint's (fingerprint {meta['shards_fingerprint'][:12]}, now "
+            f"data.shards: the shards have changed since the checkpoint (fingerprint {meta['shards_fingerprint'][:12]}, now "
             f"{shards_fingerprint[:12]}); point data.shards at the same shard set"
         )
     if meta["engine"] != config.engine.name:

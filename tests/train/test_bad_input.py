@@ -1,6 +1,8 @@
 """What a user does wrong: one clear message, status 2, nothing lost."""
 
 import json
+import runpy
+import sys
 
 import pytest
 
@@ -23,11 +25,21 @@ def run_dir(shards_dir, tmp_path_factory):
     return folder
 
 
-def refused(*arguments: str, words: list[str]) -> None:
-    done = launch("python", 1, *arguments)
-    assert done.returncode == 2, done.stdout[-3000:]
-    assert "Traceback" not in done.stdout
-    assert all(word in done.stdout for word in words), done.stdout
+@pytest.fixture
+def refused(monkeypatch, capfd, repo):
+    """A function that runs launch/pretrain.py in this process, which must end with status 2 and an error with `words`."""
+    monkeypatch.chdir(repo)
+
+    def run(*arguments: str, words: list[str]) -> None:
+        monkeypatch.setattr(sys, "argv", ["launch/pretrain.py", *arguments])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path("launch/pretrain.py", run_name="__main__")
+        shown = capfd.readouterr().err
+        assert end.value.code == 2, shown
+        assert shown.startswith("error: ")
+        assert all(word in shown for word in words), shown
+
+    return run
 
 
 def test_a_run_writes_what_it_promises(run_dir):
@@ -44,7 +56,7 @@ def test_a_run_writes_what_it_promises(run_dir):
     assert (run_dir / "checkpoints" / "step-00000002" / "model.safetensors").is_file()
 
 
-def test_output_folder_not_empty(run_dir, shards_dir):
+def test_output_folder_not_empty(refused, run_dir, shards_dir):
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     refused(f"run.dir={run_dir}", f"data.shards={shards_dir}", *SHORT, words=[f"{run_dir} is not empty", "--resume auto"])
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
@@ -56,12 +68,12 @@ def test_a_complete_run_says_so(run_dir, shards_dir):
     assert "complete" in done.stdout
 
 
-def test_another_model_cannot_continue_the_run(run_dir, shards_dir):
+def test_another_model_cannot_continue_the_run(refused, run_dir, shards_dir):
     changed = ("--resume", "auto", "model.patch_size=16", "model.img_size=64", "train.max_steps=4")
     refused(f"run.dir={run_dir}", f"data.shards={shards_dir}", *SHORT, *changed, words=["patch_size", "8", "16"])
 
 
-def test_changed_shards_cannot_continue_the_run(run_dir, shards_dir, mmearth_dir, tmp_path):
+def test_changed_shards_cannot_continue_the_run(refused, run_dir, shards_dir, mmearth_dir, tmp_path):
     from mpmae.shard_tools.build import build
 
     build(mmearth_dir, tmp_path / "other", codec="raw", progress=False)
@@ -88,7 +100,7 @@ def test_changed_shards_cannot_continue_the_run(run_dir, shards_dir, mmearth_dir
         (("--config", "absent.yaml"), ["absent.yaml"]),
     ],
 )
-def test_refused_before_the_first_step(arguments, words, shards_dir, tmp_path):
+def test_refused_before_the_first_step(refused, arguments, words, shards_dir, tmp_path):
     run_dir = tmp_path / "run"
     refused(f"data.shards={shards_dir}", *SHORT[:1], f"run.dir={run_dir}", *arguments, words=words)
     assert not run_dir.exists()
