@@ -23,6 +23,12 @@ README = HERE.parent / "README.md"
 PHASES = {"data wait": "#8a8f98", "forward": "#2563a8", "backward": "#6ea3d8", "optimizer": "#d98a29"}
 PARTS = ("stem", "stage 0", "stage 1", "stage 2", "stage 3", "decoder block")
 FIGURE = re.compile(r"(<!-- figure -->\n).*?(<!-- /figure -->)", re.DOTALL)
+DISK = re.compile(r"(<!-- disk -->\n).*?(<!-- /disk -->)", re.DOTALL)
+DATASETS = {  # name: tiles, tile side in px, HDF5 GB (the dataset's own page)
+    "MMEarth100k": (100_000, 128, 48),
+    "MMEarth64": (1_200_000, 64, 152),
+    "MMEarth": (1_200_000, 128, 597),
+}
 
 
 def machine(record: dict[str, Any]) -> str:
@@ -87,6 +93,50 @@ def step_section(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def data_section(record: dict[str, Any]) -> str:
+    """Markdown of a data-steps record."""
+    lines = [
+        "## From HDF5 to batches",
+        "",
+        f"{record['date'][:10]}, {machine(record)}. Made by `python benchmarks/data_steps.py`; medians of "
+        f"{record['case']['repeats']} runs, page cache warm; build and verify run in one process. Loader: {record['case']['loader']}.",
+        "",
+        "| source | codec | build tiles/s | verify tiles/s | loader 1 thread | loader 2 threads | KB a tile | of the HDF5 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, source in record["results"].items():
+        for codec in ("lz4", "raw"):
+            result = source[codec]
+            loader = [f"{result['loader_samples_per_s'][f'{n} threads']['median']:,.0f}" for n in (1, 2)]
+            lines.append(
+                f"| {name}, {source['tile_size_px']} px | {codec} | {result['build_tiles_per_s']['median']:,.0f} "
+                f"| {result['verify_against_source_tiles_per_s']['median']:,.0f} | {loader[0]} | {loader[1]} "
+                f"| {result['bytes_per_tile'] / 1e3:.1f} | {result['bytes_per_tile'] / source['source_bytes_per_tile']:.2f} |"
+            )
+    return "\n".join([*lines, ""])
+
+
+def readme_disk(record: dict[str, Any]) -> str:
+    """README's estimate per dataset: HDF5 size times the measured ratio, tiles over the measured rates."""
+    by_size = {source["tile_size_px"]: source for source in record["results"].values()}
+    lines = ["", "   | set | HDF5 | LZ4 shards | build | verify |", "   |---|---|---|---|---|"]
+    for name, (num_tiles, size, gigabytes) in DATASETS.items():
+        if size not in by_size:
+            continue
+        source = by_size[size]
+        ratio = source["lz4"]["bytes_per_tile"] / source["source_bytes_per_tile"]
+        hours = [
+            f"{num_tiles / source['lz4'][key]['median'] / 3600:.1f} h"
+            for key in ("build_tiles_per_s", "verify_against_source_tiles_per_s")
+        ]
+        lines.append(f"   | {name} | {gigabytes} GB | about {gigabytes * ratio:.0f} GB | {hours[0]} | {hours[1]} |")
+    note = (
+        "   Estimated from the rates and the size ratio measured on real tiles, one process on one core, page cache warm "
+        "([record](benchmarks/RESULTS.md)); a slow disk or network share takes longer."
+    )
+    return "\n".join([*lines, "", note, ""])
+
+
 def readme_figure(record: dict[str, Any]) -> str:
     """The measured sentence of the README."""
     case, cases = record["case"], record["results"]["cases"]
@@ -112,6 +162,11 @@ def outputs() -> dict[Path, str]:
         sections.append(step_section(steps[-1]))
         files[HERE / "plots" / "training-step.svg"] = step_plot(steps[-1])
         files[README] = FIGURE.sub(lambda m: m[1] + readme_figure(steps[-1]) + m[2], README.read_text())
+    data = load_records("data steps")
+    if data:
+        sections.append(data_section(data[-1]))
+        text = files.get(README, README.read_text())
+        files[README] = DISK.sub(lambda m: m[1] + readme_disk(data[-1]) + m[2], text)
     files[HERE / "RESULTS.md"] = "\n".join(sections)
     return files
 
