@@ -5,7 +5,7 @@ V visible and M = L - V hidden ones, C channels.
 Source: Nedungadi et al., "MMEarth", arXiv 2405.02771, section 4.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,8 @@ from mpmae.models.encoder import SparseEncoder
 INPUT = "sentinel2"
 
 
-@dataclass
-class MPMAEOutput:
-    """What a forward pass gives.
+class MPMAEOutput(NamedTuple):
+    """What a forward pass gives: a tuple, since DDP and ZeRO-3 find tensors in tuples but not in dataclasses.
 
     loss: scalar, this micro batch's share of the loss of the global batch (shares add up over micro batches and ranks).
     losses: modality -> unweighted share, a scalar. log_vars: modality -> s_i, detached; empty without uncertainty weighting.
