@@ -314,10 +314,18 @@ def index_bytes(rows: np.ndarray) -> bytes:
 
 
 def load_index(path: Path, manifest: Manifest, shard: ShardEntry) -> np.ndarray:
-    """Index rows of a shard; ShardError when the file is absent or does not fit the manifest."""
+    """Index rows of a shard; ShardError when the file is absent, has changed or does not fit the manifest."""
     try:
-        rows = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ShardError(f"{path} is missing; restore it or rebuild the set") from None
+    except OSError as error:
+        raise ShardError(f"{path}: cannot read the index ({error}); run `mpmae-shards verify`") from error
+    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
+        raise ShardError(f"{path}: its sha256 is not the manifest's: its bytes have changed; restore or rebuild it")
+    try:
+        rows = np.load(io.BytesIO(data), allow_pickle=False)
+    except ValueError as error:
         raise ShardError(f"{path}: cannot read the index ({error}); run `mpmae-shards verify`") from error
     if rows.dtype != manifest.index_dtype or rows.shape != (shard.num_samples,):
         raise ShardError(

@@ -145,12 +145,6 @@ class _Check:
 
     def _check_index(self, path: Path, shard: ShardEntry, first_ordinal: int) -> np.ndarray | None:
         index_path, dali_path = (path.with_name(name(shard.name)) for name in (index_name, dali_index_name))
-        if not index_path.is_file():
-            self._problem(f"{index_path} is missing; restore it or rebuild the set")
-            return None
-        if hashlib.sha256(index_path.read_bytes()).hexdigest() != shard.index_sha256:
-            self._problem(f"{index_path}: its sha256 is not the manifest's: its bytes have changed; restore or rebuild it")
-            return None
         try:
             rows = load_index(index_path, self.manifest, shard)
         except ShardError as error:
