@@ -10,6 +10,7 @@ from mpmae.errors import ConfigError, ShardError
 from mpmae.loader import Augmentation, CpuLoader, ShardReader, TrainOrder, plan_batches
 from mpmae.loader.transform import draw_views
 from mpmae.modalities import MODALITIES, TARGETS, class_lookup
+from mpmae.shard_format import index_name
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +156,17 @@ def test_a_corrupt_member_names_shard_and_sample(reader, shards_dir, tmp_path):
     path.write_bytes(data)
     with pytest.raises(ShardError, match=rf"{path.name}: sample 3 .*corrupt LZ4"):
         ShardReader(tmp_path, "train").pixels(3, "sentinel2")
+
+
+def test_an_index_that_changed(shards_dir, reader, tmp_path):
+    for path in shards_dir.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / index_name(reader.manifest.shards("train")[0].name)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ShardError, match=rf"{path.name}: its sha256 is not the manifest's"):
+        ShardReader(tmp_path, "train")
 
 
 def test_an_unknown_split(shards_dir):
