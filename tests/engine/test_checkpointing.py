@@ -12,8 +12,8 @@ from mpmae.engine import files, init_world
 from mpmae.errors import CheckpointError
 from mpmae.train.checkpoint import Checkpoints, load_engine, load_meta, write_engine
 from mpmae.train.compatibility import check_compatible, checkpoint_meta
+from tests.engine.spawn import run_ranks
 from tests.engine.toy import Case, make_engine, run_config, train
-from tests.spawn import run_ranks
 
 ENGINES = {"ddp": Case("ddp"), "zero1": Case("deepspeed", 1), "zero3": Case("deepspeed", 3)}
 

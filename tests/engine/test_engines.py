@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.engine.spawn import run_ranks
 from tests.engine.toy import PEAK_LR, Case, reference, run_cases
-from tests.spawn import run_ranks
 
 ENGINES = [("ddp", None), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
 IDS = ["ddp", "zero0", "zero1", "zero2", "zero3"]
