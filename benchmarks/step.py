@@ -27,7 +27,7 @@ from mpmae.engine import create_engine, init_world
 from mpmae.loader import CpuLoader, ShardReader, TrainOrder, plan_batches
 from mpmae.masking import draw_visible
 from mpmae.train.demo_data import ensure_demo_shards
-from mpmae.train.loop import build_model
+from mpmae.train.setup import build_model
 
 CASES = {"1 rank, 1 thread": (1, 1), "1 rank, 2 threads": (1, 2), "2 ranks, 1 thread each": (2, 1)}
 PHASES = ("data wait", "forward", "backward", "optimizer")

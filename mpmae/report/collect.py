@@ -22,7 +22,7 @@ from mpmae.models import MPMAE
 from mpmae.models.losses import PATCH_NORM_EPS
 from mpmae.report.data import ClassGuess, MapTriple, ReportData, RunSummary, TilePicture, VectorPair
 from mpmae.train.checkpoint import MODEL_NAME, Checkpoints, load_meta
-from mpmae.train.loop import build_model
+from mpmae.train.setup import build_model
 from mpmae.train.track import read_jsonl
 
 _NUM_GUESSES = 3

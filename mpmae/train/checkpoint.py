@@ -85,6 +85,12 @@ class Checkpoints:
             _LOG.warning("checkpoint %s is torn, looking for an older one: %s", path, "; ".join(problems))
         return None
 
+    def set_aside_after(self, step: int) -> None:
+        """Rename the checkpoints of later steps to `step-N.abandoned`. One process calls it."""
+        for path in self._all():
+            if _step(path) > step:
+                self._set_aside(path, step)
+
     def _start(self, partial: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(f"step-*{_PARTIAL}"):
@@ -106,9 +112,7 @@ class Checkpoints:
         _fsync(self.folder)
 
     def _tidy(self, final: Path, step: int) -> None:
-        for path in self._all():
-            if _step(path) > step:
-                self._set_aside(path, step)
+        self.set_aside_after(step)
         _write(self.folder / (LATEST_NAME + _PARTIAL), final.name + "\n")
         (self.folder / (LATEST_NAME + _PARTIAL)).replace(self.folder / LATEST_NAME)
         _fsync(self.folder)
@@ -122,7 +126,7 @@ class Checkpoints:
         if aside.exists():
             shutil.rmtree(aside)
         path.rename(aside)
-        _LOG.warning("checkpoint %s is not older than step %d, which is saved now: moved to %s", path, step, aside)
+        _LOG.warning("checkpoint %s is not older than step %d, where the run is now: moved to %s", path, step, aside)
 
     def _all(self) -> list[Path]:
         """Folders named like checkpoints, oldest first."""

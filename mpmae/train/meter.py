@@ -30,7 +30,7 @@ class Meter:
         self._lag = 2 if engine.device.type == "cuda" else 0
         self._sums = torch.zeros(len(modalities) + 1, dtype=torch.float64, device=engine.device)
         self._absent: set[str] = set()
-        self._pending: deque[tuple[dict[str, Any], torch.Tensor]] = deque()
+        self._pending: deque[tuple[dict[str, Any], torch.Tensor, torch.cuda.Event | None]] = deque()
         self._step_start, self._wait_s = time.perf_counter(), 0.0
 
     def waited(self, seconds: float) -> None:
@@ -59,7 +59,11 @@ class Meter:
             "data_wait_percent": 100 * self._wait_s / elapsed_s,
             "memory_bytes": memory_bytes(self._engine.device),
         }
-        self._pending.append((known, numbers.to("cpu", non_blocking=True) if self._lag else numbers))
+        copied = None
+        if self._lag:
+            numbers, copied = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
+            copied.record()
+        self._pending.append((known, numbers, copied))
         self._sums = torch.zeros_like(self._sums)
         self._step_start, self._wait_s = now, 0.0
 
@@ -69,11 +73,11 @@ class Meter:
 
     def ready(self, everything: bool = False) -> list[dict[str, Any]]:
         """Records whose numbers are there, oldest first."""
-        if everything and self._engine.device.type == "cuda":
-            torch.cuda.synchronize(self._engine.device)
         records = []
         while len(self._pending) > (0 if everything else self._lag):
-            known, numbers = self._pending.popleft()
+            known, numbers, copied = self._pending.popleft()
+            if copied:
+                copied.synchronize()
             loss, *losses, grad_norm = numbers.tolist()
             by_modality = dict(zip(self._modalities, losses, strict=True)) | dict.fromkeys(known.pop("absent"))
             first = {"step": known["step"], "epoch": known["epoch"], "loss": loss, "losses": by_modality}

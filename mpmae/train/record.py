@@ -52,9 +52,9 @@ def commit() -> dict[str, Any]:
 
 
 def write_run_json(
-    config: RunConfig, ds_config: dict[str, Any] | None, facts: dict[str, Any], resumed_from: Path | None
+    config: RunConfig, ds_config: dict[str, Any] | None, facts: dict[str, Any], resumed_from: Path | None, start_step: int
 ) -> None:
-    """Write run.json into the run folder, whole or not at all."""
+    """Write run.json into the run folder, whole or not at all; that of an earlier launch stays as run-until-step-N.json."""
     record = {
         "command": sys.argv,
         "config": config.model_dump(mode="json"),
@@ -65,6 +65,8 @@ def write_run_json(
         "resumed_from": str(resumed_from) if resumed_from else None,
     }
     path = config.run.dir / "run.json"
+    if path.exists():
+        path.rename(path.with_name(f"run-until-step-{start_step:08d}.json"))
     partial = path.with_suffix(".json.partial")
     partial.write_text(json.dumps(record, indent=1) + "\n")
     partial.replace(path)

@@ -23,23 +23,28 @@ class Tracker(Protocol):
 class JsonLines:
     """`KIND.jsonl` in the run folder, one object a line, flushed at once.
 
-    Opening at `start_step` drops the lines of later steps: a resumed run writes them again.
+    Opening at `start_step` moves the lines of later steps to `KIND.dropped.jsonl`: a resumed run writes them again.
+    A number that is not finite is written as null, since JSON has no word for it.
     """
 
     def __init__(self, folder: Path, start_step: int):
         self._folder, self._files = folder, {}
         for kind in ("metrics", "validation"):
             path = folder / f"{kind}.jsonl"
-            kept = [line for line in read_jsonl(path) if line["step"] <= start_step]
+            lines = [line for line in read_jsonl(path) if isinstance(line.get("step"), int)]
+            dropped = [line for line in lines if line["step"] > start_step]
+            if dropped:
+                with path.with_suffix(".dropped.jsonl").open("a") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in dropped)
             partial = path.with_suffix(".jsonl.partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            partial.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start_step))
             partial.replace(path)
             self._files[kind] = path.open("a", buffering=1)
 
     def log(self, kind: str, record: Mapping[str, Any]) -> None:
         """Append a line. Raises TrainingError, naming the file, when it cannot be written."""
         try:
-            self._files[kind].write(json.dumps(record) + "\n")
+            self._files[kind].write(json.dumps(_finite(record), allow_nan=False) + "\n")
         except OSError as error:
             path = self._folder / f"{kind}.jsonl"
             raise TrainingError(f"cannot write {path}: {error.strerror}; make room, then --resume auto") from error
@@ -60,7 +65,15 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
             objects.append(json.loads(line))
         except json.JSONDecodeError:
             break
+        if not isinstance(objects[-1], dict):
+            raise TrainingError(f"{path}: line {len(objects)} is not an object; move the file away or give another run.dir")
     return objects
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:

@@ -50,7 +50,7 @@ class Validator:
         absent = dict.fromkeys((name for name in names if not num_present.get(name)), None)
         return {
             "num_samples": num_samples,
-            "loss": loss,
+            "loss": loss if num_samples else None,
             "losses": dict(zip(names, losses, strict=True)) | absent,
             "trivial": dict(zip(names, trivials, strict=True)) | absent,
         }

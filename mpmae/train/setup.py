@@ -1,0 +1,82 @@
+"""What a run needs before its first step, checked as a whole: `pretrain` and `--dry-run` refuse the same things."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mpmae.config import RunConfig
+from mpmae.engine import load_ds_config, resolve_ds_config
+from mpmae.errors import ConfigError
+from mpmae.loader import Augmentation, CpuLoader, ShardReader
+from mpmae.models import MPMAE, create_model
+from mpmae.shard_format import Manifest, load_manifest
+from mpmae.train.plan import RunPlan, make_plan
+
+ENGINES = ("ddp", "deepspeed")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The checked parts of a run.
+
+    training: augmented training batches. reference: the same split without augmentation, for class frequencies.
+    validation: the validation split. ds_config: the resolved DeepSpeed configuration, None for another engine.
+    """
+
+    manifest: Manifest
+    plan: RunPlan
+    ds_config: dict[str, Any] | None
+    training: CpuLoader
+    reference: CpuLoader
+    validation: CpuLoader
+
+
+def set_up(config: RunConfig, world_size: int) -> Setup:
+    """Everything but model and engine. Raises ConfigError or ShardError for what does not fit; writes nothing."""
+    manifest = load_manifest(config.data.shards)
+    plan = make_plan(config, manifest, world_size)
+    train, val = (ShardReader(config.data.shards, s, manifest) for s in (config.data.train_split, config.data.val_split))
+    return Setup(
+        manifest,
+        plan,
+        _resolved_ds_config(config, plan),
+        _loader(config, train, Augmentation(hflip=config.data.hflip, vflip=config.data.vflip)),
+        _loader(config, train, Augmentation.none()),
+        _loader(config, val, Augmentation.none()),
+    )
+
+
+def build_model(config: RunConfig, manifest: Manifest) -> MPMAE:
+    """The model that the configuration describes, for the bands that the shard set has; seeded initial weights."""
+    torch.manual_seed(config.train.seed)
+    settings = config.model.model_dump()
+    available = {entry.name: entry.bands for entry in manifest.pixels}
+    return create_model(settings.pop("name"), **settings, bands_available=available)
+
+
+def _loader(config: RunConfig, reader: ShardReader, augmentation: Augmentation) -> CpuLoader:
+    return CpuLoader(
+        reader,
+        tuple(dict.fromkeys(("sentinel2", *config.model.modalities_out))),
+        config.model.img_size,
+        seed=config.train.seed,
+        augmentation=augmentation,
+        num_workers=config.data.num_workers,
+        prefetch=config.data.prefetch,
+    )
+
+
+def _resolved_ds_config(config: RunConfig, plan: RunPlan) -> dict[str, Any] | None:
+    """The DeepSpeed configuration with nothing left open; None for another engine."""
+    name, path, batch = config.engine.name, config.engine.ds_config, plan.batch
+    if name not in ENGINES:
+        raise ConfigError(f"engine.name = {name}: this version has {' and '.join(ENGINES)}; ZeRO-3 shards as fsdp does")
+    if name != "deepspeed":
+        if path:
+            raise ConfigError(f"engine.ds_config = {path}, but engine.name = {name} would ignore it; drop one of them")
+        return None
+    if path is None:
+        raise ConfigError("engine.name = deepspeed needs a DeepSpeed configuration: --ds-config configs/ds/zero2.json")
+    raw = load_ds_config(path)
+    return resolve_ds_config(raw, config, batch.world_size, batch.micro_batch_size, batch.num_micro_steps, path)
