@@ -55,7 +55,7 @@ class ModelSection(_Section):
     norm_pix_loss: bool = True
     decoder_dim: int = Field(512, gt=0)
     decoder_depth: int = Field(1, gt=0)
-    grn_scope: Literal["sample", "batch"] = "sample"
+    grn_scope: Literal["sample", "batch"] | None = Field(None, description="None: batch with reference_quirks, else sample")
     init: Literal["reference", "convnextv2"] = "reference"
     reference_quirks: bool = False
 

@@ -78,7 +78,6 @@ class Case:
             stem="convnext" if config["orig"] else "mmearth",
             loss_weighting=config["loss"],
             norm_pix_loss=config["norm_pix"],
-            grn_scope="batch",
             reference_quirks=True,
             bands_available={"sentinel2": bands},
         )

@@ -51,7 +51,7 @@ def create_model(
     norm_pix_loss: bool = True,
     decoder_dim: int = 512,
     decoder_depth: int = 1,
-    grn_scope: str = "sample",
+    grn_scope: str | None = None,
     init: str = "reference",
     reference_quirks: bool = False,
     bands_available: Mapping[str, Sequence[str]] | None = None,
@@ -64,7 +64,8 @@ def create_model(
     mask_ratio: hidden fraction, in [0, 1). stem: "mmearth" (3x3 convolution first) or "convnext".
     loss_weighting: "uncertainty" (learned log variances) or "unweighted". norm_pix_loss: whether sentinel2 targets are
     normalised per patch. grn_scope: over which sites the encoder's GRN takes its norm, "sample" or "batch" (the published
-    code; results then depend on the micro batch). init: "reference" (published code) or "convnextv2" (0.02 everywhere).
+    code; results then depend on the micro batch); None: "batch" with reference_quirks, else "sample".
+    init: "reference" (published code) or "convnextv2" (0.02 everywhere).
     reference_quirks: losses as the published code computes them, see `mpmae.models.losses`; it reads the bands that it
     reconstructs, so bands_in then defaults to sentinel2's output bands and may not differ from them.
     bands_available: bands that a batch's tensors hold, in order; default: those of `mpmae.modalities`.
@@ -72,6 +73,7 @@ def create_model(
     Raises ConfigError with every problem at once.
     """
     problems: list[str] = []
+    grn_scope = grn_scope or ("batch" if reference_quirks else "sample")
     chosen = {"stem": stem, "loss_weighting": loss_weighting, "grn_scope": grn_scope, "init": init}
     problems += [
         f"create_model: {key} = {value!r}, expected one of {', '.join(_CHOICES[key])}"
