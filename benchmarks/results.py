@@ -150,7 +150,7 @@ def readme_figure(record: dict[str, Any]) -> str:
     one = cases["1 rank, 1 thread"]["images_per_s"]["median"]
     loader = record["results"]["loader_alone_samples_per_s"]
     return (
-        """Whether a text differs; a plot may, since versions of matplotlib draw the same numbers in their own ways."""
+        f"Measured on {record['environment']['cores']} CPU cores ({case['model']}, {case['img_size']} px, 12 modalities, "
         f"{case['precision']}): **{best:.0f} images/s** pretraining on two ranks, {one:.0f} on one; the loader alone gives "
         f"{loader:.0f} samples/s. No GPU figures yet. [All records](benchmarks/RESULTS.md).\n"
     )
