@@ -1,9 +1,9 @@
 """Runs a function on several ranks, each a process of its own: `run_ranks(function, num_ranks, argument)`.
 
-As a script it is one of those processes: spawn.py FILE FUNCTION ARGUMENT_PICKLE RESULT_PICKLE.
+As a script it is one of those processes: python -m tests.engine.spawn MODULE FUNCTION ARGUMENT_PICKLE RESULT_PICKLE.
 """
 
-import importlib.util
+import importlib
 import os
 import pickle
 import socket
@@ -14,11 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+REPO = Path(__file__).resolve().parents[2]
+
 
 def run_ranks(function: Callable, num_ranks: int, argument: Any, folder: Path, timeout_s: float = 240.0) -> list[Any]:
     """What `function(argument)` returned on each rank. Raises AssertionError with a rank's output if it failed or hung.
 
-    `function` belongs to a module file; it finds RANK, WORLD_SIZE and the rest in the environment, as under torchrun.
+    `function` belongs to a module of the tests; it finds RANK, WORLD_SIZE and so on in the environment, as under torchrun.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "argument.pkl").write_bytes(pickle.dumps(argument))
@@ -38,10 +40,10 @@ def run_ranks(function: Callable, num_ranks: int, argument: Any, folder: Path, t
         }
         log = folder / f"rank{rank}.log"
         logs.append(log)
-        command = [sys.executable, __file__, function.__code__.co_filename, function.__name__]
+        command = [sys.executable, "-m", "tests.engine.spawn", function.__module__, function.__name__]
         command += [str(folder / "argument.pkl"), str(folder / f"result{rank}.pkl")]
         with log.open("w") as file:
-            processes.append(subprocess.Popen(command, env=env, stdout=file, stderr=subprocess.STDOUT))
+            processes.append(subprocess.Popen(command, cwd=REPO, env=env, stdout=file, stderr=subprocess.STDOUT))
     deadline = time.monotonic() + timeout_s
     try:
         while any(p.poll() is None for p in processes) and not any(p.poll() for p in processes):
@@ -59,13 +61,8 @@ def run_ranks(function: Callable, num_ranks: int, argument: Any, folder: Path, t
     return [pickle.loads((folder / f"result{rank}.pkl").read_bytes()) for rank in range(num_ranks)]
 
 
-def _main(file: str, function: str, argument: str, result: str) -> None:
-    sys.path.insert(0, str(Path(file).parent))
-    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    value = getattr(module, function)(pickle.loads(Path(argument).read_bytes()))
+def _main(module: str, function: str, argument: str, result: str) -> None:
+    value = getattr(importlib.import_module(module), function)(pickle.loads(Path(argument).read_bytes()))
     Path(result).write_bytes(pickle.dumps(value))
 
 
