@@ -1,4 +1,4 @@
-"""Many files read from many threads with few descriptors: a set of thousands of shards stays under the limit of the process."""
+"""Many files read from many threads with few descriptors: thousands of shards stay under the limit of the process."""
 
 import os
 import threading
