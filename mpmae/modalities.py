@@ -185,7 +185,7 @@ def no_data_rule(name: str, dtype: np.dtype | str) -> NoData:
     if spec.one_hot:
         return NoData(codes=(int(np.iinfo(dtype).max),) if dtype.kind in "ui" else (), zero_row=True)
     if dtype.kind == "f":
-        return NoData(codes=(255,) if name == "canopy_height_eth" else (), non_finite=True)
+        return NoData(codes={"sentinel2": (0,), "canopy_height_eth": (255,)}.get(name, ()), non_finite=True)
     limits = np.iinfo(dtype)
     if name in ("sentinel2", "dynamic_world"):
         return NoData(codes=(0,))

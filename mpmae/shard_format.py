@@ -23,9 +23,10 @@ from typing import Literal
 
 import lz4.block
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from mpmae.errors import ShardError
+from mpmae.manifest_checks import manifest_problems
 from mpmae.modalities import Kind, NoData, no_data_rule
 
 FORMAT_NAME = "mpmae-shards"
@@ -104,6 +105,13 @@ class Manifest(_Strict):
     band_stats: dict[str, BandStats]
     splits: dict[str, tuple[ShardEntry, ...]]
 
+    @model_validator(mode="after")
+    def _check(self) -> "Manifest":
+        problems = manifest_problems(self)
+        if problems:
+            raise ValueError(*problems)
+        return self
+
     @property
     def modalities(self) -> tuple[str, ...]:
         """Names of all modalities; bit i of a sample's presence word belongs to the i-th."""
@@ -159,7 +167,9 @@ def load_manifest(shards_dir: str | Path) -> Manifest:
         raise ShardError(f"{shards_dir} {what}; make a shard set with `mpmae-shards build SOURCE OUTPUT`")
     try:
         raw = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read ({error.strerror or error}); check the disk and the permissions") from error
+    except ValueError as error:
         raise ShardError(f"{path} is not JSON ({error}); rebuild the set or restore the file") from error
     if not isinstance(raw, Mapping) or raw.get("format") != FORMAT_NAME:
         raise ShardError(f"{path} is not a manifest of an mpmae shard set (its `format` is not {FORMAT_NAME!r})")
@@ -171,8 +181,11 @@ def load_manifest(shards_dir: str | Path) -> Manifest:
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise ShardError(lines) from error
+        problems = []
+        for e in error.errors():
+            own = e.get("ctx", {}).get("error")  # what `Manifest._check` found
+            problems += own.args if isinstance(own, ValueError) else [f"{'.'.join(map(str, e['loc']))}: {e['msg']}"]
+        raise ShardError([f"{path}: {problem}; rebuild the set or restore the file" for problem in problems]) from error
 
 
 def index_name(shard_name: str) -> str:
@@ -324,11 +337,21 @@ def load_index(path: Path, manifest: Manifest, shard: ShardEntry) -> np.ndarray:
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
         raise ShardError(f"{path}: its sha256 is not the manifest's: its bytes have changed; restore or rebuild it")
     try:
-        rows = np.load(io.BytesIO(data), allow_pickle=False)
+        rows = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
     except ValueError as error:
         raise ShardError(f"{path}: cannot read the index ({error}); run `mpmae-shards verify`") from error
     if rows.dtype != manifest.index_dtype or rows.shape != (shard.num_samples,):
         raise ShardError(
             f"{path}: {rows.shape} rows of {rows.dtype}, expected {shard.num_samples} of {manifest.index_dtype}"
+        )
+    total = np.uint64(shard.num_bytes)
+    size = rows["size"].astype(np.uint64)
+    outside = (size > total) | (rows["offset"] > total - np.minimum(size, total))
+    if outside.any():
+        sample, member = np.argwhere(outside)[0].tolist()
+        raise ShardError(
+            f"{path}: {outside.sum()} members lie outside the {shard.num_bytes} bytes of {shard.name}, first "
+            f"{manifest.members[member]} of sample {sample} ({size[sample, member]} bytes at "
+            f"{rows['offset'][sample, member]}); rebuild the set or restore the file"
         )
     return rows

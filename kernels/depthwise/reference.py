@@ -59,15 +59,16 @@ def _backward(
         _grid(grad, index, grid_side), _grid(x, index, grid_side), weight,
         None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], channels, [True, True, False],
     )  # fmt: skip
-    return _sites(grad_x, index), grad_weight.contiguous(), grad.sum((0, 1))
+    # DDP's buckets want the weight's own strides; a channels-last convolution gives others to the dimension of size 1,
+    # where `contiguous` sees no difference
+    return _sites(grad_x, index), torch.empty_like(weight).copy_(grad_weight), grad.sum((0, 1))
 
 
 @_backward.register_fake
 def _(grad, x, weight, index, grid_side):
-    contiguous = torch.contiguous_format
     return (
-        torch.empty_like(x, memory_format=contiguous),
-        torch.empty_like(weight, memory_format=contiguous),
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(weight),
         weight.new_empty(weight.shape[0]),
     )
 

@@ -3,13 +3,17 @@
 Shapes: n samples of a split, M members per sample.
 """
 
-import os
-from collections.abc import Sequence
+import errno
+import stat
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from mpmae.errors import ShardError
+from mpmae.loader.open_files import OpenFiles
 from mpmae.shard_format import (
     SCALARS_MEMBER,
     Manifest,
@@ -21,47 +25,51 @@ from mpmae.shard_format import (
     unpack_one_hot,
 )
 
+_T = TypeVar("_T")
+
 
 class ShardReader:
     """One split of a shard set, readable from many threads.
 
-    Raises ShardError at once when a shard is absent or its size differs from the manifest.
+    Raises ShardError at once when a shard is absent or its size differs from the manifest. Few shards are open at a time.
     """
 
     def __init__(self, shards_dir: str | Path, split: str, manifest: Manifest | None = None):
-        self._files: list[int] = []
         self.folder = Path(shards_dir)
         self.manifest = manifest or load_manifest(self.folder)
         self.split = split
         self._shards = self.manifest.shards(split)
-        try:
-            self._open()
-            self.index = (
-                np.concatenate([load_index(self.folder / index_name(s.name), self.manifest, s) for s in self._shards])
-                if self._shards
-                else np.zeros(0, self.manifest.index_dtype)
-            )
-        except BaseException:
-            self.close()
-            raise
+        self._check_shards()
+        self._files = OpenFiles([self.folder / shard.name for shard in self._shards])
+        self.index = (
+            np.concatenate([load_index(self.folder / index_name(s.name), self.manifest, s) for s in self._shards])
+            if self._shards
+            else np.zeros(0, self.manifest.index_dtype)
+        )
         self._first = np.cumsum([0] + [s.num_samples for s in self._shards])
         self._member_position = {name: i for i, name in enumerate(self.manifest.members)}
         self._pixels = {entry.name: entry for entry in self.manifest.pixels}
         self._scalars = {entry.name: entry for entry in self.manifest.scalars}
 
-    def _open(self) -> None:
+    def _check_shards(self) -> None:
         problems = []
         for shard in self._shards:
             path = self.folder / shard.name
-            if not path.is_file():
-                problems.append(f"{path} is missing, though the manifest lists it; restore it or rebuild the set")
-            elif path.stat().st_size != shard.num_bytes:
+            try:
+                status = path.stat()
+            except OSError as error:
                 problems.append(
-                    f"{path} has {path.stat().st_size} bytes, the manifest says {shard.num_bytes}; "
-                    "restore it or rebuild the set"
+                    f"{path} is missing, though the manifest lists it; restore it or rebuild the set"
+                    if isinstance(error, FileNotFoundError)
+                    else f"{path} cannot be read ({error.strerror or error}); check the disk and the permissions"
                 )
-            else:
-                self._files.append(os.open(path, os.O_RDONLY))
+                continue
+            if not stat.S_ISREG(status.st_mode):
+                problems.append(f"{path} is not a file, though the manifest lists it; restore it or rebuild the set")
+            elif status.st_size != shard.num_bytes:
+                problems.append(
+                    f"{path} has {status.st_size} bytes, the manifest says {shard.num_bytes}; restore it or rebuild the set"
+                )
         if problems:
             raise ShardError(problems)
 
@@ -70,11 +78,11 @@ class ShardReader:
 
     def close(self) -> None:
         """Close the shard files."""
-        while self._files:
-            os.close(self._files.pop())
+        self._files.close()
 
     def __del__(self):
-        self.close()
+        if hasattr(self, "_files"):
+            self.close()
 
     def require(self, modalities: Sequence[str]) -> None:
         """ShardError naming every one of `modalities` that the set lacks."""
@@ -82,7 +90,7 @@ class ShardReader:
         if missing:
             raise ShardError(
                 f"{self.folder} has no {', '.join(missing)}; it has {', '.join(self.manifest.modalities)}. "
-                "Leave the others out of model.modalities_out, or rebuild the shards from a source that has them"
+                "Leave these out of model.modalities_out, or rebuild the shards from a source that has them"
             )
 
     def num_present(self, sample_ids: np.ndarray, modalities: Sequence[str]) -> dict[str, int]:
@@ -91,33 +99,38 @@ class ShardReader:
         position = {name: i for i, name in enumerate(self.manifest.modalities)}
         return {name: int(((words >> np.uint64(position[name])) & np.uint64(1)).sum()) for name in modalities}
 
-    def _member(self, sample_id: int, member: str) -> bytes:
-        shard = int(np.searchsorted(self._first, sample_id, side="right")) - 1
+    def _shard_of(self, sample_id: int) -> int:
+        return int(np.searchsorted(self._first, sample_id, side="right")) - 1
+
+    def _decoded(self, sample_id: int, member: str, decode: Callable[[bytes], _T]) -> _T:
+        """`decode` of a member's bytes; every failure becomes a ShardError naming shard and sample."""
         row, position = self.index[sample_id], self._member_position[member]
-        size = int(row["size"][position])
-        data = os.pread(self._files[shard], size, int(row["offset"][position]))
-        if len(data) != size:
-            raise ShardError(f"{self._where(sample_id)}: {member}: {len(data)} of {size} bytes; the tar is shorter now")
-        return data
+        size, offset = int(row["size"][position]), int(row["offset"][position])
+        try:
+            data = self._files.read(self._shard_of(sample_id), size, offset)
+            if len(data) != size:
+                raise ShardError(f"{member}: {len(data)} of {size} bytes; the tar is shorter now")
+            return decode(data)
+        except OSError as error:
+            too_many = error.errno in (errno.EMFILE, errno.ENFILE)
+            hint = "raise the limit of open files (`ulimit -n`)" if too_many else "check the disk and the permissions"
+            problem = f"{member}: cannot be read ({error.strerror or error}); {hint}"
+            raise ShardError(f"{self._where(sample_id)}: {problem}") from error
+        except ShardError as error:
+            raise ShardError(f"{self._where(sample_id)}: {error}; run `mpmae-shards verify {self.folder}`") from error
 
     def _where(self, sample_id: int) -> str:
-        shard = int(np.searchsorted(self._first, sample_id, side="right")) - 1
+        shard = self._shard_of(sample_id)
         name = self.folder / self._shards[shard].name
         return f"{name}: sample {sample_id - int(self._first[shard])} (source row {int(self.index['row'][sample_id])})"
 
     def pixels(self, sample_id: int, modality: str) -> np.ndarray:
-        """The stored array [C, P, P] of a pixel modality; ShardError naming shard and sample when it is corrupt."""
-        try:
-            return decode_pixels(self._pixels[modality], self._member(sample_id, modality))
-        except ShardError as error:
-            raise ShardError(f"{self._where(sample_id)}: {error}; run `mpmae-shards verify {self.folder}`") from error
+        """The stored array [C, P, P] of a pixel modality; ShardError naming shard and sample when it cannot be had."""
+        return self._decoded(sample_id, modality, partial(decode_pixels, self._pixels[modality]))
 
     def scalars(self, sample_id: int) -> np.void:
         """The packed record of tile id, product level and tile modalities (`manifest.scalars_dtype`)."""
-        try:
-            return decode_scalars(self.manifest, self._member(sample_id, SCALARS_MEMBER))
-        except ShardError as error:
-            raise ShardError(f"{self._where(sample_id)}: {error}; run `mpmae-shards verify {self.folder}`") from error
+        return self._decoded(sample_id, SCALARS_MEMBER, partial(decode_scalars, self.manifest))
 
     def sample(self, sample_id: int) -> dict[str, np.ndarray | bytes]:
         """Everything about a sample exactly as its source had it: arrays by modality, `tile_id`, `product_level`."""

@@ -67,3 +67,12 @@ def test_autocast_sets_the_dtype():
         out = kernels.depthwise_conv(x, weight, bias, None, 3)
     assert out.dtype == torch.bfloat16
     torch.testing.assert_close(out.float(), kernels.depthwise_conv(x, weight, bias, None, 3), rtol=0.05, atol=0.1)
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_the_gradient_has_the_strides_of_its_weight(with_index):
+    """DDP copies, and warns about, a gradient whose strides differ from its bucket's, those of dimensions of size 1 too."""
+    x, weight, bias = torch.randn(2, 9, 4), torch.randn(4, 1, 7, 7, requires_grad=True), torch.randn(4)
+    index = torch.arange(18).view(2, 9) if with_index else None
+    kernels.depthwise_conv(x, weight, bias, index, 3).square().sum().backward()
+    assert weight.grad.stride() == weight.stride() == (49, 49, 7, 1)

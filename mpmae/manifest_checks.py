@@ -1,0 +1,84 @@
+"""What must hold of a manifest beyond the types of its fields."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mpmae.modalities import MODALITIES, PRODUCT_LEVELS
+
+if TYPE_CHECKING:
+    from mpmae.shard_format import Manifest
+
+MAX_COUNT = 2**63 - 1
+
+
+def manifest_problems(manifest: "Manifest") -> list[str]:
+    """Everything that does not fit together in a manifest, one text each, which begins with the field."""
+    return [*_modality_problems(manifest), *_stats_problems(manifest), *_shard_problems(manifest)]
+
+
+def _modality_problems(manifest: "Manifest") -> Iterator[str]:
+    seen: set[str] = set()
+    for group, entries in (("pixels", manifest.pixels), ("scalars", manifest.scalars)):
+        for i, entry in enumerate(entries):
+            field = f"{group}.{i} ({entry.name})"
+            if entry.name not in MODALITIES:
+                yield f"{field}.name: no such modality; known: {', '.join(MODALITIES)}"
+            if entry.name in seen:
+                yield f"{field}.name: {entry.name} is listed twice"
+            seen.add(entry.name)
+            kinds = "iu" if group == "scalars" and entry.encoding == "one_hot" else "iuf"
+            if not _is_number_dtype(entry.dtype, kinds):
+                expected = "integers" if kinds == "iu" else "integers or floats"
+                yield f"{field}.dtype: {entry.dtype!r}, expected a numpy dtype of {expected} such as '<u2'"
+    for i, entry in enumerate(manifest.pixels):
+        field, side = f"pixels.{i} ({entry.name})", manifest.tile_size_px
+        if min(entry.shape) < 1:
+            yield f"{field}.shape: {list(entry.shape)}, expected numbers above 0"
+        if entry.shape[1:] != (side, side):
+            yield f"{field}.shape: {list(entry.shape)}, expected sides of tile_size_px = {side}"
+        if len(entry.bands) != entry.shape[0]:
+            yield f"{field}.bands: {len(entry.bands)} names, expected {entry.shape[0]} as in its shape"
+    for i, entry in enumerate(manifest.scalars):
+        if entry.length < 1:
+            yield f"scalars.{i} ({entry.name}).length: {entry.length}, expected a number above 0"
+
+
+def _is_number_dtype(text: str, kinds: str) -> bool:
+    try:
+        dtype = np.dtype(text)
+    except (TypeError, ValueError, SyntaxError):
+        return False
+    return dtype.kind in kinds and dtype.itemsize <= 8
+
+
+def _stats_problems(manifest: "Manifest") -> Iterator[str]:
+    num_bands = {entry.name: entry.shape[0] for entry in manifest.pixels}
+    num_bands |= {entry.name: entry.length for entry in manifest.scalars}
+    for key, stats in manifest.band_stats.items():
+        name = "sentinel2" if key in [f"sentinel2_{level}" for level in PRODUCT_LEVELS] else key
+        if name not in num_bands:
+            yield f"band_stats.{key}: the set has no such modality; it has {', '.join(num_bands)}"
+            continue
+        for quantity, values in stats:
+            if len(values) != num_bands[name]:
+                yield f"band_stats.{key}.{quantity}: {len(values)} values, expected {num_bands[name]}, one per band"
+            elif quantity in ("mean", "std") and not np.isfinite(values).all():
+                yield f"band_stats.{key}.{quantity}: {list(values)}, expected finite numbers"
+
+
+def _shard_problems(manifest: "Manifest") -> Iterator[str]:
+    names: set[str] = set()
+    for split, shards in manifest.splits.items():
+        for i, shard in enumerate(shards):
+            field = f"splits.{split}.{i}"
+            if shard.name in ("", ".", "..") or set(shard.name) & set("/\\\0"):
+                yield f"{field}.name: {shard.name!r}, expected a plain file name"
+            if shard.name in names:
+                yield f"{field}.name: {shard.name!r} is listed twice"
+            names.add(shard.name)
+            for quantity in ("num_bytes", "num_samples"):
+                value = getattr(shard, quantity)
+                if not 0 <= value <= MAX_COUNT:
+                    yield f"{field}.{quantity}: {value}, expected a number from 0 to {MAX_COUNT}"
