@@ -8,7 +8,7 @@ from mpmae.config import RunConfig
 from mpmae.engine.base import Engine
 from mpmae.engine.ds_config import load_ds_config, resolve_ds_config
 from mpmae.engine.optim import LearningRate, peak_lr
-from mpmae.engine.world import World, current_world, init_world
+from mpmae.engine.world import World, current_world, init_world, is_lost_peer
 from mpmae.errors import ConfigError
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "create_engine",
     "current_world",
     "init_world",
+    "is_lost_peer",
     "load_ds_config",
     "peak_lr",
     "resolve_ds_config",
@@ -34,7 +35,8 @@ def create_engine(
 ) -> Engine:
     """The engine that `config.engine.name` asks for, around `module` (moved to the world's device), with its optimizer.
 
-    `ds_config` is for deepspeed only, and already resolved: `resolve_ds_config(...)` for the same batch sizes. All ranks start from rank 0's weights.
+    `ds_config` is for deepspeed only: what `resolve_ds_config` made for these batch sizes. All ranks start from rank 0's
+    weights.
     Raises ConfigError: an engine that this version lacks, a DeepSpeed configuration that is absent, unused or wrong.
     """
     name = config.engine.name

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.spawn import run_ranks
 from mpmae.engine import init_world
+from tests.engine.spawn import run_ranks
 from tests.engine.toy import PEAK_LR, Case, Toy, make_engine, reference, run_cases, train
 
 ENGINES = [("ddp", None), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
