@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 from mpmae.config import load_config
-from mpmae.errors import ConfigError, MpmaeError
+from mpmae.engine import is_lost_peer
+from mpmae.errors import MpmaeError
 from mpmae.train import dry_run, pretrain
 
 DEMO_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "run" / "demo.yaml"
@@ -32,8 +33,15 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_intermixed_args(arguments)
 
 
+def stop(message: str, status: int) -> int:
+    """Print why this rank ends; `status`. Every rank speaks, as a fault may be on one of them alone."""
+    rank = int(os.environ.get("RANK", "0"))
+    print(f"error: {f'rank {rank}: ' if rank else ''}{message}", file=sys.stderr)
+    return status
+
+
 def main() -> int:
-    """Read the configuration and run; the exit status."""
+    """Read the configuration and run; the exit status: 0, 1 another rank stopped, 2 an error, 130 interrupted."""
     options = parse()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     overrides = list(options.overrides)
@@ -41,17 +49,17 @@ def main() -> int:
         overrides = ["engine.name=deepspeed", *overrides, f"engine.ds_config={options.ds_config}"]
     if options.resume:
         overrides.append(f"checkpoint.resume={options.resume}")
-    rank = int(os.environ.get("RANK", "0"))
     try:
         config = load_config(options.config, overrides)
         (dry_run if options.dry_run else pretrain)(config)
-    except ConfigError as error:  # every rank meets the same one: the first speaks for all
-        if rank == 0:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
     except MpmaeError as error:
-        print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr)
-        return 2
+        return stop(str(error), 2)
+    except KeyboardInterrupt:
+        return stop("interrupted", 130)
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        return stop("another rank stopped; its message says why", 1)
     return 0
 
 

@@ -4,57 +4,98 @@ The defaults of this module are the published recipe of MP-MAE (arXiv 2405.02771
 Everything that the DeepSpeed JSON owns (ZeRO stage, buckets, offload, communication) is not here.
 """
 
+import datetime
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from mpmae.errors import ConfigError
 from mpmae.modalities import TARGETS
 
 
+def _no_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("bool_for_number", "expected a number, not true or false")
+    return value
+
+
+def _as_text(value: Any) -> Any:
+    """A number or date, which YAML makes of a text such as 2024, as text again."""
+    if isinstance(value, (int, float, datetime.date)) and not isinstance(value, bool):
+        return str(value)
+    return value
+
+
+def _names_or_bands(value: Any, validate_union: Any) -> Any:
+    """One error instead of one for each member of the union."""
+    try:
+        return validate_union(value)
+    except ValidationError:
+        raise PydanticCustomError(
+            "names_or_bands",
+            "expected names, as in [sentinel2, biome], or names with their bands, as in {sentinel2: [B4, B3], biome: null}",
+        ) from None
+
+
+Int = Annotated[int, BeforeValidator(_no_bool)]
+Float = Annotated[float, BeforeValidator(_no_bool)]
+Beta = Annotated[Float, Field(ge=0, lt=1)]
+Text = Annotated[str, BeforeValidator(_as_text)]
+TextPath = Annotated[Path, BeforeValidator(_as_text)]
+Targets = Annotated[dict[str, tuple[str, ...] | None] | tuple[str, ...], WrapValidator(_names_or_bands)]
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RunSection(_Section):
     """Where the run writes and how it is called."""
 
-    dir: Path = Path("runs/pretrain")
-    name: str | None = Field(None, description="name in wandb and the report; the folder's name if absent")
+    dir: TextPath = Path("runs/pretrain")
+    name: Text | None = Field(None, description="name in wandb and the report; the folder's name if absent")
 
 
 class DataSection(_Section):
     """Which samples, in which form."""
 
-    shards: Path = Path("build/demo/shards")
-    train_split: str = "train"
-    val_split: str = "val"
+    shards: TextPath = Path("build/demo/shards")
+    train_split: Text = "train"
+    val_split: Text = "val"
     hflip: bool = True
     vflip: bool = True
-    num_workers: int = Field(2, ge=1, description="loader threads per rank")
-    prefetch: int = Field(4, ge=1, description="micro batches kept ready")
+    num_workers: Int = Field(2, ge=1, description="loader threads per rank")
+    prefetch: Int = Field(4, ge=1, description="micro batches kept ready")
 
 
 class ModelSection(_Section):
     """What is trained; names and meanings as in `mpmae.create_model`."""
 
-    name: str = "mpmae_atto"
-    img_size: int = Field(56, gt=0)
-    patch_size: int = Field(8, gt=0)
+    name: Text = "mpmae_atto"
+    img_size: Int = Field(56, gt=0)
+    patch_size: Int = Field(8, gt=0)
     bands_in: tuple[str, ...] | None = Field(None, description="Sentinel-2 bands the encoder reads; None: all but B10")
-    modalities_out: dict[str, tuple[str, ...] | None] | tuple[str, ...] = Field(
-        TARGETS, description="targets, as names or as {name: bands or null}"
-    )
-    mask_ratio: float = Field(0.6, gt=0, lt=1)
+    modalities_out: Targets = Field(TARGETS, description="as names or as {name: bands or null}")
+    mask_ratio: Float = Field(0.6, gt=0, lt=1)
     stem: Literal["mmearth", "convnext"] = "mmearth"
     loss_weighting: Literal["uncertainty", "unweighted"] = "uncertainty"
     norm_pix_loss: bool = True
-    decoder_dim: int = Field(512, gt=0)
-    decoder_depth: int = Field(1, gt=0)
+    decoder_dim: Int = Field(512, gt=0)
+    decoder_depth: Int = Field(1, gt=0)
     grn_scope: Literal["sample", "batch"] | None = Field(None, description="None: batch with reference_quirks, else sample")
     init: Literal["reference", "convnextv2"] = "reference"
     reference_quirks: bool = False
@@ -63,50 +104,58 @@ class ModelSection(_Section):
 class TrainSection(_Section):
     """How long, how much at once, in which precision."""
 
-    epochs: int = Field(200, gt=0)
-    max_steps: int | None = Field(None, gt=0, description="end the run, and its schedule, after this many steps")
-    global_batch_size: int = Field(4096, gt=0)
-    micro_batch_size: int | None = Field(None, gt=0, description="samples per rank and micro step; None: no accumulation")
-    seed: int = Field(0, ge=0)
+    epochs: Int = Field(200, gt=0)
+    max_steps: Int | None = Field(None, gt=0, description="end the run, and its schedule, after this many steps")
+    global_batch_size: Int = Field(4096, gt=0, le=10**12)
+    micro_batch_size: Int | None = Field(None, gt=0, description="samples per rank and micro step; None: no accumulation")
+    seed: Int = Field(0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16"] = "fp32"
-    validate_every_steps: int | None = Field(None, gt=0, description="None: only at the end")
-    val_samples: int | None = Field(4096, gt=0, description="at most this many validation tiles, spread evenly; None: all")
+    validate_every_steps: Int | None = Field(None, gt=0, description="None: only at the end")
+    val_samples: Int | None = Field(4096, gt=0, description="at most this many validation tiles, spread evenly; None: all")
 
 
 class OptimSection(_Section):
     """AdamW with warm-up and half-cycle cosine, per step."""
 
-    blr: float = Field(1.5e-4, gt=0, description="lr = blr * global batch / 256")
-    lr: float | None = Field(None, gt=0, description="the peak rate itself; wins over blr")
-    min_lr: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-    warmup_epochs: float = Field(40, ge=0)
-    warmup_steps: int | None = Field(None, ge=0, description="wins over warmup_epochs")
-    clip_grad_norm: float | None = Field(None, gt=0)
+    blr: Float = Field(1.5e-4, gt=0, description="lr = blr * global batch / 256")
+    lr: Float | None = Field(None, gt=0, description="the peak rate itself; wins over blr")
+    min_lr: Float = Field(0.0, ge=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    eps: Float = Field(1e-8, gt=0)
+    weight_decay: Float = Field(0.05, ge=0)
+    warmup_epochs: Float = Field(40, ge=0)
+    warmup_steps: Int | None = Field(None, ge=0, description="wins over warmup_epochs")
+    clip_grad_norm: Float | None = Field(None, gt=0)
+
+    @field_validator("min_lr")
+    @classmethod
+    def _below_the_peak(cls, min_lr: float, info: ValidationInfo) -> float:
+        lr = info.data.get("lr")
+        if lr is not None and min_lr > lr:
+            raise PydanticCustomError("min_lr_above_lr", "expected at most optim.lr = {lr}", {"lr": lr})
+        return min_lr
 
 
 class CheckpointSection(_Section):
     """When to save and what to continue from."""
 
-    every_steps: int = Field(1000, gt=0)
-    keep_last: int = Field(3, gt=0)
-    resume: str = Field("never", description="never, auto (the newest complete one in run.dir) or a checkpoint folder")
+    every_steps: Int = Field(1000, gt=0)
+    keep_last: Int = Field(3, gt=0)
+    resume: Text = Field("never", description="never, auto (the newest complete one in run.dir) or a checkpoint folder")
 
 
 class EngineSection(_Section):
     """What runs the step."""
 
     name: Literal["ddp", "deepspeed", "fsdp"] = "ddp"
-    ds_config: Path | None = Field(None, description="DeepSpeed JSON (`--ds-config`); deepspeed only")
+    ds_config: TextPath | None = Field(None, description="DeepSpeed JSON (`--ds-config`); deepspeed only")
 
 
 class LogSection(_Section):
     """Where metrics go besides metrics.jsonl and the terminal."""
 
     wandb: Literal["disabled", "offline", "online"] = "disabled"
-    wandb_project: str = "mpmae"
+    wandb_project: Text = "mpmae"
     tensorboard: bool = False
 
 
@@ -130,29 +179,37 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """
     tree = _read_yaml(Path(path)) if path else {}
     problems: list[str] = []
+    origins: dict[str, str] = {}
     for text in overrides:
         key, separator, value = text.partition("=")
-        if not separator or not key.strip():
+        key, value = key.strip(), value.strip()
+        if not separator or not key:
             problems.append(f"override {text!r} is not of the form key=value, such as train.max_steps=20")
             continue
         try:
-            parsed = yaml.safe_load(value) if value.strip() else None
+            parsed = yaml.safe_load(value) if value else None
         except yaml.YAMLError as error:
             problems.append(f"override {text!r}: the value is not YAML ({error})")
             continue
-        if not _set(tree, key.strip().split("."), parsed):
+        if key in _text_keys() and not isinstance(parsed, str | None):
+            parsed = value  # as typed: YAML reads 2024_01 as the number 202401
+        origins[key] = f"override {key}={value}"
+        if not _set(tree, key.split("."), parsed):
             problems.append(f"override {text!r}: {key!r} goes through a value that is not a section")
     if problems:
         raise ConfigError(problems)
-    return validate(tree, str(path) if path else "the configuration")
+    return validate(tree, str(path) if path else "the configuration", origins)
 
 
-def validate(tree: dict[str, Any], where: str) -> RunConfig:
-    """RunConfig of a plain tree; ConfigError listing every problem, `where` naming the source."""
+def validate(tree: dict[str, Any], where: str, origins: Mapping[str, str] | None = None) -> RunConfig:
+    """RunConfig of a plain tree; ConfigError listing every problem.
+
+    `where` names the source in messages; `origins` has what to show instead for dotted keys that came from elsewhere.
+    """
     try:
         return RunConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError([_explain(e, where) for e in error.errors()]) from error
+        raise ConfigError([_explain(e, where, origins or {}) for e in error.errors()]) from error
 
 
 def known_keys() -> list[str]:
@@ -183,10 +240,29 @@ def _set(tree: dict[str, Any], keys: list[str], value: Any) -> bool:
     return True
 
 
-def _explain(error: dict[str, Any], where: str) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+def _text_keys() -> set[str]:
+    """Dotted keys whose value is a text or a path."""
+    return {
+        f"{section}.{key}"
+        for section, f in RunConfig.model_fields.items()
+        for key, field in f.annotation.model_fields.items()
+        if {field.annotation, *get_args(field.annotation)} & {str, Path, Text, TextPath}
+    }
+
+
+def _explain(error: dict[str, Any], where: str, origins: Mapping[str, str]) -> str:
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).removeprefix(".")
+    origin = [text for given, text in origins.items() if _is_within(key, given) or _is_within(given, key)]
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(key, [*known_keys(), *RunConfig.model_fields], n=1, cutoff=0.5)
         hint = f"; did you mean {close[0]}?" if close else f"; known sections: {', '.join(RunConfig.model_fields)}"
-        return f"{where}: unknown key {key}{hint}"
-    return f"{where}: {key} = {error['input']!r}: {error['msg']}"
+        return f"{origin[-1] if origin else where}: unknown key {key}{hint}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    if not origin:
+        return f"{where}: {key} = {error['input']!r}: {message}"
+    part = f" at {key}" if key not in origins else ""
+    return f"{origin[-1]}{part}: {message}"
+
+
+def _is_within(key: str, outer: str) -> bool:
+    return key == outer or key.startswith((f"{outer}.", f"{outer}["))

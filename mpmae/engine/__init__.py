@@ -7,8 +7,8 @@ from torch import nn
 from mpmae.config import RunConfig
 from mpmae.engine.base import Engine
 from mpmae.engine.ds_config import load_ds_config, resolve_ds_config
-from mpmae.engine.optim import LearningRate, learning_rate, peak_lr
-from mpmae.engine.world import World, current_world, init_world
+from mpmae.engine.optim import LearningRate, peak_lr
+from mpmae.engine.world import World, current_world, init_world, is_lost_peer
 from mpmae.errors import ConfigError
 
 __all__ = [
@@ -18,7 +18,7 @@ __all__ = [
     "create_engine",
     "current_world",
     "init_world",
-    "learning_rate",
+    "is_lost_peer",
     "load_ds_config",
     "peak_lr",
     "resolve_ds_config",
@@ -35,7 +35,8 @@ def create_engine(
 ) -> Engine:
     """The engine that `config.engine.name` asks for, around `module` (moved to the world's device), with its optimizer.
 
-    `ds_config` is for deepspeed only, as read from the file or already resolved. All ranks start from rank 0's weights.
+    `ds_config` is for deepspeed only: what `resolve_ds_config` made for these batch sizes. All ranks start from rank 0's
+    weights.
     Raises ConfigError: an engine that this version lacks, a DeepSpeed configuration that is absent, unused or wrong.
     """
     name = config.engine.name
@@ -51,7 +52,8 @@ def create_engine(
         return DDPEngine(config, module, world, num_micro_steps)
     if ds_config is None:
         raise ConfigError("engine.name=deepspeed without a DeepSpeed configuration: add --ds-config configs/ds/zero1.json")
+    sizes = (ds_config.get("train_micro_batch_size_per_gpu"), ds_config.get("gradient_accumulation_steps"))
+    assert sizes == (micro_batch_size, num_micro_steps), "ds_config is not resolved, or for other batch sizes"
     from mpmae.engine.deepspeed import DeepSpeedEngine
 
-    resolved = resolve_ds_config(ds_config, config, world.world_size, micro_batch_size, num_micro_steps)
-    return DeepSpeedEngine(config, module, world, resolved, num_micro_steps)
+    return DeepSpeedEngine(config, module, world, ds_config, num_micro_steps)

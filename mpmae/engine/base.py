@@ -93,14 +93,6 @@ class Engine(ABC):
         """A new tensor: the sum of `tensor` over the ranks."""
         return self.world.sum_over_ranks(tensor)
 
-    def agree(self, flag: bool) -> bool:
-        """True on every rank if `flag` is True on any."""
-        return self.world.agree(flag)
-
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.world.barrier()
-
     def close(self) -> None:
         """Release what the engine holds; the World stays open. Not collective."""
         self._module = None

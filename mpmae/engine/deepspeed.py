@@ -39,7 +39,8 @@ _LOG = logging.getLogger(__name__)
 class DeepSpeedEngine(Engine):
     """A deepspeed engine built from a resolved DeepSpeed configuration (`resolve_ds_config`).
 
-    The module's outputs are tensors, or tuples, lists and dicts of them: ZeRO-3 finds the tensors of nothing else.
+    The module's outputs are tensors, or tuples (named ones too), lists and dicts of them: DeepSpeed finds the tensors of
+    nothing else, and would then accumulate wrong gradients in bf16. `forward` refuses others with a TypeError.
     Checkpoints load at the same world size and stage only.
     """
 
@@ -61,10 +62,15 @@ class DeepSpeedEngine(Engine):
             )
         _LOG.debug("deepspeed.initialize printed:\n%s", printed.getvalue())
         self._writer = _install_writer(self._ds)
+        self._output_is_checked = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """See Engine."""
-        return self._ds(*args, **kwargs)
+        """See Engine. Raises TypeError when the module returns something in which DeepSpeed finds no tensors."""
+        output = self._ds(*args, **kwargs)
+        if not self._output_is_checked:
+            _check_output(output, type(self._module).__name__)
+            self._output_is_checked = torch.is_grad_enabled()  # an evaluation may return something else than training
+        return output
 
     def backward(self, loss: torch.Tensor) -> None:
         """See Engine."""
@@ -140,6 +146,23 @@ def _import_deepspeed() -> Any:
         ) from error
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _check_output(output: Any, module_name: str) -> None:
+    """TypeError for an object that DeepSpeed does not look into: its hooks would miss the tensors in it."""
+    if isinstance(output, dict):
+        parts = output.values()
+    elif isinstance(output, (tuple, list)):
+        parts = output
+    elif output is None or isinstance(output, (torch.Tensor, bool, int, float, str)):
+        return
+    else:
+        raise TypeError(
+            f"{module_name}.forward returned a {type(output).__name__}, in which DeepSpeed finds no tensors, so that its "
+            f"gradients would be wrong; return tensors in tuples (a NamedTuple), lists or dicts"
+        )
+    for part in parts:
+        _check_output(part, module_name)
 
 
 def _under_autocast(forward: Any, device_type: str) -> Any:

@@ -64,14 +64,3 @@ class LearningRate:
         length = self.total_steps - self.warmup_steps
         progress = min((step - self.warmup_steps) / length, 1.0) if length > 0 else 1.0
         return self.min_lr + (self.peak - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def learning_rate(config: RunConfig, steps_per_epoch: int) -> LearningRate:
-    """The LearningRate of a run whose epoch has `steps_per_epoch` steps; `train.max_steps` shortens its cosine too."""
-    total = config.train.epochs * steps_per_epoch
-    if config.train.max_steps is not None:
-        total = min(total, config.train.max_steps)
-    warmup = config.optim.warmup_steps
-    if warmup is None:
-        warmup = config.optim.warmup_epochs * steps_per_epoch
-    return LearningRate(peak_lr(config), config.optim.min_lr, warmup, total)

@@ -16,7 +16,14 @@ _LAUNCHER_KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_POR
 _SLURM_KEYS = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
 _FIRST_SLURM_PORT = 15_000
 _NUM_SLURM_PORTS = 20_000
-
+# what gloo, NCCL and the TCP store (which lives on rank 0) say when the other end has gone
+_LOST_PEER_WORDS = (
+    "connection closed by peer",
+    "connection reset",
+    "connection was likely closed",
+    "remote process exited",
+    "broken pipe",
+)
 
 _held: list[str] = []
 
@@ -125,6 +132,16 @@ def current_world() -> World:
     device = torch.device("cuda", local_rank) if backend == "nccl" else torch.device("cpu")
     world_size = dist.get_world_size()
     return World(dist.get_rank(), local_rank, world_size, _local_world_size(world_size), device, backend)
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has gone.
+
+    Told by the words: torch raises a bare RuntimeError for gloo, and its DistBackendError and DistNetworkError also for
+    faults of this rank (two ranks on one GPU, a port that is taken), which nothing else would report.
+    """
+    text = str(error).lower()
+    return any(words in text for words in _LOST_PEER_WORDS)
 
 
 def _leave_process_group() -> None:

@@ -5,6 +5,7 @@ Nothing here holds state: to resume, ask for the next step. `exact` order is a t
 Shapes: B global batch size, W world size.
 """
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -51,12 +52,20 @@ def plan_batches(global_batch_size: int, micro_batch_size: int | None, world_siz
         )
     micro = micro_batch_size or per_rank
     if per_rank % micro:
-        fitting = [d for d in range(1, per_rank + 1) if per_rank % d == 0]
         raise ConfigError(
             f"train.micro_batch_size = {micro} does not divide a rank's part of the global batch "
-            f"({global_batch_size} / {world_size} ranks = {per_rank}); sizes that do: {', '.join(map(str, fitting))}"
+            f"({global_batch_size} / {world_size} ranks = {per_rank}); use {_nearest_divisors(per_rank, micro)}"
         )
     return BatchPlan(global_batch_size, micro, per_rank // micro, world_size)
+
+
+def _nearest_divisors(number: int, size: int) -> str:
+    """The divisors of `number` next to `size`, which is none: below, and above if there is one. sqrt(number) steps."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    divisors = [*small, *(number // d for d in small)]
+    below = max(d for d in divisors if d < size)
+    above = [d for d in divisors if d > size]
+    return f"{below} or {min(above)}" if above else f"{below}"
 
 
 @dataclass(frozen=True)

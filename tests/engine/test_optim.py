@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from mpmae.config import validate
-from mpmae.engine import LearningRate, learning_rate, peak_lr
+from mpmae.engine import LearningRate, peak_lr
 from mpmae.engine.optim import build_optimizer, parameter_groups
 from mpmae.errors import ConfigError
 
@@ -64,13 +64,10 @@ def test_learning_rate_is_the_references(peak, min_lr, warmup, total, rows):
 
 
 def test_learning_rate_per_step():
-    config = validate({"train": {"epochs": 10}, "optim": {"lr": 1.0, "warmup_epochs": 2, "min_lr": 0.1}}, "test")
-    schedule = learning_rate(config, steps_per_epoch=5)
+    schedule = LearningRate(peak=1.0, min_lr=0.1, warmup_steps=10, total_steps=50)
     assert [schedule(step) for step in (0, 1, 9, 10)] == pytest.approx([0.0, 0.1, 0.9, 1.0])
     assert schedule(30) == pytest.approx(0.55)
     assert schedule(50) == schedule(99) == pytest.approx(0.1)
-    shorter = config.model_copy(update={"train": config.train.model_copy(update={"max_steps": 20})})
-    assert learning_rate(shorter, steps_per_epoch=5)(20) == 0.1
 
 
 def test_warmup_as_long_as_the_run():

@@ -4,22 +4,28 @@ Shapes: N samples of a micro batch, C channels.
 """
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from mpmae.config import RunConfig, validate
-from mpmae.engine import LearningRate, create_engine, init_world, load_ds_config
+from mpmae.engine import LearningRate, create_engine, init_world, load_ds_config, resolve_ds_config
 from mpmae.engine.base import Engine
 
 GLOBAL_BATCH = 16
 PEAK_LR = 0.005
 WEIGHT_DECAY = 0.1
 DS_FOLDER = Path(__file__).resolve().parents[2] / "configs" / "ds"
+
+
+class ToyOutput(NamedTuple):
+    """Like the real model's output: the loss, a scalar, beside a dict of its terms."""
+
+    loss: torch.Tensor
+    losses: dict[str, torch.Tensor]
 
 
 class Toy(nn.Module):
@@ -47,7 +53,8 @@ class Toy(nn.Module):
         error_b = (per_sample_b * has_b).sum() / num_b  # zero-weighted, not skipped, where no sample has b
         errors = torch.stack([error_a, error_b])
         share = len(x) / GLOBAL_BATCH
-        return (torch.exp(-self.log_variance) * errors + share * self.log_variance).sum()
+        loss = (torch.exp(-self.log_variance) * errors + share * self.log_variance).sum()
+        return ToyOutput(loss, {"a": error_a, "b": error_b})
 
 
 @dataclass
@@ -77,16 +84,18 @@ def run_config(case: Case) -> RunConfig:
     return validate({"train": train, "optim": optim, "engine": {"name": case.engine}}, "toy")
 
 
-def make_engine(case: Case, world) -> Engine:
+def make_engine(case: Case, world, module: type[nn.Module] = Toy) -> Engine:
     torch.manual_seed(1234 + world.rank)  # engines have to start from rank 0's weights
+    micro_batch = GLOBAL_BATCH // world.world_size // case.num_micro_steps
     ds_config = None
     if case.engine == "deepspeed":
         ds_config = load_ds_config(DS_FOLDER / f"zero{case.stage}.json")
         if case.stage == 3:  # so that small parameters are partitioned as well
             ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        ds_config = json.loads(json.dumps(ds_config | (case.ds_extra or {})))
-    micro_batch = GLOBAL_BATCH // world.world_size // case.num_micro_steps
-    return create_engine(run_config(case), Toy(), world, ds_config, case.num_micro_steps, micro_batch)
+        ds_config |= case.ds_extra or {}
+        sizes = (world.world_size, micro_batch, case.num_micro_steps)
+        ds_config = resolve_ds_config(ds_config, run_config(case), *sizes)
+    return create_engine(run_config(case), module(), world, ds_config, case.num_micro_steps, micro_batch)
 
 
 def global_batch(step: int) -> dict[str, torch.Tensor]:
@@ -115,7 +124,7 @@ def train(engine: Engine, case: Case, first: int, last: int) -> dict[str, list[f
             part = {key: value[start : start + micro] for key, value in batch.items()}
             if step == case.bad_step and engine.rank == engine.world_size - 1:
                 part["x"] = part["x"] * float("nan")
-            loss = engine.forward(**part, num_b=5)
+            loss = engine.forward(**part, num_b=5).loss
             engine.backward(loss)
             total += loss.detach().double()
         grad_norm = engine.step(schedule(step + 1))
@@ -142,7 +151,7 @@ def reference(clip: float | None, skip: int | None = None, steps: int = 10) -> d
     for step in range(steps):
         if step == skip:
             continue
-        loss = module(**global_batch(step), num_b=5)
+        loss = module(**global_batch(step), num_b=5).loss
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), float("inf") if clip is None else clip)

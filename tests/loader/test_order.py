@@ -66,7 +66,13 @@ def test_the_last_partial_batch_is_dropped():
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [((16, None, 3), ["16", "3 ranks", "15 or 18"]), ((16, 3, 2), ["micro_batch_size = 3", "1, 2, 4, 8"])],
+    [
+        ((16, None, 3), ["16", "3 ranks", "15 or 18"]),
+        ((16, 3, 2), ["micro_batch_size = 3", "= 8); use 2 or 4"]),
+        ((16, 9, 2), ["micro_batch_size = 9", "= 8); use 8"]),
+        ((10**12, 7, 1), ["micro_batch_size = 7", "use 5 or 8"]),
+        ((10**12, 10**12 - 1, 1), ["use 500000000000 or 1000000000000"]),
+    ],
 )
 def test_sizes_that_do_not_divide(arguments, words):
     with pytest.raises(ConfigError) as caught:

@@ -86,7 +86,7 @@ def test_changed_shards_cannot_continue_the_run(refused, run_dir, shards_dir, mm
     ("arguments", "words"),
     [
         (("data.shards=absent/folder",), ["absent/folder does not exist", "mpmae-shards build"]),
-        (("train.global_batch_size=7", "train.micro_batch_size=2"), ["micro_batch_size = 2", "1, 7"]),
+        (("train.global_batch_size=7", "train.micro_batch_size=2"), ["micro_batch_size = 2", "use 1 or 7"]),
         (("train.global_batch_size=100000",), ["100000", "48 samples"]),
         (("train.max_step=3",), ["did you mean train.max_steps?"]),
         (("model.modalities_out=[sentinel3]",), ["sentinel3"]),
