@@ -55,7 +55,7 @@ def build(
         manifest = _empty_manifest(source, codec, seed)
         old_files, old_bytes = output.prepare(output_dir, overwrite)
         _check_space(source, manifest, orders, output_dir, old_bytes)
-        with output.disk_errors(str(output_dir), output_dir):
+        with output.disk_errors(str(output_dir), output_dir, output.BUILD_AGAIN):
             output_dir.mkdir(parents=True, exist_ok=True)
             for path in old_files:
                 path.unlink()
@@ -67,7 +67,7 @@ def build(
                     writer.add(int(row), *_encode(source, manifest, row), source.describe(row))
             shards[split] = tuple(writer.entries)
         manifest = manifest.model_copy(update={"splits": shards})
-        with output.disk_errors(str(output_dir / MANIFEST_NAME), output_dir):
+        with output.disk_errors(str(output_dir / MANIFEST_NAME), output_dir, output.BUILD_AGAIN):
             output.sync_folder(output_dir)
             output.write_whole(output_dir / MANIFEST_NAME, manifest.dump().encode())
             output.sync_folder(output_dir)

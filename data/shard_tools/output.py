@@ -29,6 +29,7 @@ from mpmae.shard_format import (
 from mpmae.shard_tools.source_checks import examples
 
 TEMP_SUFFIX = ".mpmae-tmp"
+BUILD_AGAIN = "build again with --overwrite"
 _SHARD_PATTERN = re.compile(r"[A-Za-z0-9_]+-\d{5,}\.tar")
 
 
@@ -110,15 +111,18 @@ def _is_manifest(path: Path) -> bool:
 
 
 @contextmanager
-def disk_errors(what: str, folder: Path) -> Iterator[None]:
-    """Turns an OSError of a write into a ShardError that names `what` was written and says why it failed."""
+def disk_errors(what: str, folder: Path, again: str = "run the command again") -> Iterator[None]:
+    """Turns an OSError of a write into a ShardError that names `what` was written and says why it failed.
+
+    again: what to do on a full disk once there is space.
+    """
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ShardError(
                 f"{what}: the disk of {folder} is full ({error.strerror}); "
-                "free some space or give a folder elsewhere, then build again with --overwrite"
+                f"free some space or give a folder elsewhere, then {again}"
             ) from error
         raise ShardError(f"{what}: cannot write to {folder} ({error.strerror or error})") from error
 
@@ -184,7 +188,7 @@ class ShardWriter:
         )
         if full:
             self._finish()
-        with disk_errors(f"{self.folder / self.name}, {tile}", self.folder):
+        with disk_errors(f"{self.folder / self.name}, {tile}", self.folder, BUILD_AGAIN):
             if self._file is None:
                 self._start()
             key, offsets = sample_key(self._num_written), []
@@ -210,7 +214,7 @@ class ShardWriter:
         name, first_ordinal = self.name, self._num_written - len(self._rows)
         rows = np.array(self._rows, self.manifest.index_dtype)
         index = index_bytes(rows)
-        with disk_errors(f"{self.folder / name}, its last {len(rows)} samples", self.folder):
+        with disk_errors(f"{self.folder / name}, its last {len(rows)} samples", self.folder, BUILD_AGAIN):
             self._write(TAR_END)
             self._file.flush()
             os.fsync(self._file.fileno())

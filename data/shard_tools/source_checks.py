@@ -3,6 +3,7 @@
 Shapes: N tiles, P tile side in pixels.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -233,7 +234,7 @@ def _one_stats(tree: Any, label: str, key: str, bands: tuple[str, ...], problems
         if len(values) != len(bands):
             problems.append(f"{label}: {quantity} has {len(values)} values, expected {len(bands)} ({' '.join(bands)})")
             continue
-        column = np.array(values, np.float64)
+        column = np.array([_to_float(value) for value in values])
         unusable = ~np.isfinite(column) | ((column <= 0) if quantity == "std" else False)
         for i in np.flatnonzero(unusable):
             if (key, bands[i]) in BANDS_WITHOUT_DATA:
@@ -243,6 +244,16 @@ def _one_stats(tree: Any, label: str, key: str, bands: tuple[str, ...], problems
                 problems.append(f"{label}: {quantity} of band {bands[i]} is {column[i]:g}, expected {expected}")
         columns[quantity] = tuple(column.tolist())
     return BandStats(**columns) if len(columns) == 4 else None
+
+
+def _to_float(value: float | None) -> float:
+    """`value` as a float: None is NaN, an integer beyond the floats is infinite."""
+    if value is None:
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
 
 
 def examples(items) -> str:

@@ -5,6 +5,7 @@ function of the seed and its number. As in the real data, some tiles lack a Sent
 """
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mpmae.modalities import MODALITIES, no_data_rule
 from mpmae.shard_tools import synth_scene as scenes
 from mpmae.shard_tools.output import TEMP_SUFFIX, disk_errors, write_whole
 from mpmae.shard_tools.progress import track
+from mpmae.shard_tools.source_checks import JSON_KINDS, examples
 from mpmae.shard_tools.stats import StatsPass
 from mpmae.shard_tools.synth_climate import Climate, draw_climate
 from mpmae.shard_tools.tile import Tile
@@ -41,6 +43,7 @@ DTYPES = {
 METADATA_DTYPE = np.dtype([("tile_id", "S100"), ("S2_type", "S10")])
 SPLITS = ("train", "val", "test")
 SIZE_STEP_PX = 4
+PARTIAL_SUFFIX = ".partial"
 GZIP_LEVEL = 4
 
 
@@ -56,29 +59,56 @@ def synth(
     """Write a synthetic MMEarth folder; its path is returned.
 
     split_fractions: shares of train, val and test. The band statistics are those of train. Raises SourceError for options
-    that cannot be and for a folder that is not empty. The HDF5 file gets its name last.
+    that cannot be and for a folder that is not empty, ShardError for a failed write. The folder gets its name when it is
+    complete; until then it is NAME.partial beside it, of which the next call removes what an interrupted one left.
     """
     output_dir = Path(output_dir)
+    target, name = output_dir.resolve(), output_dir.absolute().name
+    partial = target.with_name(target.name + PARTIAL_SUFFIX)
     _check_options(output_dir, num_tiles, tile_size_px, seed, split_fractions)
-    name = output_dir.absolute().name
-    h5_path, temp = output_dir / f"{name}.h5", output_dir / f"{name}.h5{TEMP_SUFFIX}"
+    _check_partial(partial, name)
     splits = _splits(num_tiles, seed, split_fractions)
-    with disk_errors(str(h5_path), output_dir):
-        output_dir.mkdir(parents=True, exist_ok=True)
+    with disk_errors(str(output_dir), partial.parent):
+        _remove(partial)
+        partial.mkdir(parents=True)
         try:
-            tile_info, stats = _write_h5(temp, num_tiles, tile_size_px, seed, set(splits["train"]), progress)
+            tile_info, stats = _write_h5(
+                partial / f"{name}.h5", num_tiles, tile_size_px, seed, set(splits["train"]), progress
+            )
             for kind, content in (("splits", splits), ("tile_info", tile_info), ("band_stats", stats)):
-                write_whole(output_dir / f"{name}_{kind}.json", json.dumps(content).encode())
-            temp.replace(h5_path)
+                write_whole(partial / f"{name}_{kind}.json", json.dumps(content).encode())
+            partial.replace(target)
         finally:
-            temp.unlink(missing_ok=True)
+            _remove(partial)
     return output_dir
+
+
+def _check_partial(partial: Path, name: str) -> None:
+    """SourceError unless `partial` is absent or holds nothing but what an interrupted call can have left."""
+    if not partial.exists():
+        return
+    own = {f"{name}.h5", *(f"{name}_{kind}.json{end}" for kind in JSON_KINDS for end in ("", TEMP_SUFFIX))}
+    foreign = sorted({path.name for path in partial.iterdir()} - own) if partial.is_dir() else [partial.name]
+    if foreign:
+        raise SourceError(
+            f"{partial} is where the folder is written first, but holds other files ({examples(foreign)}); "
+            "move them or give another folder"
+        )
+
+
+def _remove(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def _check_options(output_dir: Path, num_tiles: int, tile_size_px: int, seed: int, fractions: Sequence[float]) -> None:
     problems = []
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         problems.append(f"{output_dir} exists and is not an empty folder; give another folder or remove it")
+    elif output_dir.is_mount():
+        problems.append(
+            f"{output_dir} is a mount point, which cannot be replaced by the finished folder; give one inside it"
+        )
     if num_tiles < 1:
         problems.append(f"num_tiles {num_tiles}; expected at least 1")
     if tile_size_px < 16 or tile_size_px % SIZE_STEP_PX:

@@ -31,17 +31,25 @@ from mpmae.modalities import ModalitySpec
 PATCH_NORM_EPS = 1e-6
 
 
-def normalise_patches(target: Tensor, valid: Tensor) -> Tensor:
-    """`target` [N, M, Q] per patch with mean 0 and unbiased variance 1 over the values marked in `valid` (bool [N, M, Q]).
+def patch_statistics(target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance [..., 1] of each patch of `target` [..., Q] over the values marked in `valid` (bool).
 
-    eps 1e-6 is added to the variance. Values that are not valid come out meaningless but finite.
+    1e-6 is added to the variance, so that it is never 0. Not valid values of `target` must be finite.
     """
     weight = valid.to(target.dtype)
     count = weight.sum(-1, keepdim=True)
     mean = (target * weight).sum(-1, keepdim=True) / count.clamp(min=1)
-    centred = target - mean
-    variance = (centred.square() * weight).sum(-1, keepdim=True) / (count - 1).clamp(min=1)
-    return centred * (variance + PATCH_NORM_EPS).rsqrt()
+    variance = ((target - mean).square() * weight).sum(-1, keepdim=True) / (count - 1).clamp(min=1)
+    return mean, variance + PATCH_NORM_EPS
+
+
+def normalise_patches(target: Tensor, valid: Tensor) -> Tensor:
+    """`target` [N, M, Q] per patch with mean 0 and variance 1 by `patch_statistics` (valid: bool [N, M, Q]).
+
+    Values that are not valid come out meaningless but finite.
+    """
+    mean, variance = patch_statistics(target, valid)
+    return (target - mean) * variance.rsqrt()
 
 
 def modality_share(

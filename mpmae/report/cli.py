@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="the run folder (run.dir)")
     parser.add_argument("--output", type=Path, help="where to write (default: RUN/report.html)")
-    parser.add_argument("--tiles", type=int, default=6, help="validation tiles to reconstruct (default: 6)")
+    parser.add_argument("--tiles", type=_count, metavar="N", default=6, help="validation tiles to reconstruct (default: 6)")
     options = parser.parse_args(argv)
     try:
         path = write_report(collect(options.run_dir, options.tiles), options.output or options.run_dir / "report.html")
@@ -26,3 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
+    return int(text)

@@ -19,13 +19,15 @@ from mpmae.loader import Augmentation, Batch, CpuLoader, ShardReader
 from mpmae.masking import draw_visible, visible_bool
 from mpmae.modalities import MODALITIES
 from mpmae.models import MPMAE
-from mpmae.models.losses import PATCH_NORM_EPS
+from mpmae.models.losses import patch_statistics
 from mpmae.report.data import ClassGuess, MapTriple, ReportData, RunSummary, TilePicture, VectorPair
 from mpmae.train.checkpoint import MODEL_NAME, Checkpoints, load_meta
 from mpmae.train.setup import build_model
 from mpmae.train.track import read_jsonl
 
 _NUM_GUESSES = 3
+_RECORD_KEYS = ("config", "environment", "commit", "dirty", "num_parameters", "world_size", "shards_fingerprint")
+_TRUE_COLOUR = {"B4", "B3", "B2"}
 _NORM_NOTE = (
     "The model predicts each patch up to its brightness and contrast (per-patch normalised targets); "
     "the picture borrows both from the target."
@@ -35,16 +37,19 @@ _NORM_NOTE = (
 def collect(run_dir: str | Path, num_tiles: int = 6) -> ReportData:
     """Everything on the page of the run in `run_dir`. Raises ReportError, CheckpointError or ShardError."""
     run_dir = Path(run_dir)
-    try:
-        record = json.loads((run_dir / "run.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ReportError(f"{run_dir} is not a run folder: its run.json cannot be read ({error})") from error
+    record = _read_record(run_dir / "run.json")
     config = validate(record["config"], f"{run_dir / 'run.json'}: config")
     history, validation = read_jsonl(run_dir / "metrics.jsonl"), read_jsonl(run_dir / "validation.jsonl")
     checkpoint = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep_last).latest()
     if checkpoint is None:
         raise CheckpointError(f"{run_dir} has no complete checkpoint to reconstruct with; let the run reach its first one")
     reader = ShardReader(config.data.shards, config.data.val_split)
+    if reader.manifest.fingerprint != record["shards_fingerprint"]:
+        raise ReportError(
+            f"{config.data.shards} is not the shard set of the run {run_dir}: its fingerprint is "
+            f"{reader.manifest.fingerprint[:12]}, run.json says {str(record['shards_fingerprint'])[:12]}; put the set "
+            "back that the run was trained on"
+        )
     model = build_model(config, reader.manifest)
     model.load_state_dict(load_file(checkpoint / MODEL_NAME))
     step = load_meta(checkpoint)["step"]
@@ -58,10 +63,32 @@ def collect(run_dir: str | Path, num_tiles: int = 6) -> ReportData:
     )
 
 
+def _read_record(path: Path) -> dict[str, Any]:
+    """run.json with all that the report takes from it; ReportError naming everything that is not there."""
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ReportError(f"{path.parent} is not a run folder: its run.json cannot be read ({error})") from error
+    if not isinstance(record, dict):
+        raise ReportError(f"{path} holds a {type(record).__name__}, expected an object; restore the run's own file")
+    problems = [f"{path}: no `{key}`; restore the run's own file" for key in _RECORD_KEYS if key not in record]
+    environment = record.get("environment", {"packages": {}})
+    for name, tree in (
+        ("config", record.get("config", {})),
+        ("environment", environment),
+        ("environment.packages", environment.get("packages") if isinstance(environment, dict) else {}),
+    ):
+        if not isinstance(tree, dict):
+            problems.append(f"{path}: `{name}` is not an object; restore the run's own file")
+    if problems:
+        raise ReportError(problems)
+    return record
+
+
 def _summary(
     record: dict[str, Any], config: RunConfig, reader: ShardReader, history: list[dict[str, Any]], step: int
 ) -> RunSummary:
-    rates = [line["images_per_s"] for line in history]
+    rates = [rate for line in history if (rate := line.get("images_per_s"))]
     manifest = reader.manifest
     packages = {f"{name} version": version for name, version in record["environment"]["packages"].items() if version}
     environment = {key: value for key, value in record["environment"].items() if key != "packages" and value is not None}
@@ -138,6 +165,9 @@ class Reconstructor:
         record = self._reader.scalars(int(batch.sample_ids[i]))
         level = record["product_level"].decode()
         maps, vectors = {}, {}
+        if "sentinel2" not in predictions:
+            values, valid = batch.values["sentinel2"][i], batch.valid["sentinel2"][i]
+            maps["sentinel2"] = self._with_input_bands(None, level, values, valid)
         for name, prediction in predictions.items():
             values, valid = batch.values[name][i], batch.valid[name][i]
             if MODALITIES[name].scope == "pixel":
@@ -170,11 +200,28 @@ class Reconstructor:
         order = [self._model.bands_available[name].index(band) for band in bands]
         scale = self._scale(name, level)
         scale = _Scale(scale.mean[order], scale.std[order])
-        target, valid = values[order], valid[order]
+        target, all_valid, valid = values[order], valid, valid[order]
         note = ""
         if name == "sentinel2" and self._model.norm_pix_loss:
             image, note = denormalise_patches(image, target, valid, self._model.patch_size), _NORM_NOTE
-        return MapTriple(bands, scale.raw(target.numpy()), scale.raw(image.numpy()), valid.numpy(), note)
+        triple = MapTriple(bands, scale.raw(target.numpy()), scale.raw(image.numpy()), valid.numpy(), note)
+        if name == "sentinel2" and not set(bands) >= _TRUE_COLOUR:
+            return self._with_input_bands(triple, level, values, all_valid)
+        return triple
+
+    def _with_input_bands(
+        self, triple: MapTriple | None, level: str, values: torch.Tensor, valid: torch.Tensor
+    ) -> MapTriple:
+        """`triple` of Sentinel-2 (None: nothing of it is reconstructed) with the other bands that the encoder read."""
+        available = self._model.bands_available["sentinel2"]
+        bands = tuple(band for band in self._model.bands_in if triple is None or band not in triple.bands)
+        order, scale = [available.index(band) for band in bands], self._scale("sentinel2", level)
+        target = _Scale(scale.mean[order], scale.std[order]).raw(values[order].numpy())
+        added = MapTriple(bands, target, np.full_like(target, np.nan), valid[order].numpy(), input_only=bands)
+        if triple is None:
+            return added
+        parts = (np.concatenate([getattr(x, part) for x in (triple, added)]) for part in ("target", "prediction", "valid"))
+        return MapTriple(triple.bands + bands, *parts, triple.note, bands)
 
     def _scale(self, name: str, level: str) -> _Scale:
         stats = self._reader.manifest.band_stats[f"{name}_{level}" if name == "sentinel2" else name]
@@ -195,13 +242,9 @@ def denormalise_patches(image: torch.Tensor, target: torch.Tensor, valid: torch.
     def patches(x: torch.Tensor) -> torch.Tensor:  # [G, G, p*p*C]
         return x.unflatten(2, (-1, patch_size)).unflatten(1, (-1, patch_size)).permute(1, 3, 0, 2, 4).flatten(2)
 
-    weight, values = patches(valid.float()), patches(torch.where(valid, target, 0))
-    count = weight.sum(-1)
-    mean = (values * weight).sum(-1) / count.clamp(min=1)
-    variance = ((values - mean[..., None]).square() * weight).sum(-1) / (count - 1).clamp(min=1)
-    spread = (variance + PATCH_NORM_EPS).sqrt()
+    mean, variance = (x.squeeze(-1) for x in patch_statistics(patches(torch.where(valid, target, 0)), patches(valid)))
     grow = torch.ones(patch_size, patch_size)
-    return image * torch.kron(spread, grow) + torch.kron(mean, grow)
+    return image * torch.kron(variance.sqrt(), grow) + torch.kron(mean, grow)
 
 
 def _guess(name: str, logits: torch.Tensor, target: torch.Tensor) -> ClassGuess:

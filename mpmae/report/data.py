@@ -22,6 +22,7 @@ class MapTriple:
 
     `valid` is bool with the shape of `target`: True where the target is data; a prediction is no data where it is not finite
     or -1. `note` is shown under the pictures: what a reader must know about how the prediction was brought to raw units.
+    `input_only` names the bands that the encoder read and the model does not reconstruct: no prediction is shown of them.
     """
 
     bands: tuple[str, ...]
@@ -29,6 +30,7 @@ class MapTriple:
     prediction: np.ndarray
     valid: np.ndarray
     note: str = ""
+    input_only: tuple[str, ...] = ()
 
 
 @dataclass

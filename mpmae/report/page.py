@@ -8,6 +8,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from mpmae.errors import ReportError
 from mpmae.report import numbers
 from mpmae.report.charts import Chart, legend_swatch, line_chart, ratio_bar
 from mpmae.report.data import ReportData
@@ -30,10 +31,21 @@ _RUN_CHARTS = (
 def write_report(data: ReportData, path: str | Path) -> Path:
     """Write the page of `data` to `path` and return it; parent folders are made, the file appears whole or not at all.
 
-    Raises ReportError, with every problem at once, where parts of `data` do not fit together.
+    Raises ReportError, with every problem at once, where parts of `data` do not fit together, and when `path` cannot be
+    written.
     """
     path = Path(path)
     text = render_report(data)
+    try:
+        _write_whole(path, text)
+    except OSError as error:
+        raise ReportError(
+            f"{path} cannot be written ({error.strerror or error}); give another file with --output"
+        ) from error
+    return path
+
+
+def _write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -41,7 +53,6 @@ def write_report(data: ReportData, path: str | Path) -> Path:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return path
 
 
 def render_report(data: ReportData) -> str:

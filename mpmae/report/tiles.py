@@ -164,7 +164,7 @@ def _optical_row(tile: TilePicture, look: str, bands: tuple[str, ...]) -> Row:
     row = Row(f"{spec.title}, {look}", f"Red {bands[0]}, green {bands[1]}, blue {bands[2]}.")
     absent = [band for band in bands if band not in triple.bands]
     if absent:
-        row.notes.append(f"Not shown: {', '.join(absent)} not among the reconstructed bands.")
+        row.notes.append(f"Not shown: {', '.join(absent)} neither read by the encoder nor reconstructed.")
         return row
     target, prediction = (Layer(layer.values * _REFLECTANCE, layer.is_data) for layer in _bands(triple, bands))
     if not target.is_data.any():
@@ -172,9 +172,14 @@ def _optical_row(tile: TilePicture, look: str, bands: tuple[str, ...]) -> Row:
         return row
     stretch = Stretch.of(target.values, np.broadcast_to(target.is_data, target.values.shape), _MIN_REFLECTANCE_SPAN)
     low, high = max(stretch.low.min(), 0.0), stretch.high.max()
+    input_only = [band for band in bands if band in triple.input_only]
+    if input_only:
+        row.notes.append(f"No prediction: {', '.join(input_only)} not among the reconstructed bands.")
     row.detail += f" Stretched from the target's 2nd to its 98th percentile: reflectance {low:.2f} to {high:.2f}."
-    _add_figures(row, tile, spec.name, target, prediction, lambda layer: colour_composite(*layer, stretch))
-    row.error = _rmse_text(tile, target, prediction, "", decimals=4)
+    shown = None if input_only else prediction
+    _add_figures(row, tile, spec.name, target, shown, lambda layer: colour_composite(*layer, stretch))
+    if not input_only:
+        row.error = _rmse_text(tile, target, prediction, "", decimals=4)
     return row
 
 
@@ -256,21 +261,21 @@ def _radar_composite(layer: Layer, stretch: Stretch) -> np.ndarray:
     return colour_composite(np.stack([co, cross, co - cross]), layer.is_data, stretch)
 
 
-def _add_figures(row: Row, tile: TilePicture, name: str, target: Layer, prediction: Layer, paint: Paint) -> None:
-    """The row's pictures, left to right; `paint` turns a layer into a picture [H, W, 3]."""
+def _add_figures(row: Row, tile: TilePicture, name: str, target: Layer, prediction: Layer | None, paint: Paint) -> None:
+    """The row's pictures, left to right, without those of a prediction where there is none; `paint` gives [H, W, 3]."""
     factor = max(1, round(PICTURE_SIDE_PX / tile.size_px))
     hidden = tile.hidden_pixels
     hidden_large, side = enlarge(hidden, factor), tile.size_px * factor
-    filled = Layer(np.where(hidden, prediction.values, target.values), np.where(hidden, prediction.is_data, target.is_data))
     whole = enlarge(paint(target), factor)
-    pictures = {
-        "Prediction": cover(enlarge(paint(prediction), factor), ~hidden_large, dots(side)),
-        "Filled in": enlarge(paint(filled), factor),
-        "Target": whole,
-    }
+    pictures = {}
     row.is_input = name in tile.inputs
     if row.is_input:
-        pictures = {"Seen by the encoder": cover(whole, hidden_large, hatch(side)), **pictures}
+        pictures["Seen by the encoder"] = cover(whole, hidden_large, hatch(side))
+    if prediction is not None:
+        filled = Layer(*(np.where(hidden, *layers) for layers in zip(prediction, target, strict=True)))
+        pictures["Prediction"] = cover(enlarge(paint(prediction), factor), ~hidden_large, dots(side))
+        pictures["Filled in"] = enlarge(paint(filled), factor)
+    pictures["Target"] = whole
     for title, picture in pictures.items():
         row.figures.append(Figure(title, png_data_uri(picture), f"{row.title}, {title.lower()}, tile {tile.tile_id}"))
 

@@ -16,6 +16,6 @@ def ensure_demo_shards(shards: Path) -> None:
         return
     source = shards.parent / "synthetic_mmearth"
     print(f"no shards given: making a synthetic MMEarth-layout set of {NUM_TILES} tiles in {shards.parent}")
-    if not (source / f"{source.name}_splits.json").is_file():  # written last
+    if not (source / f"{source.name}.h5").is_file():  # the folder appears whole or not at all
         synth(source, num_tiles=NUM_TILES)
     build(source, shards, overwrite=True)

@@ -207,7 +207,7 @@ def test_write_replaces_the_old_page_whole_or_not_at_all(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "replace", fail)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(ReportError, match=r"r\.html cannot be written \(disk full\)"):
             write_report(ReportData("new"), path)
     assert "old" in path.read_text()
     assert write_report(ReportData("new"), path) == path

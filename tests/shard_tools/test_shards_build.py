@@ -225,7 +225,7 @@ def test_full_disk_names_shard_and_tile_and_leaves_no_temporary(source_32, tmp_p
 
     monkeypatch.setattr(output.ShardWriter, "_write", full_after_25_members)
     with pytest.raises(
-        ShardError, match=r"train-00000.tar, tile synth_\d{8} \(row \d\): the disk .* is full.*free some space"
+        ShardError, match=r"train-00000.tar, tile synth_\d{8} \(row \d\): the disk .* is full.*free some space.*--overwrite"
     ):
         build(source_32, tmp_path / "set", progress=False)
     assert list((tmp_path / "set").iterdir()) == []

@@ -129,6 +129,10 @@ BAD_FOLDERS: dict[str, tuple[Change, tuple[str, ...]]] = {
         in_json("band_stats", lambda t: t["sentinel1"]["mean"].__setitem__(1, float("nan"))),
         ("sentinel1: mean of band asc_VH is nan",),
     ),
+    "stats beyond floats": (
+        in_json("band_stats", lambda t: t["sentinel1"].update(mean=[0, -(10**400), *[0] * 6])),
+        ("sentinel1: mean of band asc_VH is -inf, expected a finite number",),
+    ),
     "stats null": (in_json("band_stats", lambda t: t["lat"]["std"].__setitem__(0, None)), ("lat: std of band sin is nan",)),
     "std 0": (
         in_json("band_stats", lambda t: t["canopy_height_eth"]["std"].__setitem__(1, 0)),

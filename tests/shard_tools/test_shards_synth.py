@@ -1,14 +1,18 @@
 """The synthetic folder has MMEarth's layout, is a pure function of its options, and one modality tells of another."""
 
+import errno
 import hashlib
 import json
+import subprocess
+import sys
 
 import h5py
 import numpy as np
 import pytest
 
-from mpmae.errors import SourceError
+from mpmae.errors import ShardError, SourceError
 from mpmae.modalities import MODALITIES, class_lookup, no_data_rule
+from mpmae.shard_tools import synth as synth_module
 from mpmae.shard_tools.source import MMEarthSource
 from mpmae.shard_tools.synth import DTYPES, synth
 
@@ -119,22 +123,70 @@ def test_never_overwrites(source_32):
         synth(source_32, num_tiles=1, progress=False)
 
 
-def test_an_interrupted_run_leaves_no_h5(tmp_path, monkeypatch):
-    calls = []
+KILLED_SYNTH = """
+import os, sys
+from mpmae.shard_tools import synth as module
 
+where, num_calls, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+original, calls = getattr(module, where), []
+
+def killed(*args):
+    calls.append(args)
+    if len(calls) == num_calls:
+        os._exit(9)
+    return original(*args)
+
+setattr(module, where, killed)
+module.synth(folder, num_tiles=5, tile_size_px=16, progress=False)
+"""
+
+
+@pytest.mark.parametrize(("where", "num_calls"), [("draw_climate", 3), ("write_whole", 2)])
+def test_a_killed_run_does_not_hinder_the_next(where, num_calls, tmp_path):
+    arguments = [where, str(num_calls), str(tmp_path / "out")]
+    done = subprocess.run([sys.executable, "-c", KILLED_SYNTH, *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 9, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    synth(tmp_path / "out", num_tiles=5, tile_size_px=16, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    with MMEarthSource(tmp_path / "out") as source:
+        assert source.num_tiles == 5
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return draw(*args)
+        raise KeyboardInterrupt
 
-    from mpmae.shard_tools import synth as module
-
-    draw = module.draw_climate
-    monkeypatch.setattr(module, "draw_climate", interrupt)
+    monkeypatch.setattr(synth_module, "draw_climate", interrupt)
     with pytest.raises(KeyboardInterrupt):
         synth(tmp_path / "out", num_tiles=5, tile_size_px=16, progress=False)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_partial_folder_of_other_origin_is_kept(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.tex").touch()
+    with pytest.raises(SourceError, match=r"out\.partial .*holds other files \(thesis\.tex\)"):
+        synth(tmp_path / "out", num_tiles=1, progress=False)
+    assert (tmp_path / "out.partial" / "thesis.tex").exists()
+
+
+def test_an_empty_folder_may_be_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    synth(tmp_path / "out", num_tiles=2, tile_size_px=16, progress=False)
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "disk" / "out.h5").is_file()
+
+
+def test_a_full_disk_gives_advice_that_synth_can_follow(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(synth_module, "write_whole", full)
+    with pytest.raises(ShardError, match=r"is full .*free some space.*then run the command again$"):
+        synth(tmp_path / "out", num_tiles=2, tile_size_px=16, progress=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_tile_info_states_the_same_as_the_file(source_64):
