@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from record import spread, write_record
+from record import clean_commit, spread, write_record
 
 from mpmae.loader import CpuLoader, ShardReader, TrainOrder, plan_batches
 from mpmae.modalities import TARGETS
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("sources", nargs="+", type=Path, help="folders in MMEarth's layout")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
+    clean_commit()
     with tempfile.TemporaryDirectory() as folder:
         results = {source.name: measure(source, Path(folder), options.repeats) for source in options.sources}
     case = {"page cache": "warm", "repeats": options.repeats, "loader": "all 12 targets, crop, flips, normalisation"}

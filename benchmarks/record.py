@@ -19,11 +19,17 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
     return {"p20": cuts[0], "median": statistics.median(samples), "p80": cuts[3], "repeats": len(samples)}
 
 
-def write_record(what: str, case: dict[str, Any], results: dict[str, Any], folder: Path = RECORDS) -> Path:
-    """Write a record named by date and `what`; SystemExit when the source tree has uncommitted changes."""
-    source = commit()
+def clean_commit() -> dict[str, Any]:
+    """The commit that a record is of; SystemExit when the source tree has uncommitted changes (new records aside)."""
+    source = commit(ignored=("benchmarks/records",))
     if source["commit"] is None or source["dirty"]:
         raise SystemExit("no record is written from a tree with uncommitted changes: commit first, then measure")
+    return source
+
+
+def write_record(what: str, case: dict[str, Any], results: dict[str, Any], folder: Path = RECORDS) -> Path:
+    """Write a record named by date and `what`; SystemExit when the source tree has uncommitted changes."""
+    source = clean_commit()
     now = datetime.datetime.now(datetime.timezone.utc)
     record = {
         "what": what,

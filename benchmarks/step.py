@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from record import spread, write_record
+from record import clean_commit, spread, write_record
 from rich.console import Console
 from rich.table import Table
 from torch import multiprocessing
@@ -137,6 +137,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="global batch")
     parser.add_argument("--no-record", action="store_true")
     options = parser.parse_args()
+    if not options.no_record:
+        clean_commit()
     ensure_demo_shards(options.shards)
     config = load_config(None, [f"data.shards={options.shards}", f"train.global_batch_size={options.batch}"])
     samples: dict[str, dict[str, list[float]]] = {case: defaultdict(list) for case in CASES}

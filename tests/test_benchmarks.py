@@ -51,11 +51,11 @@ def test_the_pages_hold_the_records_numbers(benchmarks):
 def test_no_record_from_a_dirty_tree(benchmarks, monkeypatch, tmp_path):
     import record
 
-    monkeypatch.setattr(record, "commit", lambda: {"commit": "abc", "dirty": True})
+    monkeypatch.setattr(record, "commit", lambda ignored: {"commit": "abc", "dirty": True})
     with pytest.raises(SystemExit, match="commit first"):
         record.write_record("x", {}, {}, tmp_path)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(record, "commit", lambda: {"commit": "abc", "dirty": False})
+    monkeypatch.setattr(record, "commit", lambda ignored: {"commit": "abc", "dirty": False})
     path = record.write_record("Some thing", {"a": 1}, {"b": 2}, tmp_path)
     assert json.loads(path.read_text())["results"] == {"b": 2}
     assert record.load_records("Some thing", tmp_path)[0]["commit"] == "abc"

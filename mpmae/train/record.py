@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def commit() -> dict[str, Any]:
-    """Commit of the source tree and whether it has uncommitted changes; None values outside a git checkout."""
+def commit(ignored: Sequence[str] = ()) -> dict[str, Any]:
+    """Commit of the source tree and whether it has uncommitted changes; None values outside a git checkout.
+
+    Changes in the folders `ignored` (relative to the top of the checkout) do not count.
+    """
 
     def git(*arguments: str) -> str | None:
         try:
@@ -47,7 +51,7 @@ def commit() -> dict[str, Any]:
             return None
         return done.stdout.strip() if done.returncode == 0 else None
 
-    status = git("status", "--porcelain")
+    status = git("status", "--porcelain", "--", ":/", *(f":(top,exclude){folder}" for folder in ignored))
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
