@@ -24,10 +24,10 @@ PHASES = {"data wait": "#8a8f98", "forward": "#2563a8", "backward": "#6ea3d8", "
 PARTS = ("stem", "stage 0", "stage 1", "stage 2", "stage 3", "decoder block")
 FIGURE = re.compile(r"(<!-- figure -->\n).*?(<!-- /figure -->)", re.DOTALL)
 DISK = re.compile(r"(<!-- disk -->\n).*?(<!-- /disk -->)", re.DOTALL)
-DATASETS = {  # name: tiles, tile side in px, HDF5 GB (the dataset's own page)
-    "MMEarth100k": (100_000, 128, 48),
-    "MMEarth64": (1_200_000, 64, 152),
-    "MMEarth": (1_200_000, 128, 597),
+DATASETS = {  # name: tile side in px, HDF5 GB (the dataset's own page)
+    "MMEarth100k": (128, 48),
+    "MMEarth64": (64, 152),
+    "MMEarth": (128, 597),
 }
 
 
@@ -123,22 +123,22 @@ def data_section(record: dict[str, Any]) -> str:
 
 
 def readme_disk(record: dict[str, Any]) -> str:
-    """README's estimate per dataset: HDF5 size times the measured ratio, tiles over the measured rates."""
+    """README's estimate per dataset: HDF5 size times the measured ratio, and over the measured HDF5 bytes/s."""
     by_size = {source["tile_size_px"]: source for source in record["results"].values()}
     lines = ["", "   | set | HDF5 | LZ4 shards | build | verify |", "   |---|---|---|---|---|"]
-    for name, (num_tiles, size, gigabytes) in DATASETS.items():
+    for name, (size, gigabytes) in DATASETS.items():
         if size not in by_size:
             continue
         source = by_size[size]
         ratio = source["lz4"]["bytes_per_tile"] / source["source_bytes_per_tile"]
         hours = [
-            f"{num_tiles / source['lz4'][key]['median'] / 3600:.1f} h"
+            f"{gigabytes * 1e9 / (source['lz4'][key]['median'] * source['source_bytes_per_tile']) / 3600:.1f} h"
             for key in ("build_tiles_per_s", "verify_against_source_tiles_per_s")
         ]
         lines.append(f"   | {name} | {gigabytes} GB | about {gigabytes * ratio:.0f} GB | {hours[0]} | {hours[1]} |")
     note = (
-        "   Estimated from the rates and the size ratio measured on real tiles, one process on one core, page cache warm "
-        "([record](benchmarks/RESULTS.md)); a slow disk or network share takes longer."
+        "   Estimated by bytes from real tiles, one process on one core, page cache warm "
+        "([record](benchmarks/RESULTS.md)); those\n   tiles lack some modalities, and a slow disk or network share takes longer."
     )
     return "\n".join([*lines, "", note, ""])
 

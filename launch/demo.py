@@ -23,7 +23,7 @@ from mpmae.train import ensure_demo_shards
 
 REPO = Path(__file__).resolve().parents[1]
 LARGE_H5_BYTES = 2e9
-BUILD_BYTES_PER_S = 20e6  # HDF5 bytes through `mpmae-shards build`, on real tiles and one core; README has the sets' hours
+BUILD_BYTES_PER_S = 40e6  # HDF5 bytes through `mpmae-shards build`, on real tiles and one core; README has the sets' hours
 console = Console(highlight=False)
 
 

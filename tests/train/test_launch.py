@@ -140,5 +140,5 @@ def test_the_demo_says_what_resharding_costs(demo, monkeypatch, capsys, mmearth_
     monkeypatch.setitem(scope, "LARGE_H5_BYTES", 1e6)
     demo["shards_of"](mmearth_dir, tmp_path / "shards")
     assert "note: resharding" in capsys.readouterr().out
-    assert "48 GB takes about 0.7 h (at 20 MB/s" in demo["resharding_cost"](48e9, Path("shards"))
+    assert "48 GB takes about 0.3 h (at 40 MB/s" in demo["resharding_cost"](48e9, Path("shards"))
     assert len(started) == 1
