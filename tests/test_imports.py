@@ -9,7 +9,14 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 FOLDER_OF = {"mpmae.kernels": "kernels", "mpmae.shard_tools": "data/shard_tools", "mpmae": "mpmae"}
-CORE = {"mpmae.errors", "mpmae.modalities", "mpmae.shard_format", "mpmae.manifest_checks", "mpmae.counter_rng"}
+CORE = {
+    "mpmae.errors",
+    "mpmae.files",
+    "mpmae.modalities",
+    "mpmae.shard_format",
+    "mpmae.manifest_checks",
+    "mpmae.counter_rng",
+}
 
 
 def modules() -> dict[str, Path]:

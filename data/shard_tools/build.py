@@ -13,6 +13,7 @@ import numpy as np
 
 from mpmae.counter_rng import Stream, random_bits
 from mpmae.errors import ShardError, SourceError
+from mpmae.files import sync, write_whole
 from mpmae.modalities import MODALITIES
 from mpmae.shard_format import MANIFEST_NAME, TAR_END, Codec, Manifest, ScalarEntry, ShardEntry, SourceInfo, pixel_entry
 from mpmae.shard_tools import output
@@ -68,9 +69,9 @@ def build(
             shards[split] = tuple(writer.entries)
         manifest = manifest.model_copy(update={"splits": shards})
         with output.disk_errors(str(output_dir / MANIFEST_NAME), output_dir, output.BUILD_AGAIN):
-            output.sync_folder(output_dir)
-            output.write_whole(output_dir / MANIFEST_NAME, manifest.dump().encode())
-            output.sync_folder(output_dir)
+            sync(output_dir)
+            write_whole(output_dir / MANIFEST_NAME, manifest.dump().encode())
+            sync(output_dir)
     return manifest
 
 

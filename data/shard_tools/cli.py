@@ -9,10 +9,11 @@ from pathlib import Path
 from rich.console import Console
 
 from mpmae.errors import MpmaeError
+from mpmae.files import write_whole
 from mpmae.shard_format import MANIFEST_NAME
 from mpmae.shard_tools.build import MB, build
 from mpmae.shard_tools.inspect import print_summary, summarise
-from mpmae.shard_tools.output import disk_errors, write_whole
+from mpmae.shard_tools.output import disk_errors
 from mpmae.shard_tools.shard_set import ShardSet
 from mpmae.shard_tools.source import MMEarthSource
 from mpmae.shard_tools.stats import band_stats
@@ -165,7 +166,7 @@ def _run_stats(args: argparse.Namespace) -> int:
         print(text, end="")
         return 0
     with disk_errors(str(args.output), args.output.parent):
-        write_whole(args.output, text.encode())
+        write_whole(args.output, text)
     print(f"band statistics of {len(stats)} modalities over {args.split}: {args.output}")
     return 0
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mpmae.errors import ShardError
+from mpmae.files import TEMP_SUFFIX, write_whole
 from mpmae.shard_format import (
     FORMAT_NAME,
     MANIFEST_NAME,
@@ -28,7 +29,6 @@ from mpmae.shard_format import (
 )
 from mpmae.shard_tools.source_checks import examples
 
-TEMP_SUFFIX = ".mpmae-tmp"
 BUILD_AGAIN = "build again with --overwrite"
 _SHARD_PATTERN = re.compile(r"[A-Za-z0-9_]+-\d{5,}\.tar")
 
@@ -125,28 +125,6 @@ def disk_errors(what: str, folder: Path, again: str = "run the command again") -
                 f"free some space or give a folder elsewhere, then {again}"
             ) from error
         raise ShardError(f"{what}: cannot write to {folder} ({error.strerror or error})") from error
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is either absent (or old) or complete and on disk."""
-    temp = path.with_name(path.name + TEMP_SUFFIX)
-    try:
-        with temp.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temp.replace(path)
-    finally:
-        temp.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class ShardWriter:

@@ -14,9 +14,10 @@ import numpy as np
 
 from mpmae.counter_rng import Stream, random_bits
 from mpmae.errors import SourceError
+from mpmae.files import TEMP_SUFFIX, write_whole
 from mpmae.modalities import MODALITIES, no_data_rule
 from mpmae.shard_tools import synth_scene as scenes
-from mpmae.shard_tools.output import TEMP_SUFFIX, disk_errors, write_whole
+from mpmae.shard_tools.output import disk_errors
 from mpmae.shard_tools.progress import track
 from mpmae.shard_tools.source_checks import JSON_KINDS, examples
 from mpmae.shard_tools.stats import StatsPass

@@ -13,6 +13,7 @@ from typing import BinaryIO
 import numpy as np
 
 from mpmae.errors import MpmaeError, ShardError
+from mpmae.files import TEMP_SUFFIX
 from mpmae.shard_format import (
     SCALARS_MEMBER,
     TAR_END,
@@ -26,7 +27,7 @@ from mpmae.shard_format import (
     member_name,
     sample_key,
 )
-from mpmae.shard_tools.output import TEMP_SUFFIX, dali_index
+from mpmae.shard_tools.output import dali_index
 from mpmae.shard_tools.progress import track
 from mpmae.shard_tools.source import MMEarthSource
 from mpmae.shard_tools.tile import Tile, decode_members, presence_bits

@@ -1,6 +1,5 @@
 """The report as one HTML file: no scripts, nothing loaded from elsewhere, light and dark."""
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from mpmae.errors import ReportError
+from mpmae.files import write_whole
 from mpmae.report import numbers
 from mpmae.report.charts import Chart, legend_swatch, line_chart, ratio_bar
 from mpmae.report.data import ReportData
@@ -37,22 +37,13 @@ def write_report(data: ReportData, path: str | Path) -> Path:
     path = Path(path)
     text = render_report(data)
     try:
-        _write_whole(path, text)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text)
     except OSError as error:
         raise ReportError(
             f"{path} cannot be written ({error.strerror or error}); give another file with --output"
         ) from error
     return path
-
-
-def _write_whole(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def render_report(data: ReportData) -> str:

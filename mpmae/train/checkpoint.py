@@ -24,6 +24,7 @@ from safetensors.torch import save as serialize
 from mpmae.engine.base import Engine
 from mpmae.engine.world import World, current_world
 from mpmae.errors import CheckpointError
+from mpmae.files import sync
 
 FORMAT_VERSION = 1
 META_NAME = "checkpoint.json"
@@ -102,20 +103,20 @@ class Checkpoints:
         for path in sorted(partial.rglob("*")):
             if path.is_file():
                 files[path.relative_to(partial).as_posix()] = path.stat().st_size
-            _fsync(path)
+            sync(path)
         content = {**meta, "format_version": FORMAT_VERSION, "step": step, "files": files}
         _write(partial / META_NAME, json.dumps(content, indent=2))
-        _fsync(partial)
+        sync(partial)
         if final.exists():
             self._set_aside(final, step)
         partial.rename(final)
-        _fsync(self.folder)
+        sync(self.folder)
 
     def _tidy(self, final: Path, step: int) -> None:
         self.set_aside_after(step)
         _write(self.folder / (LATEST_NAME + _PARTIAL), final.name + "\n")
         (self.folder / (LATEST_NAME + _PARTIAL)).replace(self.folder / LATEST_NAME)
-        _fsync(self.folder)
+        sync(self.folder)
         for path in self._all()[: -self.keep_last]:
             partial = path.with_name(path.name + _PARTIAL)  # a cut-off removal must not look like a checkpoint
             path.rename(partial)
@@ -214,15 +215,6 @@ def _write(path: Path, content: str | bytes) -> None:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _fsync(path: Path) -> None:
-    """Make a file's content, or a folder's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _free_bytes(folder: Path) -> int:

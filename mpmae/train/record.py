@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mpmae.config import RunConfig
+from mpmae.files import write_whole
 
 _PACKAGES = ("mpmae", "torch", "deepspeed", "numpy", "h5py", "lz4", "pydantic")
 
@@ -71,6 +72,4 @@ def write_run_json(
     path = config.run.dir / "run.json"
     if path.exists():
         path.rename(path.with_name(f"run-until-step-{start_step:08d}.json"))
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(record, indent=1) + "\n")

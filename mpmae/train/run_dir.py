@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from mpmae.errors import ConfigError
 from mpmae.train.checkpoint import Checkpoints
 
 LOCK_NAME = ".lock"
+_LOG = logging.getLogger(__name__)
 
 
 def check_vacant(config: RunConfig) -> None:
@@ -73,13 +75,14 @@ def _claim(config: RunConfig) -> int:
         raise ConfigError(f"run.dir = {folder} cannot be written: {error.strerror}; give another run.dir") from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        check_vacant(config)
     except BlockingIOError:
         os.close(lock)
         raise ConfigError(f"run.dir = {folder} is in use by another run; wait for it, or give another run.dir") from None
+    except OSError as error:  # some network file systems have no locks, and runs must work there too
+        _LOG.warning("%s cannot be locked (%s): nothing keeps a second run out of it", folder, error.strerror)
+    try:
+        check_vacant(config)
     except ConfigError:
         os.close(lock)
         raise
-    except OSError:  # a file system without locks: go on unguarded, as such clusters have to
-        check_vacant(config)
     return lock

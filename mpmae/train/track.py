@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from mpmae.config import RunConfig
 from mpmae.errors import ConfigError, TrainingError
+from mpmae.files import write_whole
 
 
 class Tracker(Protocol):
@@ -36,9 +37,7 @@ class JsonLines:
             if dropped:
                 with path.with_suffix(".dropped.jsonl").open("a") as file:
                     file.writelines(json.dumps(line) + "\n" for line in dropped)
-            partial = path.with_suffix(".jsonl.partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start_step))
-            partial.replace(path)
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start_step))
             self._files[kind] = path.open("a", buffering=1)
 
     def log(self, kind: str, record: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ import pytest
 import webdataset
 
 from mpmae.errors import ShardError, SourceError
+from mpmae.files import TEMP_SUFFIX
 from mpmae.modalities import MODALITIES, no_data_rule
 from mpmae.shard_format import decode_pixels, load_manifest
 from mpmae.shard_tools import output
@@ -189,7 +190,7 @@ def test_output_must_be_empty(own_shards, source_32, tmp_path):
 
 def test_overwrite_removes_the_set_and_nothing_else(own_shards, source_32, tmp_path):
     (own_shards / "notes.txt").write_text("mine")
-    (own_shards / f"train-00009.tar{output.TEMP_SUFFIX}").write_text("left by a killed build")
+    (own_shards / f"train-00009.tar{TEMP_SUFFIX}").write_text("left by a killed build")
     assert len(list(own_shards.glob("*.tar"))) == 5
     build(source_32, own_shards, overwrite=True, progress=False)
     build(source_32, tmp_path / "fresh", progress=False)

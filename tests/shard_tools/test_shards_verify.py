@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mpmae.errors import ShardError, SourceError
+from mpmae.files import TEMP_SUFFIX
 from mpmae.shard_format import index_bytes, index_name, load_manifest
 from mpmae.shard_tools import output
 from mpmae.shard_tools.build import build
@@ -181,7 +182,7 @@ def test_changed_indices(name, expected, own_shards):
 
 def test_files_that_do_not_belong(own_shards):
     (own_shards / "train-00007.tar").write_bytes(b"")
-    (own_shards / f"val-00000.tar{output.TEMP_SUFFIX}").write_bytes(b"")
+    (own_shards / f"val-00000.tar{TEMP_SUFFIX}").write_bytes(b"")
     problems = verify(own_shards).problems
     assert len(problems) == 2
     assert all("does not belong to the set" in p for p in problems)

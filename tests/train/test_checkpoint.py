@@ -126,7 +126,7 @@ class FailingAt:
             (Path, "open"),
             (Path, "rename"),
             (Path, "replace"),
-            (module, "_fsync"),
+            (module, "sync"),
             (module, "_write"),
         ]:
             monkeypatch.setattr(owner, name, self.wrap(getattr(owner, name), n, error))
