@@ -6,6 +6,7 @@ nor the program that wrote the file has to be installed.
 """
 
 import argparse
+import pathlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ _DCP_CLASSES = {
         _StorageInfo,
         torch.Size,
     )
+} | {  # where the checkpoint was saved; Python 3.13 calls the module otherwise
+    (module, f"{flavour}Path"): pathlib.PurePosixPath
+    for module in ("pathlib", "pathlib._local")
+    for flavour in ("Posix", "Windows")
 }
 
 
@@ -79,7 +84,9 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _DCP_CLASSES:
             return _DCP_CLASSES[module, name]
-        if module == "torch.serialization" and name == "_get_layout":
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) == ("torch.serialization", "_get_layout"):
             return torch.serialization._get_layout
         raise pickle.UnpicklingError(f"{module}.{name} is not part of a DCP index")
 
