@@ -6,8 +6,12 @@ __version__ = "0.1.0"
 
 # Looked up on first use, so that tools which never touch a model (shard_tools) do not import torch.
 _LAZY = {
-    name: "mpmae.models"
-    for name in ("create_encoder", "create_model", "create_unet", "list_encoders", "list_models", "load_reference")
+    "create_encoder": "mpmae.models",
+    "create_model": "mpmae.models",
+    "create_unet": "mpmae.models",
+    "list_encoders": "mpmae.models",
+    "list_models": "mpmae.models",
+    "load_reference": "mpmae.models",
 }
 __all__ = [
     "__version__",

@@ -27,7 +27,7 @@ class MPMAEOutput(NamedTuple):
     loss: scalar, this micro batch's share of the loss of the global batch (shares add up over micro batches and ranks).
     losses: modality -> unweighted share, a scalar. log_vars: modality -> s_i, detached; empty without uncertainty weighting.
     predictions: empty unless asked for; pixel [N, p*p*C, G, G] with channel (row*p + column)*C + c, tile [N, C].
-    latent: [N, C, G, G], the encoder's features, 0 at hidden patches (the dense encoder has features there too). visible: int64 [N, V].
+    latent: [N, C, G, G], the encoder's features: 0 at hidden patches, unless the encoder is dense. visible: int64 [N, V].
     """
 
     loss: Tensor
@@ -107,9 +107,9 @@ class MPMAE(nn.Module):
     def forward(self, batch: Batch, visible: Tensor | None = None, return_predictions: bool = False) -> MPMAEOutput:
         """Loss share, latent and, if asked for, full predictions.
 
-        visible: int64 [N, V], ascending patch numbers of each row, best left on the CPU: it is checked there and moved to the
-        batch's device. Without it a random one is drawn from torch's generator; pass one from `mpmae.masking.draw_visible`
-        for a run that any number of ranks, or a resumed one, repeats.
+        visible: int64 [N, V], ascending patch numbers of each row, best left on the CPU: it is checked there and moved to
+        the batch's device. Without it a random one is drawn from torch's generator; `mpmae.masking.draw_visible` gives one
+        that is the same over any number of ranks and after a resume.
         Pixel heads run at hidden patches only unless `return_predictions`.
         Raises ConfigError for a batch or an index that does not fit the model. Duplicate or out-of-range patch numbers are
         looked for only in an index on the CPU: elsewhere the look would stall the device.

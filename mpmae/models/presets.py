@@ -64,8 +64,8 @@ def create_model(
     name: one of `list_models()`. img_size, patch_size: pixels; patch_size is 8 times a power of two and divides img_size.
     bands_in: Sentinel-2 bands that the encoder reads; None: all but B10. modalities_out: the targets, by name or as
     {name: bands or None for the default ones}; the losses keep the order of `mpmae.modalities.TARGETS`.
-    mask_ratio: hidden fraction, in [0, 1). encoder: "sparse" (computes visible patches only) or "dense" (computes every patch
-    of the image with 0 at hidden ones: the slow baseline). stem: "mmearth" (3x3 convolution first) or "convnext".
+    mask_ratio: hidden fraction, in [0, 1). encoder: "sparse" (computes visible patches only) or "dense" (computes every
+    patch of the image with 0 at hidden ones: the slow baseline). stem: "mmearth" (3x3 convolution first) or "convnext".
     loss_weighting: "uncertainty" (learned log variances) or "unweighted". norm_pix_loss: whether sentinel2 targets are
     normalised per patch. grn_scope: over which sites the encoder's GRN takes its norm, "sample" or "batch" (the published
     sparse code; results then depend on the micro batch); None: "batch" with reference_quirks, else "sample".
@@ -172,9 +172,9 @@ def _published_dense_problems(img_size: int, patch_size: int, stem: str) -> list
     if side == wanted:
         return []
     return [
-        f"encoder = 'dense' with reference_quirks: the published stem does not pad, so img_size = {img_size} and patch_size = "
-        f"{patch_size} give {side} x {side} sites for {wanted} x {wanted} patches; use patch_size >= 16, stem = 'convnext' or "
-        "leave reference_quirks out"
+        f"encoder = 'dense' with reference_quirks: the published stem does not pad, so img_size = {img_size} and "
+        f"patch_size = {patch_size} give {side} x {side} sites for {wanted} x {wanted} patches; use patch_size >= 16, "
+        "stem = 'convnext' or leave reference_quirks out"
     ]
 
 

@@ -1,6 +1,7 @@
 """U-Net for segmentation on the dense ConvNeXt V2.
 
-Shapes: N images, B input channels, S image side in pixels (a multiple of the patch size), K classes, C_s channels of stage s.
+Shapes: N images, B input channels, S image side in pixels (a multiple of the patch size), K classes, C_s channels of stage
+s.
 Source: Nedungadi et al., "MMEarth", arXiv 2405.02771, and MMEarth-train, `models/convnextv2_unet.py`.
 """
 
