@@ -66,6 +66,8 @@ def canonical_name(name: str, scheme: str, original_stem: bool) -> str | None:
     bare = name.removeprefix("encoder.")
     if bare.startswith(("norm.", "head.")):
         return bare
+    if bare.startswith(("upsample_layers.", "initial_conv_upsample.")):
+        return _from_unet(bare)
     encoder = _from_facebook(bare) if scheme.startswith("facebook") else _from_mmearth(bare, original_stem)
     if encoder is not None:
         return f"encoder.{encoder}"
@@ -93,6 +95,13 @@ def _from_facebook(name: str) -> str | None:
     if layer == 0:  # the stem: convolution, then norm
         return f"stem.{('conv', 'norm')[part]}.{leaf}"
     return f"downsamples.{layer - 1}.{('norm', 'conv')[part]}.{leaf}"
+
+
+def _from_unet(name: str) -> str:
+    if name.startswith("upsample_layers."):
+        return name.replace("upsample_layers.", "upsamples.")
+    _, part, leaf = name.split(".", 2)
+    return f"upsamples.4.{('conv', 'norm')[int(part)]}.{leaf}"
 
 
 def _from_trunk(name: str) -> str | None:

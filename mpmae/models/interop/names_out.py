@@ -21,6 +21,9 @@ _MMEARTH_REST = (
     (r"^decoder\.mask_token$", "mask_token"),
     (r"^heads\.tile_norm\.", "layer_norm_tmp."),
     (r"^heads\.(?:pixel|tile)\.", "pred_dict."),
+    (r"^upsamples\.([0-3])\.", r"upsample_layers.\1."),
+    (r"^upsamples\.4\.conv\.", "initial_conv_upsample.0."),
+    (r"^upsamples\.4\.norm\.", "initial_conv_upsample.1."),
 )
 
 
