@@ -54,14 +54,14 @@ def load_reference(model: nn.Module, source: Mapping[str, Tensor] | str | Path |
 
 
 def load_encoder(encoder: nn.Module, source: Mapping[str, Tensor] | str | Path | Weights) -> LoadReport:
-    """Loads the encoder of any known checkpoint into an encoder, sparse or dense, in place.
+    """Loads the encoder of any known checkpoint into an encoder, sparse or dense, or a U-Net, in place.
 
-    Decoder, heads and log variances of the source stay unused, and a `norm` or `head` of the model keeps its initial values
-    if the source has none of its shape (another number of classes): both are in the report and logged as a warning.
+    Decoder, heads and log variances of the source stay unused; what the model has beyond the encoder keeps its initial
+    values if the source has nothing of its shape (another number of classes). Both are reported and logged as a warning.
     Raises CheckpointError as `load_reference`.
     """
-    unused = ("decoder.", "heads.", "log_vars", "norm.", "head.")
-    return _load(encoder, _weights(source), may_be_unused=unused, may_be_fresh=("norm.", "head."))
+    unused = ("decoder.", "heads.", "log_vars", "norm.", "head.", "upsamples.")
+    return _load(encoder, _weights(source), may_be_unused=unused, may_be_fresh=("norm.", "head.", "upsamples."))
 
 
 def _weights(source: Mapping[str, Tensor] | str | Path | Weights) -> Weights:
