@@ -131,11 +131,12 @@ def _resolve(
 def _contradictions(
     weights: Weights, found: Architecture, asked: dict[str, Any], bands_in: Sequence[str] | None
 ) -> list[str]:
-    problems = [
-        f"{key} = {value!r}, but {weights.source} has {getattr(found, key)!r}; it is a {found}"
+    other = [
+        f"{key} = {value} instead of {getattr(found, key)}"
         for key, value in asked.items()
         if value is not None and value != getattr(found, key)
     ]
+    problems = [f"{', '.join(other)}: {weights.source} holds {found}; leave out what it decides"] if other else []
     recorded = weights.recorded("bands_in")
     if bands_in is not None and recorded is not None and tuple(bands_in) != tuple(recorded):
         problems.append(
