@@ -212,7 +212,7 @@ def test_unsuitable_weights(model, change, message):
 
 def test_what_stays_unused_is_logged(model, caplog):
     load_encoder(model.encoder, state_of(build()))
-    assert "not used: log_vars, decoder (12), heads (26)" in caplog.text
+    assert "not used: log_vars, decoder (13), heads (26)" in caplog.text
 
 
 def test_names_without_meaning_are_listed(model, tmp_path):

@@ -39,7 +39,7 @@ class LoadReport:
         parts += [f"not used: {_short(self.unused)}"] if self.unused else []
         parts += [f"not in the checkpoint, initial values kept: {_short(self.fresh)}"] if self.fresh else []
         parts += [f"{len(self.reshaped)} reshaped"] if self.reshaped else []
-        parts += [f"cast: {len(self.cast)} from {self.cast[0].split(': ')[1]}"] if self.cast else []
+        parts += [f"cast: {len(self.cast)} from {self.cast[0].split()[1]}"] if self.cast else []
         return "; ".join(parts)
 
 
