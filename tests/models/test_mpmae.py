@@ -68,7 +68,6 @@ def test_importing_the_package_leaves_torch_alone():
         ("mpmae_atto", {"mask_ratio": 1.0}, ["mask_ratio = 1.0"]),
         ("mpmae_atto", {"loss_weighting": "sum", "init": "zeros", "grn_scope": "all"}, ["'sum'", "'zeros'", "'all'"]),
         ("mpmae_atto", {"decoder_depth": 0}, ["decoder_depth = 0"]),
-        ("mpmae_atto", {"bands_in": ("B2",), "reference_quirks": True}, ["reference_quirks reads the bands"]),
     ],
 )
 def test_bad_arguments_are_named(name, options, messages):
@@ -76,15 +75,6 @@ def test_bad_arguments_are_named(name, options, messages):
         mpmae.create_model(name, **options)
     for message in messages:
         assert message in str(caught.value)
-
-
-def test_quirk_reads_the_bands_that_it_reconstructs(make_batch):
-    bands = ("B4", "B3", "B2")
-    for quirks, expected in ((False, MODALITIES["sentinel2"].model_bands), (True, bands)):
-        model = build(modalities_out={"sentinel2": bands}, reference_quirks=quirks)
-        assert model.bands_in == expected
-        batch = make_batch(2, SIZE)
-        assert model(batch, draw(batch)).loss.isfinite()
 
 
 @pytest.mark.parametrize(
