@@ -3,6 +3,8 @@
 docs/quirks.md lists them with the names of these tests.
 """
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -273,3 +275,10 @@ def test_a_last_row_or_column_that_is_hidden(make_batch, shown, quirks):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     assert out.latent.shape[2:] == out.predictions["aster"].shape[2:] == (3, 3)
     assert (out.latent != 0).any(1).flatten(1).nonzero()[:, 1].view(2, 3).tolist() == [shown] * 2
+
+
+def test_the_page_names_every_test(repo):
+    """docs/quirks.md lists exactly the tests of this file."""
+    named = set(re.findall(r"`(test_\w+)`", (repo / "docs" / "quirks.md").read_text()))
+    here = {name for name in globals() if name.startswith("test_")} - {"test_the_page_names_every_test"}
+    assert named == here
