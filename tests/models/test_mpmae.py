@@ -1,9 +1,7 @@
 """Building the model and what a forward pass gives."""
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ import mpmae
 from mpmae.errors import ConfigError
 from mpmae.masking import draw_visible
 from mpmae.modalities import MODALITIES, TARGETS, spec_of
-from mpmae.models.interop import reference_parameters
 
 SIZE, PATCHES = 24, 9
 PARAMETERS = {
@@ -200,27 +197,6 @@ def test_weight_decay_rule():
     assert parameters["log_vars"].ndim == 1
     assert parameters["decoder.mask_token"].ndim >= 2
     assert all(p.ndim >= 2 for n, p in parameters.items() if ".grn." in n)
-
-
-def test_reference_initialisation():
-    manifest = json.loads((Path(__file__).resolve().parents[1] / "golden" / "manifest.json").read_text())
-    expected = manifest["reference_init_statistics_fcmae_atto_p8"]
-    torch.manual_seed(0)
-    model = mpmae.create_model("mpmae_atto")
-    twins = reference_parameters(model)
-    assert {twin.name for twin in twins.values()} == set(expected)
-    for name, value in model.named_parameters():
-        twin, want = twins[name], expected[twins[name].name]
-        assert list(twin.shape) == want["shape"], name
-        if want["std"] == 0:
-            assert (value == want["mean"]).all(), name
-            continue
-        std, num = value.double().std().item(), value.numel()
-        # where the published code draws a -2 for a spread of 0.02 (torch's trunc_normal_ does, rarely), leave that one out
-        stray = want["absmax"] ** 2 / num if want["absmax"] > 10 * want["std"] else 0
-        assert std == pytest.approx((want["std"] ** 2 - stray) ** 0.5, rel=5 / num**0.5), name  # 5 standard errors
-        assert abs(value.mean().item()) < 6 * want["std"] / num**0.5, name
-        assert value.abs().max() <= 2, name
 
 
 def test_convnextv2_initialisation():
