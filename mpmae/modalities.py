@@ -167,6 +167,9 @@ TARGETS: tuple[str, ...] = tuple(spec.name for spec in _SPECS if spec.is_target)
 PRODUCT_LEVELS: tuple[str, ...] = ("l1c", "l2a")
 
 
+_REFERENCE_CODES = {"sentinel2": 0, "dynamic_world": 0, "esa_worldcover": 0, "canopy_height_eth": 255}
+
+
 def spec_of(name: str) -> ModalitySpec:
     """The spec of a modality; ConfigError (with the known names) for an unknown one."""
     try:
@@ -175,13 +178,19 @@ def spec_of(name: str) -> ModalitySpec:
         raise ConfigError(f"unknown modality {name!r}; known: {', '.join(MODALITIES)}") from None
 
 
-def no_data_rule(name: str, dtype: np.dtype | str) -> NoData:
+def no_data_rule(name: str, dtype: np.dtype | str, reference_quirks: bool = False) -> NoData:
     """How `name` writes absent values when its file holds `dtype`.
 
     HDF5 saturates a code that the dtype cannot hold (-inf in int16 becomes -32768, 255 in int8 becomes 127), so the codes
-    depend on the dtype.
+    depend on the dtype. With `reference_quirks` only the code that the published code compares with counts: -inf for
+    sentinel1, aster, lat, lon and month, 255 for canopy height, 0 for sentinel2 and the two land-cover maps, only NaN for
+    era5. Saturated ones are then data. A float that is not finite stays absent: there it becomes 0 before the loss (maps) or
+    makes the loss infinite (vectors). Source: MMEarth-train 1f368b3, `mmearth_dataset.py` and `MODALITIES.py`.
     """
     spec, dtype = spec_of(name), np.dtype(dtype)
+    if reference_quirks and dtype.kind != "f" and not spec.one_hot and spec.is_target:
+        code = _REFERENCE_CODES.get(name)
+        return NoData(codes=(code,) if code is not None and code <= np.iinfo(dtype).max else ())
     if spec.one_hot:
         return NoData(codes=(int(np.iinfo(dtype).max),) if dtype.kind in "ui" else (), zero_row=True)
     if dtype.kind == "f":
@@ -206,9 +215,16 @@ def band_indices(name: str, bands: tuple[str, ...] | list[str], available: tuple
     return [list(available).index(band) for band in bands]
 
 
-def class_lookup(spec: ModalitySpec) -> np.ndarray:
-    """Table from file code (0..255) to class id for a categorical map: int8 [256], -1 = no data or an unknown code."""
+def class_lookup(spec: ModalitySpec, reference_quirks: bool = False) -> np.ndarray:
+    """Table from file code (0..255) to class id for a categorical map: int8 [256], -1 = no data or an unknown code.
+
+    With `reference_quirks`, esa_worldcover's class 0, tree cover, is no data: the published code compares with the no-data
+    code 0 once before and once after it turns codes into class ids (MMEarth-train 1f368b3, `mmearth_dataset.py`; earlier
+    commits, whose code is 255, do not).
+    """
     table = np.full(256, -1, np.int8)
     for class_id, land_class in enumerate(spec.classes):
         table[land_class.code] = class_id
+    if reference_quirks and spec.name == "esa_worldcover":
+        table[table == 0] = -1
     return table

@@ -1,9 +1,9 @@
 """Run `python -m tests.golden_check DIR [CASE...]` to compare our models with the golden numbers of the published code.
 
-DIR holds manifest.json and <case>.safetensors (see the README of the golden set). One line per case and precision; exit
-status 1 if any fails. Kinds of cases that this project has no model for are skipped, which is said and is no failure.
-Tolerances: float64 predictions 1e-6 absolute, losses 1e-9, gradient norms and trajectories 1e-7 relative; float32 5e-5,
-1e-5, 1e-3, 1e-4.
+DIR holds manifest.json and <case>.safetensors (see the README of the golden set). One line per case and precision, and one
+per table of rates, parameter groups and initial weights; exit status 1 if any fails. Kinds of cases that this project has no
+model for are skipped, which is said and is no failure. Tolerances: float64 predictions 1e-6 absolute, losses 1e-9, gradient
+norms and trajectories 1e-7 relative; float32 5e-5, 1e-5, 1e-3, 1e-4.
 """
 
 import logging
@@ -16,6 +16,7 @@ import torch
 from tests.golden_cases import TOLERANCES, Case, Findings, read_manifest
 from tests.golden_dense import check_dense
 from tests.golden_fcmae import check_fcmae
+from tests.golden_tables import check_tables
 
 
 def cases(folder: Path) -> list[str]:
@@ -57,6 +58,9 @@ def main(arguments: list[str]) -> int:
             continue
         for dtype in TOLERANCES:
             status |= _report(folder, name, dtype)
+    tables = {} if names else check_tables(folder)
+    for name, failures in tables.items():
+        status |= _verdict(name, failures)
     return status
 
 
@@ -64,14 +68,16 @@ def _report(folder: Path, name: str, dtype: torch.dtype) -> bool:
     """Prints the line of a case; whether it failed."""
     start = time.perf_counter()
     found = check(folder, name, dtype)
-    verdict = "FAILED" if found.failures else "ok"
     worst = ", ".join(f"{kind} {error:.1e}" for kind, error in found.worst.items())
-    print(
-        f"{name} {str(dtype).removeprefix('torch.')}: {verdict} ({worst}; {time.perf_counter() - start:.0f} s)", flush=True
-    )
-    for failure in found.failures[:8]:
+    detail = f" ({worst}; {time.perf_counter() - start:.0f} s)"
+    return _verdict(f"{name} {str(dtype).removeprefix('torch.')}", found.failures, detail)
+
+
+def _verdict(what: str, failures: list[str], detail: str = "") -> bool:
+    print(f"{what}: {'FAILED' if failures else 'ok'}{detail}", flush=True)
+    for failure in failures[:8]:
         print(f"    {failure}")
-    return bool(found.failures)
+    return bool(failures)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,7 @@ class Engine(ABC):
     def step(self, lr: float) -> torch.Tensor:
         """Update the weights at rate `lr` with the gradients summed over micro steps and ranks, then drop the gradients.
 
+        A parameter group with an `lr_scale` is updated at `lr` times that.
         Returns the L2 norm of the summed gradient before clipping: float32 scalar, detached, the same on every rank. If it
         is not finite (a skipped step), weights and moments are as they were.
         """
@@ -119,9 +120,9 @@ class Engine(ABC):
 
 
 def set_lr(optimizer: optim.Optimizer, lr: float) -> None:
-    """Set the rate of every group."""
+    """Set the rate of every group: `lr`, times the group's `lr_scale` where it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def skip_if_not_finite(optimizer: optim.Optimizer, grad_norm: torch.Tensor) -> None:

@@ -28,6 +28,45 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     return [group for group in groups if group["params"]]
 
 
+def layer_decay_groups(
+    module: nn.Module, weight_decay: float, layer_decay: float, *, reference_quirks: bool = False
+) -> list[dict]:
+    """AdamW groups for fine-tuning a dense ConvNeXt V2: by depth, each with and without weight decay, with an `lr_scale`.
+
+    module: parameters named stem.*, downsamples.i.*, stages.s.b.* (from `module.stages`, a list of lists of blocks) and
+    anything else (norm, head). Depth counts from 0: the stem 0, the blocks 1, 2, ... in order, a downsampling as the block
+    after it, the rest one more than the last block; lr_scale = layer_decay ** (depth of the rest - depth). Exempt from
+    weight decay are parameters of ndim <= 1 and those named `*.bias`, `*.gamma` or `*.beta`: GRN too, unlike in pretraining.
+    reference_quirks: depths of the published code, which renamed the layers but not its rule: the stem counts among the rest
+    (scale 1), a downsampling as the first block of the stage before it.
+    Source: MMEarth-train `optim_factory.py`, layer_decay_type "single". Raises ConfigError for a module without stages.
+    """
+    stages = getattr(module, "stages", None)
+    if stages is None:
+        name = type(module).__name__
+        raise ConfigError(f"layer_decay_groups: {name} has no stages; expected a dense ConvNeXt V2, as create_encoder gives")
+    first_block = [1]  # depth of the first block of each stage, and of what follows the last
+    for stage in stages:
+        first_block.append(first_block[-1] + len(stage))
+    groups: dict[tuple[int, bool], dict] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        depth = _depth(name.split("."), first_block, reference_quirks)
+        decayed = parameter.ndim > 1 and not name.endswith((".bias", ".gamma", ".beta"))
+        settings = {"weight_decay": weight_decay if decayed else 0.0, "lr_scale": layer_decay ** (first_block[-1] - depth)}
+        groups.setdefault((depth, decayed), {"params": [], **settings})["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def _depth(name: list[str], first_block: list[int], reference_quirks: bool) -> int:
+    if name[0] == "stages":
+        return first_block[int(name[1])] + int(name[2])
+    if name[0] == "downsamples":
+        return first_block[int(name[1]) + (0 if reference_quirks else 1)]
+    return 0 if name[0] == "stem" and not reference_quirks else first_block[-1]
+
+
 def build_optimizer(module: nn.Module, config: OptimSection) -> optim.AdamW:
     """AdamW over `parameter_groups`. Its rate is 0 until `Engine.step` sets it.
 

@@ -17,7 +17,7 @@ class Batch:
         pixel, categorical  int64 [N, 1, H, W], class id, -1 where there is no data
         tile, continuous    float32 [N, K], normalised, 0 where there is no data
         tile, categorical   int64 [N], class id, -1 where there is no data
-    valid: bool, the shape of the values: True where there is data.
+    valid: bool, the shape of the values: True where there is data. A NaN or infinite value counts as not valid in any case.
     sample_ids: int64 [N], position of the sample in its split.
     num_present: per modality, in how many tiles of the whole GLOBAL batch it is present (the divisor of its loss).
     global_batch_size: samples of the global batch, padding not counted.

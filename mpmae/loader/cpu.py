@@ -16,6 +16,7 @@ class CpuLoader:
     """Batches of one split for one rank.
 
     `num_workers` threads build micro batches, `prefetch` of them ahead; order and content do not depend on either.
+    reference_quirks: as in `Assembler`.
     """
 
     def __init__(
@@ -28,9 +29,10 @@ class CpuLoader:
         augmentation: Augmentation | None = None,
         num_workers: int = 2,
         prefetch: int = 4,
+        reference_quirks: bool = False,
     ):
         self.reader, self.modalities = reader, modalities
-        self._assembler = Assembler(reader, modalities, img_size_px)
+        self._assembler = Assembler(reader, modalities, img_size_px, reference_quirks)
         self._img_size_px, self._seed = img_size_px, seed
         self._augmentation = augmentation or Augmentation()
         self._num_workers, self._prefetch = num_workers, prefetch

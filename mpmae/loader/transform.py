@@ -15,7 +15,7 @@ from mpmae.counter_rng import Stream, random_bits, random_integers
 from mpmae.errors import ConfigError, ShardError
 from mpmae.loader.batch import Batch
 from mpmae.loader.read import ShardReader
-from mpmae.modalities import MODALITIES, PRODUCT_LEVELS, class_lookup
+from mpmae.modalities import MODALITIES, PRODUCT_LEVELS, class_lookup, no_data_rule
 from mpmae.shard_format import BandStats
 
 
@@ -58,10 +58,12 @@ def draw_views(
 class Assembler:
     """Builds the batch of given samples; holds the statistics and tables of the set.
 
+    reference_quirks: take for data what the published code does, see `mpmae.modalities.no_data_rule`; the presence counts
+    stay those of the shard index.
     Raises ConfigError when the image does not fit the tile, ShardError when the set lacks a modality or its statistics.
     """
 
-    def __init__(self, reader: ShardReader, modalities: Sequence[str], img_size_px: int):
+    def __init__(self, reader: ShardReader, modalities: Sequence[str], img_size_px: int, reference_quirks: bool = False):
         reader.require(modalities)
         if img_size_px > reader.manifest.tile_size_px:
             raise ConfigError(
@@ -72,8 +74,12 @@ class Assembler:
         self._names = tuple(modalities)
         self._entries = {e.name: e for e in (*reader.manifest.pixels, *reader.manifest.scalars)}
         self._stats = {name: self._statistics(name) for name in modalities if MODALITIES[name].kind == "continuous"}
+        self._no_data = {
+            name: no_data_rule(name, e.dtype, reference_quirks=True) if reference_quirks else e.no_data
+            for name, e in self._entries.items()
+        }
         self._lookup = {
-            name: class_lookup(MODALITIES[name])
+            name: class_lookup(MODALITIES[name], reference_quirks)
             for name in modalities
             if MODALITIES[name].kind == "categorical" and MODALITIES[name].scope == "pixel"
         }
@@ -134,7 +140,7 @@ class Assembler:
             raw = self._reader.pixels(int(sample_id), name)[:, top : top + size, left : left + size]
             raw = raw[:, :: -1 if views.vflip[i] else 1, :: -1 if views.hflip[i] else 1]
             if continuous:
-                valid[i] = entry.no_data.valid(raw)
+                valid[i] = self._no_data[name].valid(raw)
                 values[i] = self._normalise(name, levels[i], raw, valid[i], band_axes=(slice(None), None, None))
             else:
                 in_table = (raw >= 0) & (raw < 256)
@@ -147,7 +153,7 @@ class Assembler:
         if MODALITIES[name].kind == "categorical":
             ids = np.maximum(raw.astype(np.int64), -1)
             return ids, ids >= 0
-        valid = self._entries[name].no_data.valid(raw)
+        valid = self._no_data[name].valid(raw)
         rows = [self._normalise(name, *item, band_axes=(slice(None),)) for item in zip(levels, raw, valid, strict=True)]
         return np.stack(rows), valid
 

@@ -7,19 +7,22 @@ Default reduction: per sample the mean over its valid target values (on hidden p
 divided by the number of tiles of the GLOBAL batch that have the modality. The shares of all micro batches and ranks add up
 to the loss of the global batch exactly, however it is cut.
 
-What `reference_quirks=True` does instead, after the published code (MMEarth-train, `models/fcmae.py`):
+What `reference_quirks=True` does instead, after the published code (MMEarth-train 1f368b3, `models/fcmae.py`;
+docs/quirks.md has the whole preset with its tests):
 - every loss is a mean over the values of the local micro batch; the share of a micro batch is that mean times its part of
   the global batch, so a result depends on the cut;
 - continuous pixel modalities: no data is a target of 0 and counts; the mean of each patch is summed over the hidden patches
-  and divided by the number of hidden patches with a non-zero loss;
+  and divided by the number of hidden patches with a non-zero loss: 0/0, NaN, when every hidden patch is predicted exactly;
 - sentinel2's per-patch normalisation includes the zeros that stand for no data;
-- categorical pixel modalities: the mean over all valid hidden pixels of the micro batch;
-- continuous tile modalities: the mean over all valid entries of the micro batch;
+- categorical pixel modalities: the mean over all valid hidden pixels of the micro batch, NaN without any;
+- continuous tile modalities: the mean over all valid entries of the micro batch, NaN without any;
 - biome and eco_region: a row without data is class 0;
 - uncertainty weighting drops a term (its log variance too) whose loss is exactly 0.
-Not reproduced, since nothing can be compared with them: the NaN of a micro batch without any valid target (the loss is 0
-here) and the crash when the last row or column of patches is hidden entirely. What the published code reads as data
-although it is not (int16 aster -32768, int8 canopy height 127) is decided by the loader, before this module.
+One NaN term makes the total NaN. A mean over nothing has no gradient itself, but its log variance gets NaN; 0/0 gives NaN
+gradients everywhere. A micro batch of nothing but padding has a loss of 0 all the same: padding is not the published code's.
+Not reproduced: it takes the size of the dense grid from the sites that exist, and so crashes when the last row or column of
+patches is hidden in every sample. What it reads as data although it is not (int16 aster -32768, int8 canopy height 127) is
+decided by the loader, before this module: `mpmae.modalities.no_data_rule`.
 """
 
 import torch
@@ -64,7 +67,7 @@ def modality_share(
     norm_pix: bool,
     quirks: bool,
 ) -> Tensor:
-    """The unweighted share of one modality's loss: a scalar, connected to `pred` and finite even when nothing is valid.
+    """The unweighted share of one modality's loss: a scalar, connected to `pred`; 0 when nothing is valid (quirk: NaN).
 
     pred: pixel [N, M, Q], tile [N, K]. target: like pred, or class ids int64 [N, M, P] / [N]. valid: bool, shape of target.
     counted: bool [N], False for padding samples. num_present: tiles of the global batch that have the modality.
@@ -80,7 +83,7 @@ def modality_share(
         weight = (valid & counted.view(-1, *[1] * (valid.ndim - 1))).to(errors.dtype)
         errors = errors * weight
         if quirks:
-            return _local_mean(spec, errors, weight) * (counted.sum().to(errors.dtype) / global_batch_size)
+            return _local_mean(spec, errors, weight, counted) * (counted.sum().to(errors.dtype) / global_batch_size)
         per_sample = errors.reshape(len(errors), -1).sum(1) / weight.reshape(len(errors), -1).sum(1).clamp(min=1)
         return per_sample.sum() / num_present if num_present else per_sample.sum() * 0
 
@@ -100,11 +103,14 @@ def _class_errors(spec: ModalitySpec, pred: Tensor, target: Tensor, valid: Tenso
     return F.cross_entropy(logits, target.flatten(), reduction="none").view(target.shape)
 
 
-def _local_mean(spec: ModalitySpec, errors: Tensor, weight: Tensor) -> Tensor:
+def _local_mean(spec: ModalitySpec, errors: Tensor, weight: Tensor, counted: Tensor) -> Tensor:
+    """The published code's mean; NaN where it divides by 0, unless all samples are padding."""
     if spec.scope == "pixel" and spec.kind == "continuous":
         per_patch = errors.mean(-1)
-        return per_patch.sum() / (per_patch != 0).sum().clamp(min=1)
-    return errors.sum() / weight.sum().clamp(min=1)
+        return per_patch.sum() / torch.where(counted.any(), (per_patch != 0).sum(), 1)
+    count = weight.sum()
+    nothing = torch.where(counted.any() & (count == 0), torch.nan, 0.0)  # added, so that the gradient stays 0
+    return errors.sum() / count.clamp(min=1) + nothing
 
 
 def weigh(

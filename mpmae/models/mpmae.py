@@ -130,7 +130,10 @@ class MPMAE(nn.Module):
         return MPMAEOutput(loss, shares, log_vars, predictions, latent, visible)
 
     def encode(self, batch: Batch, visible: Tensor) -> Tensor:
-        """Features of the visible patches, [N, V, C]; any V >= 1 goes. Needs `sentinel2` of the batch only."""
+        """Features of the visible patches, [N, V, C]; any V >= 1 goes. Needs `sentinel2` of the batch only.
+
+        A value that is NaN or infinite counts as not valid, whatever the batch says.
+        """
         return self._encode(batch, visible)[0]
 
     def _encode(self, batch: Batch, visible: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,7 +141,9 @@ class MPMAE(nn.Module):
         values, valid = batch.values[INPUT], batch.valid[INPUT]
         if self.select_in is not None:
             values, valid = (t.index_select(1, self.select_in) for t in (values, valid))
-        image, pixel_valid = torch.where(valid, values, 0), valid.any(1)
+        valid = valid & values.isfinite()
+        image = torch.where(valid, values, 0)
+        pixel_valid = (image != 0 if self.reference_quirks else valid).any(1)
         if self.grn_scope == "batch":
             pixel_valid = pixel_valid & ~batch.padding[:, None, None]  # padding must not enter the norm of the others
         features = self.encoder(image, pixel_valid, visible)
@@ -202,14 +207,14 @@ class MPMAE(nn.Module):
         return shares
 
     def _target(self, batch: Batch, name: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Target and validity of a modality, laid out as its prediction."""
+        """Target and validity of a modality, laid out as its prediction; what is NaN, infinite or no class is not valid."""
         values, valid = batch.values[name], batch.valid[name]
         spec, selection = spec_of(name), getattr(self, f"select_{name}")
         if selection is not None:
             values, valid = (t.index_select(1, selection) for t in (values, valid))
         if spec.scope == "pixel":
             values, valid = (blocks.pack_patches(t, hidden, self.patch_size).flatten(2) for t in (values, valid))
-        return values, valid & (values >= 0) if spec.kind == "categorical" else valid
+        return values, valid & (values >= 0 if spec.kind == "categorical" else values.isfinite())
 
     def _selection(self, name: str, bands: tuple[str, ...]) -> Tensor | None:
         """Positions of `bands` in the batch's tensor; None when it holds just these."""

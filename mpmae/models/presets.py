@@ -70,9 +70,10 @@ def create_model(
     normalised per patch. grn_scope: over which sites the encoder's GRN takes its norm, "sample" or "batch" (the published
     sparse code; results then depend on the micro batch); None: "batch" with reference_quirks, else "sample".
     init: "reference" (published code) or "convnextv2" (0.02 everywhere).
-    reference_quirks: losses as the published code computes them, see `mpmae.models.losses`; it reads the bands that it
-    reconstructs, so bands_in then defaults to sentinel2's output bands and may not differ from them. With the dense encoder
-    also its stem without padding and GRN eps 1e-4 (see `mpmae.models.dense`).
+    reference_quirks: what the published code computes where that differs, line by line in docs/quirks.md; it reads the bands
+    that it reconstructs, so bands_in then defaults to sentinel2's output bands and may not differ from them. With the dense
+    encoder also its stem without padding and GRN eps 1e-4 (see `mpmae.models.dense`). Loaders need the same switch
+    (`CpuLoader(reference_quirks=True)`; a run sets it from its configuration).
     bands_available: bands that a batch's tensors hold, in order; default: those of `mpmae.modalities`.
 
     Raises ConfigError with every problem at once.

@@ -145,6 +145,7 @@ class Reconstructor:
             self._config.model.img_size,
             seed=self._config.train.seed,
             augmentation=Augmentation.none(),
+            reference_quirks=self._config.model.reference_quirks,
         )
         batch = loader.batch_of(chosen)
         visible = draw_visible(

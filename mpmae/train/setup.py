@@ -64,6 +64,7 @@ def _loader(config: RunConfig, reader: ShardReader, augmentation: Augmentation) 
         augmentation=augmentation,
         num_workers=config.data.num_workers,
         prefetch=config.data.prefetch,
+        reference_quirks=config.model.reference_quirks,
     )
 
 

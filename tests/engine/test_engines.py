@@ -37,6 +37,7 @@ def results(request, tmp_path_factory) -> dict[tuple, list[dict[str, Any]]]:
         cases[engine, stage, "saved"] = (saved, at)
         cases[engine, stage, "loaded"] = (dataclasses.replace(saved, load_from=at), None)
         cases[engine, stage, "bad"] = (Case(engine, stage or 0, num_micro_steps=2, clip=CLIP, bad_step=BAD_STEP), None)
+        cases[engine, stage, "scaled"] = (dataclasses.replace(plain, lr_scale=0.25), None)
         for num in (1, 2, 4):
             steps = 10 if num == 4 else 1
             bf16 = Case(engine, stage or 0, num_micro_steps=num, precision="bf16", steps=steps)
@@ -83,6 +84,16 @@ def test_same_curve_with_accumulation_and_clipping(results, engine, stage):
         assert_close(rank["loss"] + rank["rest_loss"], expected["loss"], FP32_BOUND)
         assert_close(rank["grad_norm"] + rank["rest_grad_norm"], expected["grad_norm"], FP32_BOUND)
     assert_states_close(results[engine, stage, "saved"][0]["state"], expected["state"], FP32_BOUND)
+
+
+@pytest.mark.parametrize(("engine", "stage"), ENGINES, ids=IDS)
+def test_a_group_with_a_scaled_rate(results, engine, stage):
+    expected = reference(None, lr_scale=0.25)
+    for rank in results[engine, stage, "scaled"]:
+        assert_close(rank["loss"], expected["loss"], FP32_BOUND)
+    assert_states_close(results[engine, stage, "scaled"][0]["state"], expected["state"], FP32_BOUND)
+    unscaled = reference(None)["state"]
+    assert max((expected["state"][name] - unscaled[name]).abs().max() for name in unscaled) > 1e-3
 
 
 @pytest.mark.parametrize(("engine", "stage"), ENGINES, ids=IDS)

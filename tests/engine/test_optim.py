@@ -4,63 +4,8 @@ from torch import nn
 
 from mpmae.config import validate
 from mpmae.engine import LearningRate, peak_lr
-from mpmae.engine.optim import build_optimizer, parameter_groups
+from mpmae.engine.optim import build_optimizer, layer_decay_groups, parameter_groups
 from mpmae.errors import ConfigError
-
-# rows (epoch, rate) of shared/golden/manifest.json `lr_schedule`: lr, min_lr, warmup_epochs, epochs, rows
-GOLDEN = [
-    (
-        0.0024,
-        0.0,
-        40,
-        200,
-        [
-            (0, 0.0),
-            (0.01, 6e-07),
-            (1.99, 0.0001194),
-            (4.999, 0.00029993999999999995),
-            (39.9, 0.0023939999999999994),
-            (40, 0.0024),
-            (40.5, 0.0023999421707511935),
-            (120, 0.0012),
-            (199.99, 2.3131885207305912e-11),
-        ],
-    ),
-    (
-        0.001,
-        1e-05,
-        2,
-        10,
-        [
-            (0, 0.0),
-            (1.99, 0.000995),
-            (2, 0.001),
-            (3.25, 0.0009415510258524358),
-            (5, 0.00069442829902072),
-            (9.99, 1.0003816756172075e-05),
-        ],
-    ),
-    (
-        0.001,
-        1e-06,
-        0,
-        5,
-        [
-            (0, 0.001),
-            (0.01, 0.0009999901402976406),
-            (2, 0.0006548539888902864),
-            (4.999, 1.0000985973447437e-06),
-            (5, 1e-06),
-        ],
-    ),
-]
-
-
-@pytest.mark.parametrize(("peak", "min_lr", "warmup", "total", "rows"), GOLDEN)
-def test_learning_rate_is_the_references(peak, min_lr, warmup, total, rows):
-    schedule = LearningRate(peak, min_lr, warmup, total)
-    for epoch, expected in rows:
-        assert schedule(epoch) == pytest.approx(expected, rel=1e-9, abs=1e-18), epoch
 
 
 def test_learning_rate_per_step():
@@ -120,3 +65,42 @@ def test_optimizer_takes_its_settings_from_the_run():
     optimizer = build_optimizer(Block(), config.optim)
     group = optimizer.param_groups[0]
     assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.9), 1e-6, 0.3)
+
+
+class Dense(nn.Module):
+    """The names of a dense ConvNeXt V2 with 2 + 1 blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.ModuleDict({"conv": nn.Conv2d(3, 4, 3)})
+        self.downsamples = nn.ModuleList([nn.ModuleDict({"norm": nn.LayerNorm(4), "conv": nn.Conv2d(4, 4, 2)})])
+        self.stages = nn.ModuleList(nn.ModuleList(Block() for _ in range(depth)) for depth in (2, 1))
+        self.norm, self.head = nn.LayerNorm(4), nn.Linear(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("quirks", "depths"),
+    [
+        (False, {"stem": 0, "stages.0.0": 1, "stages.0.1": 2, "downsamples.0": 3, "stages.1.0": 3, "norm": 4, "head": 4}),
+        (True, {"stem": 4, "stages.0.0": 1, "stages.0.1": 2, "downsamples.0": 1, "stages.1.0": 3, "norm": 4, "head": 4}),
+    ],
+)
+def test_layer_decay(quirks, depths):
+    """The rate falls with the distance from the head; the published code mistakes stem and downsampling."""
+    module = Dense()
+    module.stem["conv"].bias.requires_grad_(False)
+    names = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
+    groups = layer_decay_groups(module, 0.3, 0.5, reference_quirks=quirks)
+    got = {names[id(p)]: (g["lr_scale"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert got.keys() == set(names.values())
+    assert len(groups) == len({(g["lr_scale"], g["weight_decay"]) for g in groups})
+    for name, (scale, weight_decay) in got.items():
+        depth = next(value for prefix, value in depths.items() if name.startswith(prefix + "."))
+        assert scale == 0.5 ** (4 - depth), name
+        exempt = name.endswith(("bias", "gamma", "beta", "log_variance", "norm.weight"))
+        assert weight_decay == (0.0 if exempt else 0.3), name
+
+
+def test_layer_decay_needs_stages():
+    with pytest.raises(ConfigError, match="Linear has no stages"):
+        layer_decay_groups(nn.Linear(2, 2), 0.3, 0.9)

@@ -7,6 +7,7 @@ import functools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 from mpmae.config import RunConfig, validate
 from mpmae.engine import LearningRate, create_engine, init_world, load_ds_config, resolve_ds_config
 from mpmae.engine.base import Engine
+from mpmae.engine.optim import parameter_groups
 
 GLOBAL_BATCH = 16
 PEAK_LR = 0.005
@@ -71,6 +73,7 @@ class Case:
     load_from: str | None = None
     bad_step: int | None = None
     ds_extra: dict | None = None
+    lr_scale: float | None = None  # of the group without weight decay
 
     @property
     def label(self) -> str:
@@ -95,7 +98,14 @@ def make_engine(case: Case, world, module: type[nn.Module] = Toy) -> Engine:
         ds_config |= case.ds_extra or {}
         sizes = (world.world_size, micro_batch, case.num_micro_steps)
         ds_config = resolve_ds_config(ds_config, run_config(case), *sizes)
-    return create_engine(run_config(case), module(), world, ds_config, case.num_micro_steps, micro_batch)
+
+    def scaled_groups(*arguments: Any) -> list[dict]:
+        decayed, exempt = parameter_groups(*arguments)
+        return [decayed, exempt | {"lr_scale": case.lr_scale}]
+
+    groups = parameter_groups if case.lr_scale is None else scaled_groups
+    with mock.patch("mpmae.engine.optim.parameter_groups", groups):
+        return create_engine(run_config(case), module(), world, ds_config, case.num_micro_steps, micro_batch)
 
 
 def global_batch(step: int) -> dict[str, torch.Tensor]:
@@ -135,7 +145,7 @@ def train(engine: Engine, case: Case, first: int, last: int) -> dict[str, list[f
 
 
 @functools.cache
-def reference(clip: float | None, skip: int | None = None, steps: int = 10) -> dict[str, Any]:
+def reference(clip: float | None, skip: int | None = None, steps: int = 10, lr_scale: float = 1.0) -> dict[str, Any]:
     """The same run in plain torch: whole batch at once, no engine, step `skip` left out altogether."""
     torch.manual_seed(1234)
     module = Toy()
@@ -155,8 +165,8 @@ def reference(clip: float | None, skip: int | None = None, steps: int = 10) -> d
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), float("inf") if clip is None else clip)
-        for group in optimizer.param_groups:
-            group["lr"] = schedule(step + 1)
+        for group, scale in zip(optimizer.param_groups, (1.0, lr_scale), strict=True):
+            group["lr"] = schedule(step + 1) * scale
         optimizer.step()
         result["loss"].append(loss.item())
         result["grad_norm"].append(norm.item())

@@ -7,7 +7,7 @@ from mpmae.loader.batch import Batch
 from mpmae.modalities import TARGETS, spec_of
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_batch():
     """A function that gives a random batch of `num` samples, images of `size` pixels, every value there."""
 

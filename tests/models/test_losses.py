@@ -1,60 +1,28 @@
-"""Losses: the reduction over a global batch, what does not count, and the published code's quirks."""
-
-import dataclasses
+"""Losses: the reduction over a global batch and what does not count. The published code's quirks: test_quirks.py."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import mpmae
 from mpmae.loader.batch import Batch
-from mpmae.masking import draw_visible, visible_bool
+from mpmae.masking import visible_bool
 from mpmae.models.losses import normalise_patches
-
-SIZE, PATCHES = 24, 9
-
-
-def build(dtype=torch.float64, **options):
-    torch.manual_seed(1)
-    model = mpmae.create_model("mpmae_atto", img_size=SIZE, decoder_dim=16, init="convnextv2", **options).to(dtype)
-    if model.log_vars is not None:
-        with torch.no_grad():
-            model.log_vars.copy_(torch.linspace(-0.5, 0.5, len(model.log_vars)))
-    return model
+from tests.models.small import PATCHES, SIZE, build, cut, draw, drop
 
 
-def draw(batch):
-    return draw_visible(0, 0, batch.sample_ids, PATCHES, 3)
-
-
-def cut(batch, start, end):
-    part = slice(start, end)
-    return dataclasses.replace(
-        batch,
-        values={name: value[part] for name, value in batch.values.items()},
-        valid={name: valid[part] for name, valid in batch.valid.items()},
-        sample_ids=batch.sample_ids[part],
-        padding=batch.padding[part],
-    )
-
-
-def drop(batch, name, where=...):
-    """No data for `name` at `where`: the values a loader gives, and their validity."""
-    batch.values[name][where] = -1 if batch.values[name].dtype == torch.int64 else 0
-    batch.valid[name][where] = False
-
-
-def gappy(batch):
-    """Gaps of every kind: pixels, whole samples, a whole modality."""
+def gappy(batch, quirks=False):
+    """Gaps of every kind: pixels, whole samples, a whole modality (which has no finite loss with the quirks)."""
     drop(batch, "sentinel2", (0, slice(None), slice(0, 9), slice(0, 11)))
     drop(batch, "sentinel1", (slice(None), 2))
     drop(batch, "aster", 1)
     drop(batch, "esa_worldcover", (0, 0, slice(3, 20)))
     drop(batch, "era5", (0, slice(2, 5)))
     drop(batch, "biome", 1)
-    drop(batch, "month")
     num = len(batch)
-    batch.num_present |= {"aster": num - 1, "biome": num - 1, "month": 0}
+    batch.num_present |= {"aster": num - 1, "biome": num - 1}
+    if not quirks:
+        drop(batch, "month")
+        batch.num_present["month"] = 0
     return batch
 
 
@@ -124,20 +92,18 @@ def test_sentinel2_target_is_normalised_over_valid_values():
     assert got[0, 1, 4] == 0
 
 
-@pytest.mark.parametrize("quirks", [False, True])
 @pytest.mark.parametrize("weighting", ["uncertainty", "unweighted"])
-def test_absent_modalities_give_zero_gradients(make_batch, weighting, quirks):
+def test_absent_modalities_give_zero_gradients(make_batch, weighting):
     batch = make_batch(2, SIZE)
     absent = ("sentinel1", "esa_worldcover", "era5", "eco_region")
     for name in absent:
         drop(batch, name)
         batch.num_present[name] = 0
-    model = build(loss_weighting=weighting, reference_quirks=quirks)
+    model = build(loss_weighting=weighting)
     out = model(batch, draw(batch))
     out.loss.backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())
-    # with the quirks, absent continuous pixels are targets of 0 and an absent row is class 0
-    for name in ("esa_worldcover", "era5") if quirks else absent:
+    for name in absent:
         head = model.heads.pixel[name] if name in model.heads.pixel else model.heads.tile[name]
         assert out.losses[name] == 0
         assert head.weight.grad.count_nonzero() == 0
@@ -149,7 +115,7 @@ def test_absent_modalities_give_zero_gradients(make_batch, weighting, quirks):
 @pytest.mark.parametrize("quirks", [False, True])
 def test_values_that_are_not_valid_reach_nothing(make_batch, bad, quirks):
     model = build(torch.float32, reference_quirks=quirks)
-    clean, dirty = gappy(make_batch(3, SIZE)), gappy(make_batch(3, SIZE))
+    clean, dirty = (gappy(make_batch(3, SIZE), quirks) for _ in range(2))
     for name, values in dirty.values.items():
         values[~dirty.valid[name]] = bad if values.is_floating_point() else 1_000_000
     loss, expected = gradients(model, [clean])
@@ -164,7 +130,7 @@ def test_values_that_are_not_valid_reach_nothing(make_batch, bad, quirks):
 @pytest.mark.parametrize("quirks", [False, True])
 def test_padding_counts_nothing(make_batch, quirks, grn_scope):
     model = build(reference_quirks=quirks, grn_scope=grn_scope)
-    batch = gappy(make_batch(4, SIZE))
+    batch = gappy(make_batch(4, SIZE), quirks)
     batch.global_batch_size = 3
     batch.padding[3] = True
     loss, expected = gradients(model, [cut(batch, 0, 3)])
@@ -190,103 +156,6 @@ def test_hidden_inputs_and_visible_targets_change_only_what_they_must(make_batch
     assert changed <= {"sentinel2"}
     batch.values["sentinel1"] = torch.where(shown, 9.0, batch.values["sentinel1"])
     assert torch.equal(model(batch, visible).losses["sentinel1"], before.losses["sentinel1"])
-
-
-def both(batch, name):
-    """The loss of `name`, right and with the quirks, for one model."""
-    right, quirk = (
-        build(loss_weighting="unweighted", norm_pix_loss=name == "sentinel2", reference_quirks=q) for q in (False, True)
-    )
-    visible = draw(batch)
-    outs = [model(batch, visible, return_predictions=True) for model in (right, quirk)]
-    torch.testing.assert_close(outs[0].predictions[name], outs[1].predictions[name])
-    return outs[0].losses[name], outs[1].losses[name], outs[0].predictions[name], visible
-
-
-def hidden_errors(batch, name, pred, visible, channels):
-    """Squared errors on hidden patches, [N, M, p*p*C], no data being a target of 0."""
-    target = (
-        batch.values[name]
-        .double()
-        .unflatten(3, (3, 8))
-        .unflatten(2, (3, 8))
-        .permute(0, 2, 4, 3, 5, 1)
-        .reshape(-1, 9, 64 * channels)
-    )
-    errors = (pred.flatten(2).transpose(1, 2) - target).square()
-    return errors[~visible_bool(visible, PATCHES)].view(len(pred), 6, -1)
-
-
-@pytest.mark.parametrize(("name", "channels"), [("sentinel1", 8), ("aster", 2), ("canopy_height_eth", 2)])
-def test_quirk_no_data_counts_as_zero(make_batch, name, channels):
-    batch = make_batch(2, SIZE)
-    drop(batch, name, (0, 1))
-    right, quirk, pred, visible = both(batch, name)
-    errors = hidden_errors(batch, name, pred, visible, channels)
-    torch.testing.assert_close(quirk, errors.mean(-1).sum() / 12)
-    valid = torch.arange(64 * channels) % channels != 1
-    torch.testing.assert_close(right, (errors[0][:, valid].mean() + errors[1].mean()) / 2)
-
-
-def test_quirk_sentinel2_normalises_with_the_zeros(make_batch):
-    batch = make_batch(2, SIZE)
-    drop(batch, "sentinel2", (slice(None), 2))
-    right, quirk, pred, visible = both(batch, "sentinel2")
-    assert not torch.isclose(right, quirk, rtol=1e-5)
-    bands = [b for b in range(13) if b != 10]
-    target = batch.values["sentinel2"][:, bands].double().unflatten(3, (3, 8)).unflatten(2, (3, 8))
-    target = target.permute(0, 2, 4, 3, 5, 1).reshape(2, 9, -1)
-    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-    errors = (pred.flatten(2).transpose(1, 2) - target).square()[~visible_bool(visible, PATCHES)]
-    torch.testing.assert_close(quirk, errors.mean(-1).sum() / 12)
-
-
-def test_quirk_divides_by_patches_with_a_loss(make_batch):
-    """A hidden patch that is predicted exactly is left out of the published mean."""
-    batch = make_batch(1, SIZE)
-    batch.values["aster"].zero_()
-    batch.values["aster"][0, 0, :8, :8] = 1.0
-    visible = torch.tensor([[3, 4, 5]])
-    for quirks, expected in ((False, 0.5 / 6), (True, 0.5)):
-        model = build(loss_weighting="unweighted", reference_quirks=quirks)
-        torch.nn.init.zeros_(model.heads.pixel["aster"].weight)
-        assert model(batch, visible).losses["aster"].item() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("name", ["biome", "eco_region"])
-def test_quirk_a_row_without_data_is_class_0(make_batch, name):
-    batch = make_batch(2, SIZE)
-    drop(batch, name, 1)
-    batch.num_present[name] = 1
-    right, quirk, pred, _ = both(batch, name)
-    rows = F.cross_entropy(pred, batch.values[name].clamp(min=0), reduction="none")
-    assert batch.values[name][1] == -1
-    torch.testing.assert_close(right, rows[0])
-    torch.testing.assert_close(quirk, F.cross_entropy(pred, torch.stack([batch.values[name][0], torch.tensor(0)])))
-
-
-@pytest.mark.parametrize("name", ["era5", "dynamic_world"])
-def test_quirk_means_are_local(make_batch, name):
-    """Samples weigh by their valid values with the quirk, equally without it; the cut shows with the quirk only."""
-    batch = make_batch(2, SIZE)
-    drop(batch, name, (0, slice(0, 9)) if name == "era5" else (0, 0, slice(0, 17)))
-    right, quirk, _, _ = both(batch, name)
-    assert not torch.isclose(right, quirk, rtol=1e-6)
-    for quirks, whole in ((False, right), (True, quirk)):
-        model = build(loss_weighting="unweighted", norm_pix_loss=False, reference_quirks=quirks)
-        parts = sum(model(cut(batch, n, n + 1), draw(cut(batch, n, n + 1))).losses[name] for n in range(2))
-        assert torch.isclose(parts, whole, rtol=1e-9) != quirks
-
-
-def test_quirk_uncertainty_drops_a_zero_loss(make_batch):
-    """A present modality without a valid target on hidden patches: its s_i counts by default, not with the quirk."""
-    batch = make_batch(1, SIZE)
-    drop(batch, "dynamic_world")
-    for quirks in (False, True):
-        model = build(reference_quirks=quirks)
-        model(batch, draw(batch)).loss.backward()
-        grad = model.log_vars.grad[model.modalities_out.index("dynamic_world")].item()
-        assert grad == pytest.approx(0.0 if quirks else 1.0)
 
 
 def test_losses_are_float32_under_bfloat16(make_batch):

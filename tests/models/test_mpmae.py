@@ -1,9 +1,7 @@
 """Building the model and what a forward pass gives."""
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ import mpmae
 from mpmae.errors import ConfigError
 from mpmae.masking import draw_visible
 from mpmae.modalities import MODALITIES, TARGETS, spec_of
-from mpmae.models.interop import to_mmearth
 
 SIZE, PATCHES = 24, 9
 PARAMETERS = {
@@ -68,7 +65,6 @@ def test_importing_the_package_leaves_torch_alone():
         ("mpmae_atto", {"mask_ratio": 1.0}, ["mask_ratio = 1.0"]),
         ("mpmae_atto", {"loss_weighting": "sum", "init": "zeros", "grn_scope": "all"}, ["'sum'", "'zeros'", "'all'"]),
         ("mpmae_atto", {"decoder_depth": 0}, ["decoder_depth = 0"]),
-        ("mpmae_atto", {"bands_in": ("B2",), "reference_quirks": True}, ["reference_quirks reads the bands"]),
     ],
 )
 def test_bad_arguments_are_named(name, options, messages):
@@ -76,15 +72,6 @@ def test_bad_arguments_are_named(name, options, messages):
         mpmae.create_model(name, **options)
     for message in messages:
         assert message in str(caught.value)
-
-
-def test_quirk_reads_the_bands_that_it_reconstructs(make_batch):
-    bands = ("B4", "B3", "B2")
-    for quirks, expected in ((False, MODALITIES["sentinel2"].model_bands), (True, bands)):
-        model = build(modalities_out={"sentinel2": bands}, reference_quirks=quirks)
-        assert model.bands_in == expected
-        batch = make_batch(2, SIZE)
-        assert model(batch, draw(batch)).loss.isfinite()
 
 
 @pytest.mark.parametrize(
@@ -214,25 +201,6 @@ def test_weight_decay_rule():
     assert parameters["log_vars"].ndim == 1
     assert parameters["decoder.mask_token"].ndim >= 2
     assert all(p.ndim >= 2 for n, p in parameters.items() if ".grn." in n)
-
-
-def test_reference_initialisation():
-    manifest = json.loads((Path(__file__).resolve().parents[1] / "golden" / "manifest.json").read_text())
-    expected = manifest["reference_init_statistics_fcmae_atto_p8"]
-    torch.manual_seed(0)
-    published = to_mmearth({name: value.detach() for name, value in mpmae.create_model("mpmae_atto").named_parameters()})
-    for name, want in expected.items():
-        value = published[name]
-        assert list(value.shape) == want["shape"], name
-        if want["std"] == 0:
-            assert (value == want["mean"]).all(), name
-            continue
-        std, num = value.double().std().item(), value.numel()
-        # where the published code draws a -2 for a spread of 0.02 (torch's trunc_normal_ does, rarely), leave that one out
-        stray = want["absmax"] ** 2 / num if want["absmax"] > 10 * want["std"] else 0
-        assert std == pytest.approx((want["std"] ** 2 - stray) ** 0.5, rel=5 / num**0.5), name  # 5 standard errors
-        assert abs(value.mean().item()) < 6 * want["std"] / num**0.5, name
-        assert value.abs().max() <= 2, name
 
 
 def test_convnextv2_initialisation():
