@@ -32,7 +32,7 @@ def create_encoder(
     in_chans: int | None = None,
     bands_in: Sequence[str] | None = None,
     num_classes: int = 0,
-    stem_padding: str = "same",
+    stem_padding: str | None = None,
     grn_eps: float | None = None,
     drop_path_rate: float = 0.0,
     checkpoint: Source | None = None,
@@ -41,14 +41,19 @@ def create_encoder(
 
     name: one of `list_encoders()`. patch_size: pixels, 8 times a power of two (default: 8). stem: "mmearth" (default) or
     "convnext". in_chans: input channels; bands_in: Sentinel-2 bands instead, in the order of the channels. Without
-    both, all but B10. num_classes: 0 for features alone. stem_padding, grn_eps, drop_path_rate: see
-    `mpmae.models.dense.Backbone`.
+    both, all but B10. num_classes: 0 for features alone. stem_padding (default: "same"), grn_eps, drop_path_rate:
+    see `mpmae.models.dense.Backbone`.
     checkpoint: anything that `mpmae.models.interop.read_weights` takes, in any known layout; what is left out of patch_size,
-    stem, in_chans and grn_eps then follows it. Its decoder stays unused, and a classifier of another number of classes
-    starts fresh; both are logged.
+    stem, in_chans, stem_padding and grn_eps then follows it. Its decoder stays unused, and a classifier of another number of
+    classes starts fresh; both are logged.
     Raises ConfigError with every problem at once, also for what the checkpoint contradicts, and CheckpointError.
     """
-    weights, options, problems = _resolve(name, patch_size, stem, in_chans, bands_in, grn_eps, checkpoint)
+    weights, options, problems = _resolve(name, patch_size, stem, in_chans, bands_in, checkpoint)
+    if stem_padding is None:
+        stem_padding = "same" if weights is None else weights.stem_padding
+    if grn_eps is None and weights is not None and stem_padding == weights.stem_padding:
+        grn_eps = weights.grn_eps
+    problems += _eps_problems(grn_eps)
     if num_classes < 0:
         problems.append(f"num_classes = {num_classes}: expected 0 (features only) or more")
     if stem_padding not in STEM_PADDINGS:
@@ -56,7 +61,8 @@ def create_encoder(
     if not 0 <= drop_path_rate < 1:
         problems.append(f"drop_path_rate = {drop_path_rate}: expected a fraction in [0, 1)")
     _raise("create_encoder", problems)
-    options |= {"num_classes": num_classes, "stem_padding": stem_padding, "drop_path_rate": drop_path_rate}
+    options |= {"num_classes": num_classes, "stem_padding": stem_padding, "grn_eps": grn_eps}
+    options |= {"drop_path_rate": drop_path_rate}
     encoder = ConvNeXtV2(*SIZES[name.removeprefix(_PREFIX)], **options)
     if weights is not None:
         load_encoder(encoder, weights)
@@ -79,11 +85,14 @@ def create_unet(
     num_classes: at least 1. grn_eps: None is 1e-6, as in pretraining; the published U-Net has 1e-4. checkpoint: of a U-Net,
     or of an encoder or a pretraining, whose decoder of its own kind stays unused. The rest as for `create_encoder`.
     """
-    weights, options, problems = _resolve(name, patch_size, stem, in_chans, bands_in, grn_eps, checkpoint)
+    weights, options, problems = _resolve(name, patch_size, stem, in_chans, bands_in, checkpoint)
+    if grn_eps is None and weights is not None:
+        grn_eps = weights.grn_eps
+    problems += _eps_problems(grn_eps)
     if num_classes < 1:
         problems.append(f"num_classes = {num_classes}: expected at least 1")
     _raise("create_unet", problems)
-    unet = UNet(*SIZES[name.removeprefix(_PREFIX)], num_classes=num_classes, **options)
+    unet = UNet(*SIZES[name.removeprefix(_PREFIX)], num_classes=num_classes, grn_eps=grn_eps, **options)
     if weights is not None:
         load_encoder(unet, weights)
     return unet
@@ -95,7 +104,6 @@ def _resolve(
     stem: str | None,
     in_chans: int | None,
     bands_in: Sequence[str] | None,
-    grn_eps: float | None,
     checkpoint: Source | None,
 ) -> tuple[Weights | None, dict[str, Any], list[str]]:
     """The weights, the model's options and what is wrong with the arguments."""
@@ -114,17 +122,14 @@ def _resolve(
         asked = {"size": name.removeprefix(_PREFIX), "patch_size": patch_size, "stem": stem, "in_chans": in_chans}
         problems += _contradictions(weights, found, asked, bands_in)
         patch_size, stem, in_chans = found.patch_size, found.stem, found.in_chans
-        grn_eps = weights.recorded("grn_eps") if grn_eps is None else grn_eps
     patch_size, stem = _PATCH_SIZE if patch_size is None else patch_size, _STEM if stem is None else stem
     in_chans = len(MODALITIES[INPUT].model_bands) if in_chans is None else in_chans
     problems += patch_size_problems(patch_size)
     if stem not in STEMS:
         problems.append(f"stem = {stem!r}, expected one of {', '.join(STEMS)}")
-    if grn_eps is not None and not grn_eps > 0:
-        problems.append(f"grn_eps = {grn_eps}: expected a small positive number")
     if in_chans < 1 and bands_in is None:
         problems.append(f"in_chans = {in_chans}: expected at least 1")
-    options = {"patch_size": patch_size, "stem": stem, "in_chans": in_chans, "grn_eps": grn_eps}
+    options = {"patch_size": patch_size, "stem": stem, "in_chans": in_chans}
     return weights, options, problems
 
 
@@ -143,6 +148,10 @@ def _contradictions(
             f"bands_in = {', '.join(bands_in)}, but {weights.source} was trained on {', '.join(recorded)}, in this order"
         )
     return problems
+
+
+def _eps_problems(grn_eps: float | None) -> list[str]:
+    return [] if grn_eps is None or grn_eps > 0 else [f"grn_eps = {grn_eps}: expected a small positive number"]
 
 
 def _raise(where: str, problems: list[str]) -> None:

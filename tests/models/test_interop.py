@@ -258,3 +258,13 @@ def test_what_the_checkpoint_contradicts_is_named_at_once():
     weights = Weights(read_weights(schemes.facebook()).state, "mpmae", "w", {"bands_in": ["B4", "B3", "B2"]})
     with pytest.raises(ConfigError, match="w was trained on B4, B3, B2, in this order"):
         mpmae.create_encoder("convnextv2_atto", bands_in=("B2", "B3", "B4"), checkpoint=weights)
+
+
+def test_a_fine_tuned_dense_model_keeps_its_geometry():
+    """The published dense code pads its stem otherwise and has another epsilon: what it trained is computed that way."""
+    source = schemes.mmearth(sparse=False)
+    encoder = mpmae.create_encoder("convnextv2_atto", checkpoint=source)
+    assert (encoder.stem_padding, encoder.stages[0][0].grn.eps) == ("reference", 1e-4)
+    assert mpmae.create_encoder("convnextv2_atto", checkpoint=source, stem_padding="same").stages[0][0].grn.eps == 1e-6
+    assert mpmae.create_unet("convnextv2_atto", num_classes=2, checkpoint=source).encoder.stages[0][0].grn.eps == 1e-4
+    assert mpmae.create_encoder("convnextv2_atto", checkpoint=schemes.mmearth()).stem_padding == "same"

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from mpmae.checkpoint_format import ENGINE_FOLDER, META_NAME, MODEL_NAME, load_meta, newest_checkpoint
 from mpmae.errors import CheckpointError
+from mpmae.models.dense import REFERENCE_GRN_EPS, SPARSE_GRN_EPS
 from mpmae.models.interop import folders
 from mpmae.models.interop.names_in import canonical_layout, canonical_name, scheme_of, strip_wrappers
 from mpmae.models.interop.pickles import load_pickle
@@ -53,6 +54,16 @@ class Weights:
         """What `config` says of `key`: at its top, or in our part of a config.json that another program owns; else None."""
         config = self.config or {}
         return config.get(key, (config.get("mpmae") or {}).get(key))
+
+    @property
+    def stem_padding(self) -> str:
+        """With which the dense model computes what these weights were trained for: see `mpmae.models.dense.Backbone`."""
+        return self.recorded("stem_padding") or ("reference" if self.scheme == "mmearth-dense" else "same")
+
+    @property
+    def grn_eps(self) -> float:
+        """As `stem_padding`, for the epsilon of GRN."""
+        return self.recorded("grn_eps") or (REFERENCE_GRN_EPS if self.scheme == "mmearth-dense" else SPARSE_GRN_EPS)
 
 
 def read_weights(source: Mapping[str, Tensor] | str | Path) -> Weights:
