@@ -91,6 +91,7 @@ class ModelSection(_Section):
     bands_in: tuple[str, ...] | None = Field(None, description="Sentinel-2 bands the encoder reads; None: all but B10")
     modalities_out: Targets = Field(TARGETS, description="as names or as {name: bands or null}")
     mask_ratio: Float = Field(0.6, gt=0, lt=1)
+    encoder: Literal["sparse", "dense"] = "sparse"
     stem: Literal["mmearth", "convnext"] = "mmearth"
     loss_weighting: Literal["uncertainty", "unweighted"] = "uncertainty"
     norm_pix_loss: bool = True

@@ -1,4 +1,4 @@
-"""Sparse ConvNeXt V2 encoder on the visible patches.
+"""The encoders of MP-MAE: the sparse ConvNeXt V2 on the visible patches, and the dense one as its baseline.
 
 Shapes: N samples, B input bands, S image side in pixels, p patch side in pixels, G = S/p patches on a side, L = G*G patches,
 V visible ones, s sites on a side of a tile (8, 4, 2, 1 over the stages), K = V*s*s packed sites per sample, C channels.
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mpmae.models import blocks
 from mpmae.models.blocks import NORM_EPS, Block, Downsample, Sites
+from mpmae.models.dense import FIRST_TILE_SIDE, Backbone
 
-FIRST_TILE_SIDE = 8
 ENCODER_GRN_EPS = 1e-6
 
 
@@ -103,7 +103,7 @@ class SparseEncoder(nn.Module):
         if bool(valid.all()):  # the one branch on data: without gaps, no stage has anything to mask
             valid = None
         stage_valid = blocks.merge_valid(valid, self.stem_stride)
-        exists = self._shown_pixels(visible) & pixel_valid
+        exists = shown_pixels(visible, self.num_patches_side, self.patch_size) & pixel_valid
         x = self.stem(image.permute(0, 2, 3, 1) * exists[:, :, :, None], pixels, valid, stage_valid)
         for stage, tile_side in enumerate(self.tile_sides):
             if stage:
@@ -114,8 +114,22 @@ class SparseEncoder(nn.Module):
                 x = block(x, sites)
         return x
 
-    def _shown_pixels(self, visible: Tensor) -> Tensor:
-        """True at the pixels of visible patches: bool [N, S, S]."""
-        side, patch = self.num_patches_side, self.patch_size
-        shown = torch.zeros(len(visible), side * side, dtype=torch.bool, device=visible.device).scatter(1, visible, True)
-        return shown.view(-1, side, 1, side, 1).expand(-1, -1, patch, -1, patch).reshape(-1, side * patch, side * patch)
+
+class DenseEncoder(Backbone):
+    """The dense ConvNeXt V2 on the image with 0 at hidden pixels: it spends its time on every patch, hidden ones too."""
+
+    def forward(self, image: Tensor, pixel_valid: Tensor, visible: Tensor) -> Tensor:
+        """The last map [N, C, G, G], hidden patches included, for the arguments of `SparseEncoder.forward`.
+
+        `pixel_valid` is not looked at: a pixel without data is one that holds 0.
+        """
+        num_patches_side = image.shape[-1] // self.patch_size
+        image = image.to(self.stem.conv.weight.dtype)
+        return self.forward_features(image * shown_pixels(visible, num_patches_side, self.patch_size)[:, None])
+
+
+def shown_pixels(visible: Tensor, num_patches_side: int, patch_size: int) -> Tensor:
+    """True at the pixels of the patches `visible` int64 [N, V]: bool [N, S, S]."""
+    side, patch = num_patches_side, patch_size
+    shown = torch.zeros(len(visible), side * side, dtype=torch.bool, device=visible.device).scatter(1, visible, True)
+    return shown.view(-1, side, 1, side, 1).expand(-1, -1, patch, -1, patch).reshape(-1, side * patch, side * patch)

@@ -3,12 +3,14 @@
 "reference" follows the published code (MMEarth-train, `models/fcmae.py`, `_init_weights`), where most layers get a truncated
 normal of standard deviation 1 that is cut at -2 and 2 (their values then spread by 0.88): the depthwise convolutions, the
 linear layers of the sparse blocks, the projection and the pixel heads. The dense kernels of the sparse convolutions, the
-linear layers of the decoder, the tile heads and the mask token get 0.02. "convnextv2" is 0.02 everywhere (arXiv 2301.00808,
+linear layers of the decoder, the tile heads and the mask token get 0.02. In a dense encoder it is the other way round: all
+convolutions get 1, all linear layers 0.02. "convnextv2" is 0.02 everywhere (arXiv 2301.00808,
 appendix A). Biases, GRN and log variances start at 0, LayerNorm at 1 and 0.
 """
 
 from torch import nn
 
+from mpmae.models.encoder import DenseEncoder
 from mpmae.models.mpmae import MPMAE
 
 INITS = ("reference", "convnextv2")
@@ -32,8 +34,9 @@ def initialise(model: MPMAE, init: str) -> None:
 def _wide(model: MPMAE) -> set[str]:
     """Names of the modules that the published code fills with standard deviation 1."""
     wide = {"decoder.proj"} | {f"heads.pixel.{name}" for name in model.heads.pixel}
+    wide_in_encoder = nn.Conv2d if isinstance(model.encoder, DenseEncoder) else nn.Linear
     for name, module in model.named_modules():
         depthwise = isinstance(module, nn.Conv2d) and module.groups > 1
-        if depthwise or (name.startswith("encoder.") and isinstance(module, nn.Linear)):
+        if depthwise or (name.startswith("encoder.") and isinstance(module, wide_in_encoder)):
             wide.add(name)
     return wide

@@ -15,9 +15,10 @@ from mpmae.loader.batch import Batch
 from mpmae.modalities import band_indices, spec_of
 from mpmae.models import blocks, losses
 from mpmae.models.decoder import Decoder, Heads
-from mpmae.models.encoder import SparseEncoder
+from mpmae.models.encoder import DenseEncoder, SparseEncoder
 
 INPUT = "sentinel2"
+ENCODERS = ("sparse", "dense")
 
 
 class MPMAEOutput(NamedTuple):
@@ -26,7 +27,7 @@ class MPMAEOutput(NamedTuple):
     loss: scalar, this micro batch's share of the loss of the global batch (shares add up over micro batches and ranks).
     losses: modality -> unweighted share, a scalar. log_vars: modality -> s_i, detached; empty without uncertainty weighting.
     predictions: empty unless asked for; pixel [N, p*p*C, G, G] with channel (row*p + column)*C + c, tile [N, C].
-    latent: [N, C, G, G], the encoder's features, 0 at hidden patches. visible: int64 [N, V].
+    latent: [N, C, G, G], the encoder's features: 0 at hidden patches, unless the encoder is dense. visible: int64 [N, V].
     """
 
     loss: Tensor
@@ -38,7 +39,7 @@ class MPMAEOutput(NamedTuple):
 
 
 class MPMAE(nn.Module):
-    """Sparse encoder, shared decoder, one head per modality and their losses. Built by `mpmae.create_model`.
+    """Encoder, shared decoder, one head per modality and their losses. Built by `mpmae.create_model`.
 
     bands_out: modality -> bands to reconstruct, in the order of the losses. bands_available: modality -> bands that the
     tensors of a batch hold. Everything else as in `mpmae.create_model`.
@@ -55,6 +56,7 @@ class MPMAE(nn.Module):
         bands_in: tuple[str, ...],
         bands_out: dict[str, tuple[str, ...]],
         bands_available: dict[str, tuple[str, ...]],
+        encoder: str,
         stem: str,
         loss_weighting: str,
         norm_pix_loss: bool,
@@ -68,16 +70,26 @@ class MPMAE(nn.Module):
         self.num_patches_side = img_size // patch_size
         self.num_patches = self.num_patches_side**2
         self.bands_in, self.bands_out, self.bands_available = bands_in, bands_out, bands_available
-        self.norm_pix_loss, self.reference_quirks = norm_pix_loss, reference_quirks
-        self.encoder = SparseEncoder(
-            dims,
-            depths,
-            num_bands=len(bands_in),
-            img_size=img_size,
-            patch_size=patch_size,
-            stem=stem,
-            grn_scope=grn_scope,
-        )
+        self.norm_pix_loss, self.reference_quirks, self.grn_scope = norm_pix_loss, reference_quirks, grn_scope
+        if encoder == "sparse":
+            self.encoder = SparseEncoder(
+                dims,
+                depths,
+                num_bands=len(bands_in),
+                img_size=img_size,
+                patch_size=patch_size,
+                stem=stem,
+                grn_scope=grn_scope,
+            )
+        else:
+            self.encoder = DenseEncoder(
+                dims,
+                depths,
+                in_chans=len(bands_in),
+                patch_size=patch_size,
+                stem=stem,
+                stem_padding="reference" if reference_quirks else "same",
+            )
         self.decoder = Decoder(dims[-1], decoder_dim, decoder_depth, self.num_patches_side)
         channels = {name: spec_of(name).num_classes or len(bands) for name, bands in bands_out.items()}
         self.heads = Heads(channels, decoder_dim, patch_size)
@@ -95,15 +107,16 @@ class MPMAE(nn.Module):
     def forward(self, batch: Batch, visible: Tensor | None = None, return_predictions: bool = False) -> MPMAEOutput:
         """Loss share, latent and, if asked for, full predictions.
 
-        visible: int64 [N, V], ascending patch numbers of each row (`mpmae.masking.draw_visible`), best left on the CPU: it
-        is checked there and moved to the batch's device. Without it a random one is drawn in eval mode.
+        visible: int64 [N, V], ascending patch numbers of each row, best left on the CPU: it is checked there and moved to
+        the batch's device. Without it a random one is drawn from torch's generator; `mpmae.masking.draw_visible` gives one
+        that is the same over any number of ranks and after a resume.
         Pixel heads run at hidden patches only unless `return_predictions`.
         Raises ConfigError for a batch or an index that does not fit the model. Duplicate or out-of-range patch numbers are
         looked for only in an index on the CPU: elsewhere the look would stall the device.
         """
         self._check_batch(batch)
         visible = self._visible(batch, visible)
-        tokens = self.encode(batch, visible)
+        tokens, latent = self._encode(batch, visible)
         grid = self.decoder(tokens, visible)
         hidden = blocks.hidden_patches(visible, self.num_patches)
         predictions = self._pixel_predictions(grid, None) if return_predictions else {}
@@ -113,19 +126,26 @@ class MPMAE(nn.Module):
         if return_predictions:
             predictions = {name: _as_map(pred, self.num_patches_side) for name, pred in predictions.items()} | tile
             predictions = {name: predictions[name] for name in self.modalities_out}
-        latent = blocks.fill_hidden(tokens, visible, tokens.new_zeros(tokens.shape[-1]), self.num_patches)
         log_vars = {} if self.log_vars is None else dict(zip(shares, self.log_vars.detach().unbind(), strict=True))
-        return MPMAEOutput(loss, shares, log_vars, predictions, _as_map(latent, self.num_patches_side), visible)
+        return MPMAEOutput(loss, shares, log_vars, predictions, latent, visible)
 
     def encode(self, batch: Batch, visible: Tensor) -> Tensor:
         """Features of the visible patches, [N, V, C]; any V >= 1 goes. Needs `sentinel2` of the batch only."""
+        return self._encode(batch, visible)[0]
+
+    def _encode(self, batch: Batch, visible: Tensor) -> tuple[Tensor, Tensor]:
+        """Features of the visible patches, [N, V, C], and the encoder's map, [N, C, G, G]."""
         values, valid = batch.values[INPUT], batch.valid[INPUT]
         if self.select_in is not None:
             values, valid = (t.index_select(1, self.select_in) for t in (values, valid))
         image, pixel_valid = torch.where(valid, values, 0), valid.any(1)
-        if self.encoder.stages[0][0].grn_scope == "batch":
+        if self.grn_scope == "batch":
             pixel_valid = pixel_valid & ~batch.padding[:, None, None]  # padding must not enter the norm of the others
-        return self.encoder(image, pixel_valid, visible)
+        features = self.encoder(image, pixel_valid, visible)
+        if isinstance(self.encoder, DenseEncoder):
+            return blocks.pack_patches(features, visible, patch_size=1).flatten(2), features
+        latent = blocks.fill_hidden(features, visible, features.new_zeros(features.shape[-1]), self.num_patches)
+        return features, _as_map(latent, self.num_patches_side)
 
     def _pixel_predictions(self, grid: Tensor, patches: Tensor | None) -> dict[str, Tensor]:
         """[N, P, p*p*C] per pixel modality at `patches` int64 [N, P], or at all of them."""
@@ -201,11 +221,6 @@ class MPMAE(nn.Module):
     def _visible(self, batch: Batch, visible: Tensor | None) -> Tensor:
         device = batch.sample_ids.device
         if visible is None:
-            if self.training:
-                raise ConfigError(
-                    "forward: no visible index; training needs one per step, from mpmae.masking.draw_visible "
-                    "(a random one is drawn in eval mode only)"
-                )
             noise = torch.rand(len(batch), self.num_patches, device=device)
             return noise.argsort(1)[:, : self.num_visible].sort(1).values
         problems = []

@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from mpmae.errors import ConfigError
 from mpmae.masking import num_visible
 from mpmae.modalities import MODALITIES, TARGETS, spec_of
+from mpmae.models.dense import grid_side
 from mpmae.models.encoder import FIRST_TILE_SIDE, STEMS
 from mpmae.models.init import INITS, initialise
-from mpmae.models.mpmae import INPUT, MPMAE
+from mpmae.models.mpmae import ENCODERS, INPUT, MPMAE
 
 # name -> (channels, depths) of the four stages
 SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -26,6 +27,7 @@ SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "huge": ((352, 704, 1408, 2816), (3, 3, 27, 3)),
 }
 _CHOICES = {
+    "encoder": ENCODERS,
     "stem": tuple(STEMS),
     "loss_weighting": ("uncertainty", "unweighted"),
     "grn_scope": ("sample", "batch"),
@@ -46,6 +48,7 @@ def create_model(
     bands_in: Sequence[str] | None = None,
     modalities_out: Sequence[str] | Mapping[str, Sequence[str] | None] = TARGETS,
     mask_ratio: float = 0.6,
+    encoder: str = "sparse",
     stem: str = "mmearth",
     loss_weighting: str = "uncertainty",
     norm_pix_loss: bool = True,
@@ -61,34 +64,35 @@ def create_model(
     name: one of `list_models()`. img_size, patch_size: pixels; patch_size is 8 times a power of two and divides img_size.
     bands_in: Sentinel-2 bands that the encoder reads; None: all but B10. modalities_out: the targets, by name or as
     {name: bands or None for the default ones}; the losses keep the order of `mpmae.modalities.TARGETS`.
-    mask_ratio: hidden fraction, in [0, 1). stem: "mmearth" (3x3 convolution first) or "convnext".
+    mask_ratio: hidden fraction, in [0, 1). encoder: "sparse" (computes visible patches only) or "dense" (computes every
+    patch of the image with 0 at hidden ones: the slow baseline). stem: "mmearth" (3x3 convolution first) or "convnext".
     loss_weighting: "uncertainty" (learned log variances) or "unweighted". norm_pix_loss: whether sentinel2 targets are
     normalised per patch. grn_scope: over which sites the encoder's GRN takes its norm, "sample" or "batch" (the published
-    code; results then depend on the micro batch); None: "batch" with reference_quirks, else "sample".
+    sparse code; results then depend on the micro batch); None: "batch" with reference_quirks, else "sample".
     init: "reference" (published code) or "convnextv2" (0.02 everywhere).
     reference_quirks: losses as the published code computes them, see `mpmae.models.losses`; it reads the bands that it
-    reconstructs, so bands_in then defaults to sentinel2's output bands and may not differ from them.
+    reconstructs, so bands_in then defaults to sentinel2's output bands and may not differ from them. With the dense encoder
+    also its stem without padding and GRN eps 1e-4 (see `mpmae.models.dense`).
     bands_available: bands that a batch's tensors hold, in order; default: those of `mpmae.modalities`.
 
     Raises ConfigError with every problem at once.
     """
     problems: list[str] = []
-    grn_scope = grn_scope or ("batch" if reference_quirks else "sample")
-    chosen = {"stem": stem, "loss_weighting": loss_weighting, "grn_scope": grn_scope, "init": init}
+    grn_scope = grn_scope or ("batch" if reference_quirks and encoder != "dense" else "sample")
+    chosen = {"encoder": encoder, "stem": stem, "loss_weighting": loss_weighting, "grn_scope": grn_scope, "init": init}
     problems += [
-        f"create_model: {key} = {value!r}, expected one of {', '.join(_CHOICES[key])}"
+        f"{key} = {value!r}, expected one of {', '.join(_CHOICES[key])}"
         for key, value in chosen.items()
         if value not in _CHOICES[key]
     ]
-    if name not in list_models():
-        close = difflib.get_close_matches(name, list_models(), n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        problems.append(f"create_model: unknown model {name!r}{hint} Known: {', '.join(list_models())}")
+    if encoder == "dense" and grn_scope == "batch":
+        problems.append("grn_scope = 'batch': the dense encoder takes the norm per sample; leave grn_scope out")
+    problems += name_problems(name, list_models())
     problems += _size_problems(img_size, patch_size, decoder_dim, decoder_depth)
+    if encoder == "dense" and reference_quirks and not problems:
+        problems += _published_dense_problems(img_size, patch_size, stem)
     available = {key: spec.bands for key, spec in MODALITIES.items()}
-    problems += [
-        f"create_model: bands_available names an {_unknown(key)}" for key in bands_available or {} if key not in MODALITIES
-    ]
+    problems += [f"bands_available names an {_unknown(key)}" for key in bands_available or {} if key not in MODALITIES]
     available |= {key: tuple(bands) for key, bands in (bands_available or {}).items()}
     bands_out = _bands_out(modalities_out, available, problems)
     if bands_in is None:
@@ -96,17 +100,17 @@ def create_model(
         bands_in = bands_out[INPUT] if follow else _default_bands(INPUT, available[INPUT])
     elif reference_quirks and INPUT in bands_out and tuple(bands_in) != bands_out[INPUT]:
         problems.append(
-            f"create_model: reference_quirks reads the bands that it reconstructs, but bands_in = {', '.join(bands_in)} and "
+            f"reference_quirks reads the bands that it reconstructs, but bands_in = {', '.join(bands_in)} and "
             f"{INPUT} in modalities_out = {', '.join(bands_out[INPUT])}; give the same list or leave bands_in out"
         )
-    problems += _band_problems("bands_in", INPUT, bands_in, available[INPUT])
+    problems += band_problems("bands_in", INPUT, bands_in, available[INPUT])
     visible = 0
     try:
         visible = num_visible(max(img_size // max(patch_size, 1), 1) ** 2, mask_ratio)
     except ConfigError as error:
-        problems += [f"create_model: {problem}" for problem in error.problems]
+        problems += error.problems
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([f"create_model: {problem}" for problem in problems])
     dims, depths = SIZES[name.removeprefix("mpmae_")]
     model = MPMAE(
         dims,
@@ -117,6 +121,7 @@ def create_model(
         bands_in=tuple(bands_in),
         bands_out=bands_out,
         bands_available=available,
+        encoder=encoder,
         stem=stem,
         loss_weighting=loss_weighting,
         norm_pix_loss=norm_pix_loss,
@@ -129,22 +134,48 @@ def create_model(
     return model
 
 
-def _size_problems(img_size: int, patch_size: int, decoder_dim: int, decoder_depth: int) -> list[str]:
-    problems = []
+def name_problems(name: str, known: Sequence[str]) -> list[str]:
+    """What is wrong with the name of a model: nothing or that it is unknown, with the closest known one."""
+    if name in known:
+        return []
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]}?" if close else "."
+    return [f"unknown model {name!r}{hint} Known: {', '.join(known)}"]
+
+
+def patch_size_problems(patch_size: int) -> list[str]:
+    """What is wrong with a patch size: nothing or that the stem has no such stride."""
     factor, rest = divmod(patch_size, FIRST_TILE_SIDE)
-    if patch_size <= 0 or rest or factor & (factor - 1):
-        problems.append(
-            f"create_model: patch_size = {patch_size} is not supported; the stem's stride is patch_size / 8, so it is "
-            "8 times a power of two: 8, 16, 32, 64, ..."
-        )
-    elif img_size <= 0 or img_size % patch_size:
+    if patch_size > 0 and not rest and not factor & (factor - 1):
+        return []
+    return [
+        f"patch_size = {patch_size} is not supported; the stem's stride is patch_size / 8, so it is 8 times a power of two: "
+        "8, 16, 32, 64, ..."
+    ]
+
+
+def _size_problems(img_size: int, patch_size: int, decoder_dim: int, decoder_depth: int) -> list[str]:
+    problems = patch_size_problems(patch_size)
+    if not problems and (img_size <= 0 or img_size % patch_size):
         below = img_size // patch_size * patch_size
         near = f"{below} or {below + patch_size}" if below > 0 else f"{patch_size}"
-        problems.append(f"create_model: img_size = {img_size} is not a multiple of patch_size = {patch_size}; use {near}")
+        problems.append(f"img_size = {img_size} is not a multiple of patch_size = {patch_size}; use {near}")
     for key, value in {"decoder_dim": decoder_dim, "decoder_depth": decoder_depth}.items():
         if value < 1:
-            problems.append(f"create_model: {key} = {value}, expected at least 1")
+            problems.append(f"{key} = {value}, expected at least 1")
     return problems
+
+
+def _published_dense_problems(img_size: int, patch_size: int, stem: str) -> list[str]:
+    """What is wrong with a size for the published dense encoder: nothing or that its map is no grid of patches."""
+    side, wanted = grid_side(img_size, patch_size, stem, "reference"), img_size // patch_size
+    if side == wanted:
+        return []
+    return [
+        f"encoder = 'dense' with reference_quirks: the published stem does not pad, so img_size = {img_size} and "
+        f"patch_size = {patch_size} give {side} x {side} sites for {wanted} x {wanted} patches; use patch_size >= 16, "
+        "stem = 'convnext' or leave reference_quirks out"
+    ]
 
 
 def _unknown(name: str) -> str:
@@ -162,8 +193,8 @@ def _bands_out(
         modalities_out = (modalities_out,)
     wanted = dict(modalities_out) if isinstance(modalities_out, Mapping) else dict.fromkeys(modalities_out)
     if not wanted:
-        problems.append(f"create_model: modalities_out is empty; name at least one of {', '.join(TARGETS)}")
-    problems += [f"create_model: modalities_out names an {_unknown(name)}" for name in wanted if name not in TARGETS]
+        problems.append(f"modalities_out is empty; name at least one of {', '.join(TARGETS)}")
+    problems += [f"modalities_out names an {_unknown(name)}" for name in wanted if name not in TARGETS]
     bands_out = {}
     for name in TARGETS:
         if name not in wanted:
@@ -171,12 +202,10 @@ def _bands_out(
         if spec_of(name).kind == "categorical":
             bands_out[name] = spec_of(name).bands
             if wanted[name] is not None and tuple(wanted[name]) != spec_of(name).bands:
-                problems.append(
-                    f"create_model: {name} holds class ids, not bands; give null instead of {list(wanted[name])}"
-                )
+                problems.append(f"{name} holds class ids, not bands; give null instead of {list(wanted[name])}")
             continue
         bands = _default_bands(name, available[name]) if wanted[name] is None else tuple(wanted[name])
-        problems += _band_problems("modalities_out", name, bands, available[name])
+        problems += band_problems("modalities_out", name, bands, available[name])
         bands_out[name] = bands
     return bands_out
 
@@ -186,15 +215,14 @@ def _default_bands(name: str, available: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(band for band in spec_of(name).model_bands if band in available)
 
 
-def _band_problems(where: str, name: str, bands: Sequence[str], available: tuple[str, ...]) -> list[str]:
+def band_problems(where: str, name: str, bands: Sequence[str], available: tuple[str, ...]) -> list[str]:
+    """What is wrong with a list of a modality's bands; `where` names the argument that holds it."""
     missing = [band for band in bands if band not in available]
     problems = []
     if missing:
-        problems.append(
-            f"create_model: {where}: {name} has no band {', '.join(missing)}; the set has {', '.join(available)}"
-        )
+        problems.append(f"{where}: {name} has no band {', '.join(missing)}; the set has {', '.join(available)}")
     if len(set(bands)) != len(bands):
-        problems.append(f"create_model: {where}: {name} lists a band twice: {', '.join(bands)}")
+        problems.append(f"{where}: {name} lists a band twice: {', '.join(bands)}")
     if not bands:
-        problems.append(f"create_model: {where}: {name} has an empty list of bands; the set has {', '.join(available)}")
+        problems.append(f"{where}: {name} has an empty list of bands; the set has {', '.join(available)}")
     return problems

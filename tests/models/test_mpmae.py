@@ -130,13 +130,17 @@ def test_output(make_batch):
     assert model.modalities_out == TARGETS
 
 
-def test_evaluation_draws_an_index(make_batch):
-    model, batch = build(), make_batch(4, SIZE)
-    with pytest.raises(ConfigError, match="draw_visible"):
-        model.train()(batch)
-    out = model.eval()(batch)
-    assert out.visible.shape == (4, 3)
-    assert (out.visible.diff(dim=1) > 0).all()
+@pytest.mark.parametrize("training", [True, False])
+def test_without_an_index_one_is_drawn(make_batch, training):
+    model, batch = build().train(training), make_batch(4, SIZE)
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        drawn.append(model(batch).visible)
+    assert drawn[0].shape == (4, 3)
+    assert (drawn[0].diff(dim=1) > 0).all()
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 @pytest.mark.parametrize(
