@@ -38,8 +38,8 @@ class BandStatistics(_Strict):
 class Provenance(_Strict):
     """Where the weights come from.
 
-    source: file or folder name. source_sha256: of the file, or over names and hashes of the folder's files. scheme: the naming
-    that the source used. step, run_config, shards_fingerprint: of the pretraining run, where known. notes: what had to be
+    source: file or folder name. source_sha256: of the file, or over names and hashes of the folder's files. scheme: the
+    naming that the source used. step, run_config, shards_fingerprint: of the pretraining run, where known. notes: what had to be
     assumed or added.
     """
 
@@ -61,8 +61,8 @@ class ExportConfig(_Strict):
 
     target: the layout of the weights beside it. patch_size, img_size: pixels. bands_in: names in the order of the channels.
     statistics: by product level, such as sentinel2_l2a. modalities_out: name -> output channels of its head.
-    num_classes: of the classifier, 0 without one. stem_padding, grn_eps: what the dense model (`mpmae.models.dense`) needs to
-    compute what the weights were trained for. licence: SPDX name. None means unknown throughout.
+    num_classes: of the classifier, 0 without one. stem_padding, grn_eps: with which the dense model (`mpmae.models.dense`)
+    computes what the weights were trained for. licence: SPDX name. None means unknown throughout.
     """
 
     format: Literal["mpmae-export"] = FORMAT_NAME

@@ -19,20 +19,18 @@ from mpmae.train.record import commit
 
 # The FCMAE weights that facebookresearch/ConvNeXt-V2 publishes, also as timm's convnextv2_*.fcmae
 FACEBOOK_LICENCE = "CC-BY-NC-4.0"
-# Input of the published MMEarth checkpoints by number of bands: MMEarth-train, MODALITIES.py; rgb is trained as blue, green, red
-_MMEARTH_BANDS = {12: spec_of("sentinel2").default_bands, 3: ("B2", "B3", "B4")}
+# Input of the published MMEarth checkpoints by number of bands (MMEarth-train, MODALITIES.py); rgb is blue, green, red there
+_MMEARTH_BANDS = {12: spec_of("sentinel2").model_bands, 3: ("B2", "B3", "B4")}
 _RUN_SECTIONS = ("model", "train", "optim")  # the rest of a run's configuration is about places on one machine
 
 
 class Facts:
-    """Gathers the config; `notices` are the sentences that the user must read.
+    """Gathers the config; `notices` are the sentences that the user must read, `notes` those of them that go with the model.
 
     licence, name: as given on the command line, or None. shards: a shard set, for the statistics.
     """
 
-    def __init__(
-        self, weights: Weights, found: Architecture, licence: str | None, shards: Path | None, name: str | None
-    ):
+    def __init__(self, weights: Weights, found: Architecture, licence: str | None, shards: Path | None, name: str | None):
         self._weights, self._found = weights, found
         self._licence, self._shards, self._name = licence, shards, name
         beside: Mapping[str, Any] = weights.config or {}
@@ -40,6 +38,7 @@ class Facts:
         self._meta = beside if self._earlier is None and "files" in beside else {}  # a checkpoint.json
         self._foreign = self._earlier is None and not weights.scheme.startswith("mpmae")
         self.notices: list[str] = []
+        self.notes: list[str] = []
 
     def config(self, target: Target) -> ExportConfig:
         """The whole config. Raises CheckpointError or ShardError for facts that contradict each other."""
@@ -51,7 +50,9 @@ class Facts:
         padding, eps = (self._earlier.stem_padding, self._earlier.grn_eps) if self._earlier else defaults
         licence = self._checked_licence()
         if weights.unknown:
-            self.notices.append(f"left out, names of no known meaning: {', '.join(weights.unknown)}")
+            self._note(f"left out, names of no known meaning: {', '.join(weights.unknown)}")
+        if target in ("timm", "hub", "hf") and "norm.weight" not in weights.state:
+            self._note("the pretraining has no final norm, so that one starts with ones and zeros")
         return ExportConfig(
             target=target,
             name=self._name or (self._earlier.name if self._earlier else self._default_name()),
@@ -72,6 +73,10 @@ class Facts:
             provenance=self._provenance(),
         )
 
+    def _note(self, text: str) -> None:
+        self.notices.append(text)
+        self.notes.append(text)
+
     def _default_name(self) -> str:
         return f"convnextv2_{self._found.size or 'custom'}_patch{self._found.patch_size}"
 
@@ -84,15 +89,15 @@ class Facts:
             bands = self._earlier.bands_in
         elif self._meta:  # older checkpoints hold the configured bands alone
             bands = self._meta.get("bands_in") or self._run_config().get("model", {}).get("bands_in")
-            bands = bands or self._assumed({number: spec_of("sentinel2").default_bands}, "those that mpmae reads by default")
+            bands = bands or self._assumed({number: spec_of("sentinel2").model_bands}, "those that mpmae reads by default")
         elif self._weights.scheme.startswith("mmearth"):
             bands = self._assumed(_MMEARTH_BANDS, "those of the published MMEarth checkpoints")
         else:
             bands = None
         if bands is not None and len(bands) != number:
             raise CheckpointError(
-                f"{self._weights.source}: its config names {len(bands)} input bands ({', '.join(bands)}), its stem reads {number}; "
-                "the weights and the file beside them are not of one model"
+                f"{self._weights.source}: its config names {len(bands)} input bands ({', '.join(bands)}), its stem reads "
+                f"{number}; the weights and the file beside them are not of one model"
             )
         if bands is None:
             self.notices.append(f"bands_in is null: nothing says which {number} bands these are, or in which order")
@@ -102,7 +107,7 @@ class Facts:
         bands = table.get(self._found.in_chans)
         if bands is None or len(bands) != self._found.in_chans:
             return None
-        self.notices.append(f"bands_in is assumed to be {', '.join(bands)}: {origin}")
+        self._note(f"bands_in is assumed to be {', '.join(bands)}: {origin}")
         return bands
 
     def _statistics(self, bands: tuple[str, ...] | None) -> dict[str, BandStatistics] | None:
@@ -115,7 +120,9 @@ class Facts:
                     f"{fingerprint[:12]}; give the shard set of the training, or leave the option out"
                 )
             if bands is None:
-                raise CheckpointError(f"--shards {self._shards}: the model's input bands are unknown, so are their statistics")
+                raise CheckpointError(
+                    f"--shards {self._shards}: the model's input bands are unknown, so are their statistics"
+                )
         if self._earlier and self._earlier.statistics:
             return self._earlier.statistics
         table = self._meta.get("statistics")
@@ -134,9 +141,9 @@ class Facts:
         if self._foreign and self._weights.scheme.startswith(("facebook", "timm")):
             inherited = FACEBOOK_LICENCE
         if self._licence and inherited and self._licence != inherited:
-            self.notices.append(
-                f"licence is {self._licence}, as given, though the source says or suggests {inherited}: weights published by "
-                f"others keep their licence, and so does what is trained from them"
+            self._note(
+                f"licence is {self._licence}, as given, though the source says or suggests {inherited}: weights published "
+                "by others keep their licence, and so does what is trained from them"
             )
         if not self._licence and not inherited:
             self.notices.append("licence is null: state one with --licence, such as --licence CC-BY-4.0")
@@ -145,7 +152,7 @@ class Facts:
     def _provenance(self) -> Provenance:
         source, digest = _source_file(Path(self._weights.source))
         earlier = self._earlier.provenance if self._earlier else None
-        notes = [*self.notices]
+        notes = list(self.notes)
         if earlier:
             notes = [*earlier.notes, f"exported before from {earlier.source} (sha256 {earlier.source_sha256})", *notes]
         return Provenance(

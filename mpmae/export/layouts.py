@@ -1,12 +1,12 @@
 """The files of each export, written into an empty folder.
 
-| target      | files                                                                      | loads with                              |
-|-------------|----------------------------------------------------------------------------|-----------------------------------------|
-| safetensors | model.safetensors (our names, the whole model), config.json                | `mpmae`, any program that maps the names |
-| timm        | model.safetensors (timm's names), config.json (timm's, ours below `mpmae`) | `timm.create_model("local-dir:DIR")`    |
-| hub         | hubconf.py, mpmae_convnextv2.py, model.safetensors, config.json            | `torch.hub.load(DIR, "encoder", source="local")` |
-| hf          | those of timm where timm has the model, else those of hub; README.md       | either                                  |
-| mmearth     | checkpoint.pth (`{"model": ...}`, MMEarth-train's names), config.json      | MMEarth-train                           |
+| target      | files                                                              | loads with                    |
+|-------------|--------------------------------------------------------------------|-------------------------------|
+| safetensors | model.safetensors (our names, the whole model), config.json        | mpmae                         |
+| timm        | model.safetensors (timm's names), config.json (ours below `mpmae`) | timm, as "local-dir:DIR"      |
+| hub         | hubconf.py, mpmae_convnextv2.py, model.safetensors, config.json    | torch.hub, with source="local" |
+| hf          | those of timm where timm has the model, else those of hub; README.md | timm or torch.hub           |
+| mmearth     | checkpoint.pth (`{"model": ...}`, MMEarth-train's names), config.json | MMEarth-train              |
 """
 
 import json
@@ -26,7 +26,7 @@ from mpmae.models.interop import to_mmearth, to_timm
 
 State = dict[str, Tensor]
 DENSE_MODULE = "mpmae_convnextv2.py"
-# timm's `patch_size` is the stem's stride. With 2 it adds a downsampling before the first stage, from 8 on it dilates the last
+# timm's `patch_size` is the stem's stride. At 2 it adds a downsampling before the first stage, from 8 on it dilates the last
 TIMM_PATCH_SIZES = (8, 32)
 TIMM_GRN_EPS = 1e-6
 
@@ -79,7 +79,9 @@ def write_hf(state: State, config: ExportConfig, folder: Path) -> None:
 def write_mmearth(state: State, config: ExportConfig, folder: Path) -> None:
     """A checkpoint of the published pretraining code. Raises CheckpointError for weights without decoder and heads."""
     if not config.modalities_out or "decoder.mask_token" not in state:
-        raise CheckpointError("--to mmearth needs the whole pretraining model, decoder and heads too; these weights lack them")
+        raise CheckpointError(
+            "--to mmearth needs the whole pretraining model, decoder and heads too; these weights lack them"
+        )
     whole = {name: value for name, value in state.items() if not name.startswith(("norm.", "head."))}
     torch.save({"model": to_mmearth(whole)}, folder / "checkpoint.pth")
     (folder / CONFIG_NAME).write_text(config.dump())

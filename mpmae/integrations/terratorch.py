@@ -1,0 +1,151 @@
+"""The encoders as TerraTorch backbones `mpmae_convnextv2_atto`, ..., `mpmae_convnextv2_huge`.
+
+    import mpmae.integrations.terratorch
+    from terratorch.registry import BACKBONE_REGISTRY
+
+    backbone = BACKBONE_REGISTRY.build("mpmae_convnextv2_atto", ckpt_path="runs/pretrain", bands=["BLUE", "GREEN", "RED"])
+
+In a TerraTorch YAML: `backbone: mpmae_convnextv2_atto`, `backbone_ckpt_path: ...`, with the import above in a module of the
+folder `custom_modules`, which TerraTorch imports by itself.
+
+Shapes: N images, B input bands, H and W pixels, p patch size, C_s channels of stage s.
+"""
+
+from collections.abc import Callable, Sequence
+from enum import Enum
+from pathlib import Path
+
+import torch
+from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
+from torch import Tensor, nn
+
+from mpmae.errors import CheckpointError, ConfigError
+from mpmae.export.config import parse_config
+from mpmae.models import ConvNeXtV2, create_encoder, list_encoders
+from mpmae.models.interop import Weights, describe, load_encoder, read_weights
+
+# TerraTorch's names of optical bands (terratorch.datasets.HLSBands) in Sentinel-2's
+_TERRATORCH_BANDS = {
+    "COASTAL_AEROSOL": "B1",
+    "BLUE": "B2",
+    "GREEN": "B3",
+    "RED": "B4",
+    "RED_EDGE_1": "B5",
+    "RED_EDGE_2": "B6",
+    "RED_EDGE_3": "B7",
+    "NIR_BROAD": "B8",
+    "NIR_NARROW": "B8A",
+    "WATER_VAPOR": "B9",
+    "CIRRUS": "B10",
+    "SWIR_1": "B11",
+    "SWIR_2": "B12",
+}
+
+
+class PyramidBackbone(nn.Module):
+    """A dense encoder as TerraTorch wants it: a list of maps out, their channels in `out_channels`."""
+
+    def __init__(self, encoder: ConvNeXtV2, out_indices: Sequence[int] | None = None):
+        super().__init__()
+        self.encoder = encoder
+        wanted = range(len(encoder.feature_info)) if out_indices is None else out_indices
+        self.out_indices = sorted({index % len(encoder.feature_info) for index in wanted})
+        self.out_channels = [encoder.feature_info[index]["num_chs"] for index in self.out_indices]
+        self.patch_size = encoder.patch_size  # TerraTorch pads images to multiples of it
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """The maps [N, C_s, H_s, W_s] of the chosen stages for `image` [N, B, H, W], finest first."""
+        return self.encoder.forward_intermediates(image, indices=self.out_indices, intermediates_only=True)
+
+
+def build(
+    name: str,
+    *,
+    ckpt_path: str | Path | None = None,
+    pretrained: bool = False,
+    bands: Sequence[str | Enum] | None = None,
+    in_chans: int | None = None,
+    patch_size: int | None = None,
+    stem: str | None = None,
+    out_indices: Sequence[int] | None = None,
+    drop_path_rate: float = 0.0,
+) -> PyramidBackbone:
+    """The backbone of one size.
+
+    name: as for `mpmae.create_encoder`. ckpt_path: any checkpoint that mpmae reads; it then also says patch_size, stem and
+    bands. pretrained: True asks for weights and needs ckpt_path. bands: input bands in the order of the channels, in
+    TerraTorch's names or Sentinel-2's; of a checkpoint any of its bands may be chosen, in any order. out_indices: stages
+    0..3 (negative: from the end), None for all. Raises ConfigError or CheckpointError.
+    """
+    chosen = None if bands is None else tuple(_sentinel_name(band) for band in bands)
+    if ckpt_path is None:
+        if pretrained:
+            raise ConfigError("pretrained = True, but there are no default weights; give a checkpoint as ckpt_path")
+        options = {"bands_in": chosen, "in_chans": in_chans, "patch_size": patch_size, "stem": stem}
+        return PyramidBackbone(create_encoder(name, **options, drop_path_rate=drop_path_rate), out_indices)
+    weights = read_weights(ckpt_path)
+    found = describe(weights.state)
+    problems = [
+        f"{ckpt_path}: {key} {is_}, but {asked} was asked for; leave {key} out"
+        for key, is_, asked in (("patch_size", found.patch_size, patch_size), ("stem", found.stem, stem))
+        if asked not in (None, is_)
+    ]
+    if problems:
+        raise CheckpointError(problems)
+    state = dict(weights.state)
+    if chosen is not None:
+        state["encoder.stem.conv.weight"] = _chosen_bands(state["encoder.stem.conv.weight"], chosen, weights)
+    in_weights = state["encoder.stem.conv.weight"].shape[1]
+    if in_chans not in (None, in_weights):
+        raise CheckpointError(f"in_chans = {in_chans}, but the weights read {in_weights} bands; choose some with bands=")
+    encoder = create_encoder(
+        name, in_chans=in_weights, patch_size=found.patch_size, stem=found.stem, drop_path_rate=drop_path_rate
+    )
+    load_encoder(encoder, state)
+    return PyramidBackbone(encoder, out_indices)
+
+
+def _sentinel_name(band: str | Enum) -> str:
+    """ "B2" for BLUE, "B02", "B2" or an enum member of TerraTorch."""
+    text = str(band.value if isinstance(band, Enum) else band)
+    short = f"B{text[2:]}" if text.startswith("B0") else text
+    name = _TERRATORCH_BANDS.get(text, short)
+    if name not in _TERRATORCH_BANDS.values():
+        known = ", ".join(f"{ours} ({theirs})" for theirs, ours in _TERRATORCH_BANDS.items())
+        raise ConfigError(f"bands: unknown band {text!r}; expected one of {known}")
+    return name
+
+
+def _chosen_bands(weight: Tensor, chosen: tuple[str, ...], weights: Weights) -> Tensor:
+    """The stem's weight [C, B, R, R] for the chosen bands alone."""
+    available = _bands_of(weights, weight.shape[1])
+    if available is None:
+        if len(chosen) == weight.shape[1]:
+            return weight
+        raise CheckpointError(
+            f"{weights.source}: nothing says which {weight.shape[1]} bands it reads, so {len(chosen)} cannot be chosen from "
+            "them; export it with mpmae-export, which records the bands, or leave bands out"
+        )
+    missing = [band for band in chosen if band not in available]
+    if missing:
+        raise CheckpointError(f"{weights.source}: no weights for {', '.join(missing)}; it reads {', '.join(available)}")
+    return weight[:, torch.tensor([available.index(band) for band in chosen])]
+
+
+def _bands_of(weights: Weights, number: int) -> tuple[str, ...] | None:
+    beside = weights.config or {}
+    exported = parse_config(beside, weights.source)
+    bands = exported.bands_in if exported else beside.get("bands_in")
+    return tuple(bands) if bands and len(bands) == number else None
+
+
+def _register(name: str) -> Callable[..., PyramidBackbone]:
+    def constructor(**options) -> PyramidBackbone:
+        return build(name, **options)
+
+    constructor.__name__ = f"mpmae_{name}"  # the registry goes by it
+    constructor.__doc__ = f"`{name}` pretrained by MP-MAE; arguments as for `mpmae.integrations.terratorch.build`."
+    return TERRATORCH_BACKBONE_REGISTRY.register(constructor)
+
+
+BACKBONES = tuple(_register(name).__name__ for name in list_encoders())
