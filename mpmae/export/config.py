@@ -39,8 +39,8 @@ class Provenance(_Strict):
     """Where the weights come from.
 
     source: file or folder name. source_sha256: of the file, or over names and hashes of the folder's files. scheme: the
-    naming that the source used. step, run_config, shards_fingerprint: of the pretraining run, where known. notes: what had to be
-    assumed or added.
+    naming that the source used. step, run_config, shards_fingerprint: of the pretraining run, where known. notes: what had
+    to be assumed or added.
     """
 
     source: str

@@ -10,8 +10,6 @@ from safetensors.torch import load_file, save_file
 import mpmae
 from mpmae.export import export
 
-IMAGE_SIDE = 64
-
 
 def dense_twin(state, size="atto", **options):
     model = mpmae.create_encoder(f"convnextv2_{size}", in_chans=12, **options)
@@ -20,8 +18,9 @@ def dense_twin(state, size="atto", **options):
     return model.eval()
 
 
-def images(dtype=torch.float64):
-    return torch.randn(2, 12, IMAGE_SIDE, IMAGE_SIDE, generator=torch.Generator().manual_seed(5), dtype=dtype)
+def images(patch_size, dtype=torch.float64):
+    side = 2 * patch_size
+    return torch.randn(2, 12, side, side, generator=torch.Generator().manual_seed(5), dtype=dtype)
 
 
 @pytest.mark.parametrize(("size", "patch_size"), [("atto", 8), ("atto", 32), ("tiny", 32)])
@@ -30,7 +29,7 @@ def test_timm_computes_the_same(size, patch_size, make_source, tmp_path, timm):
     folder = export(source, "timm", tmp_path / "out").folder
     ours = dense_twin(state, size=size, stem="convnext", patch_size=patch_size).double()
     arguments = {"in_chans": 12, "num_classes": 0, "patch_size": patch_size // 8}
-    file = str(folder / "model.safetensors")
+    file, image = str(folder / "model.safetensors"), images(patch_size)
     models = [
         timm.create_model(f"local-dir:{folder}", pretrained=True),
         timm.create_model(f"convnextv2_{size}", checkpoint_path=file, **arguments),
@@ -38,15 +37,16 @@ def test_timm_computes_the_same(size, patch_size, make_source, tmp_path, timm):
     for model in models:
         model = model.double().eval()
         with torch.no_grad():
-            torch.testing.assert_close(model.forward_features(images()), ours.forward_features(images()), rtol=0, atol=1e-10)
-            torch.testing.assert_close(model(images()), ours(images()), rtol=0, atol=1e-10)
+            map_theirs, map_ours = model.forward_features(image), ours.forward_features(image)
+            torch.testing.assert_close(map_theirs, map_ours, rtol=0, atol=1e-10)
+            torch.testing.assert_close(model.forward_head(map_theirs), ours.forward_head(map_ours), rtol=0, atol=1e-10)
 
 
 def test_timm_adapts_the_head(make_source, tmp_path, timm):
     source, _ = make_source(stem="convnext", patch_size=32)
     folder = export(source, "hf", tmp_path / "out", licence="MIT").folder
     model = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=5)
-    assert model(images(torch.float32)).shape == (2, 5)
+    assert model(images(32, torch.float32)).shape == (2, 5)
     assert model.pretrained_cfg["license"] == "MIT"
     text = (folder / "README.md").read_text()
     assert "library_name: timm" in text
@@ -79,10 +79,10 @@ def test_torch_hub_without_mpmae(make_source, tmp_path):
         source, state = make_source(stem=stem, patch_size=patch_size)
         folders.append(export(source, target, tmp_path / f"{target}-{stem}").folder)
         twins.append(dense_twin(state, stem=stem, patch_size=patch_size).double())
-    save_file({"image": images()}, tmp_path / "image.safetensors")
+    save_file({"image": images(16)}, tmp_path / "image.safetensors")
     command = [sys.executable, "-c", HUB_SCRIPT, str(tmp_path / "image.safetensors"), *map(str, folders)]
     subprocess.run(command, check=True, cwd=tmp_path, timeout=300)
     for folder, twin in zip(folders, twins, strict=True):
         with torch.no_grad():
-            expected = twin.forward_features(images())
+            expected = twin.forward_features(images(16))
         assert torch.equal(load_file(f"{folder}.features.safetensors")["features"], expected)
