@@ -35,7 +35,8 @@ def create_encoder(
 
     name: one of `list_encoders()`. patch_size: pixels, 8 times a power of two (default: 8). stem: "mmearth" (default) or
     "convnext". in_chans: input channels; bands_in: Sentinel-2 bands instead, in the order of the channels. Without
-    both, all but B10. num_classes: 0 for features alone. stem_padding, grn_eps, drop_path_rate: see `mpmae.models.dense.Backbone`.
+    both, all but B10. num_classes: 0 for features alone. stem_padding, grn_eps, drop_path_rate: see
+    `mpmae.models.dense.Backbone`.
     Raises ConfigError with every problem at once.
     """
     patch_size, stem = _PATCH_SIZE if patch_size is None else patch_size, stem or _STEM

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from mpmae.checkpoint_format import MODEL_NAME, load_meta, newest_checkpoint
 from mpmae.config import RunConfig, validate
 from mpmae.errors import CheckpointError, ReportError
 from mpmae.loader import Augmentation, Batch, CpuLoader, ShardReader
@@ -21,7 +22,6 @@ from mpmae.modalities import MODALITIES
 from mpmae.models import MPMAE
 from mpmae.models.losses import patch_statistics
 from mpmae.report.data import ClassGuess, MapTriple, ReportData, RunSummary, TilePicture, VectorPair
-from mpmae.train.checkpoint import MODEL_NAME, Checkpoints, load_meta
 from mpmae.train.setup import build_model
 from mpmae.train.track import read_jsonl
 
@@ -40,7 +40,7 @@ def collect(run_dir: str | Path, num_tiles: int = 6) -> ReportData:
     record = _read_record(run_dir / "run.json")
     config = validate(record["config"], f"{run_dir / 'run.json'}: config")
     history, validation = read_jsonl(run_dir / "metrics.jsonl"), read_jsonl(run_dir / "validation.jsonl")
-    checkpoint = Checkpoints(run_dir / "checkpoints", config.checkpoint.keep_last).latest()
+    checkpoint = newest_checkpoint(run_dir / "checkpoints")
     if checkpoint is None:
         raise CheckpointError(f"{run_dir} has no complete checkpoint to reconstruct with; let the run reach its first one")
     reader = ShardReader(config.data.shards, config.data.val_split)

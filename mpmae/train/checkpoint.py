@@ -1,12 +1,4 @@
-"""Checkpoints that are complete or absent.
-
-    run.dir/checkpoints/
-      latest                     text: step-00000020
-      step-00000020/
-        checkpoint.json          step, data position, configuration, ...; the files and their sizes; written last
-        model.safetensors        the whole model, float32
-        engine/                  optimizer, ZeRO partitions, random state
-      step-00000030.partial/     a save that is under way, or that a crash cut off
+"""Writing checkpoints that are complete or absent; their layout is in `mpmae.checkpoint_format`.
 
 Written aside, fsync, checkpoint.json, fsync, rename: a folder without `.partial` is whole. Reading it needs no deepspeed.
 """
@@ -21,16 +13,22 @@ from typing import Any
 
 from safetensors.torch import save as serialize
 
+from mpmae.checkpoint_format import (
+    ENGINE_FOLDER,
+    FORMAT_VERSION,
+    LATEST_NAME,
+    META_NAME,
+    MODEL_NAME,
+    all_checkpoints,
+    folder_name,
+    newest_checkpoint,
+    step_of,
+)
 from mpmae.engine.base import Engine
 from mpmae.engine.world import World, current_world
 from mpmae.errors import CheckpointError
 from mpmae.files import sync
 
-FORMAT_VERSION = 1
-META_NAME = "checkpoint.json"
-MODEL_NAME = "model.safetensors"
-ENGINE_FOLDER = "engine"
-LATEST_NAME = "latest"
 _PARTIAL = ".partial"
 _LOG = logging.getLogger(__name__)
 
@@ -57,7 +55,7 @@ class Checkpoints:
         there are untouched.
         """
         world = self._world or current_world()
-        final = self.folder / _name(step)
+        final = self.folder / folder_name(step)
         partial = final.with_name(final.name + _PARTIAL)
         self._together(world, step, lambda: self._start(partial) if world.rank == 0 else None)
         try:
@@ -75,21 +73,16 @@ class Checkpoints:
         return final
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, or None. A torn one is passed over with a warning that names it.
+        """See `newest_checkpoint`.
 
         With several ranks, rank 0 asks and tells the others, so that all agree on a shared file system.
         """
-        for path in reversed(self._all()):
-            problems = find_problems(path)
-            if not problems:
-                return path
-            _LOG.warning("checkpoint %s is torn, looking for an older one: %s", path, "; ".join(problems))
-        return None
+        return newest_checkpoint(self.folder)
 
     def set_aside_after(self, step: int) -> None:
         """Rename the checkpoints of later steps to `step-N.abandoned`. One process calls it."""
-        for path in self._all():
-            if _step(path) > step:
+        for path in all_checkpoints(self.folder):
+            if step_of(path) > step:
                 self._set_aside(path, step)
 
     def _start(self, partial: Path) -> None:
@@ -117,7 +110,7 @@ class Checkpoints:
         _write(self.folder / (LATEST_NAME + _PARTIAL), final.name + "\n")
         (self.folder / (LATEST_NAME + _PARTIAL)).replace(self.folder / LATEST_NAME)
         sync(self.folder)
-        for path in self._all()[: -self.keep_last]:
+        for path in all_checkpoints(self.folder)[: -self.keep_last]:
             partial = path.with_name(path.name + _PARTIAL)  # a cut-off removal must not look like a checkpoint
             path.rename(partial)
             shutil.rmtree(partial)
@@ -128,10 +121,6 @@ class Checkpoints:
             shutil.rmtree(aside)
         path.rename(aside)
         _LOG.warning("checkpoint %s is not older than step %d, where the run is now: moved to %s", path, step, aside)
-
-    def _all(self) -> list[Path]:
-        """Folders named like checkpoints, oldest first."""
-        return sorted((p for p in self.folder.glob("step-*") if p.is_dir() and _step(p) is not None), key=_step)
 
     def _together(self, world: World, step: int, action: Callable[[], None]) -> None:
         """Runs `action`, then raises on all ranks if it failed on any, so that none of them waits for the others."""
@@ -166,48 +155,6 @@ def write_engine(engine: Engine) -> Callable[[Path], None]:
 def load_engine(engine: Engine, checkpoint: str | Path) -> None:
     """Restore an engine from a checkpoint folder. Collective. Raises CheckpointError."""
     engine.load(Path(checkpoint) / ENGINE_FOLDER)
-
-
-def load_meta(checkpoint: str | Path) -> dict[str, Any]:
-    """checkpoint.json of a complete checkpoint. Raises CheckpointError: absent, torn, or of a newer version."""
-    path = Path(checkpoint)
-    if not path.is_dir():
-        raise CheckpointError(f"no checkpoint {path}; checkpoint.resume takes a folder such as checkpoints/step-00000020")
-    problems = find_problems(path)
-    if problems:
-        raise CheckpointError([f"checkpoint {path} is torn: {problem}; use an older one" for problem in problems])
-    return json.loads((path / META_NAME).read_text())
-
-
-def find_problems(checkpoint: Path) -> list[str]:
-    """What keeps a folder from being a complete checkpoint; empty if it is one."""
-    path = checkpoint / META_NAME
-    try:
-        meta = json.loads(path.read_text())
-        version, files = meta["format_version"], meta["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{META_NAME} is absent or unreadable ({type(error).__name__}: {error})"]
-    if not isinstance(files, dict):
-        return [f"{META_NAME} lists no files"]
-    if version != FORMAT_VERSION:
-        return [f"{META_NAME} has format version {version}, this program reads {FORMAT_VERSION}"]
-    problems = []
-    for name, num_bytes in files.items():
-        file = checkpoint / name
-        if not file.is_file():
-            problems.append(f"{name} is absent")
-        elif file.stat().st_size != num_bytes:
-            problems.append(f"{name} has {file.stat().st_size} bytes, expected {num_bytes}")
-    return problems
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def _step(path: Path) -> int | None:
-    digits = path.name.removeprefix("step-")
-    return int(digits) if digits.isdigit() else None
 
 
 def _write(path: Path, content: str | bytes) -> None:

@@ -8,6 +8,7 @@ from contextlib import closing
 
 import torch
 
+from mpmae.checkpoint_format import load_meta
 from mpmae.config import RunConfig
 from mpmae.engine import Engine, World, create_engine, init_world
 from mpmae.engine.ds_config import zero_stage
@@ -15,7 +16,7 @@ from mpmae.errors import TrainingError
 from mpmae.loader import Batch
 from mpmae.masking import draw_visible
 from mpmae.models import MPMAE
-from mpmae.train.checkpoint import Checkpoints, load_engine, load_meta, write_engine
+from mpmae.train.checkpoint import Checkpoints, load_engine, write_engine
 from mpmae.train.compatibility import check_compatible, checkpoint_meta
 from mpmae.train.demo_data import ensure_demo_shards
 from mpmae.train.meter import Meter

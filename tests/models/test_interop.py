@@ -1,6 +1,4 @@
-"""Weights of the published code, in and out."""
-
-import argparse
+"""Weights of every known naming scheme into a model and back."""
 
 import pytest
 import torch
@@ -8,7 +6,9 @@ from safetensors.torch import save_file
 
 import mpmae
 from mpmae.errors import CheckpointError
-from mpmae.models.interop import reference_state_dict
+from mpmae.models.interop import describe, load_encoder, load_reference, read_weights, to_mmearth, to_timm
+from tests.models import schemes
+from tests.models.schemes import VARIANTS
 
 
 def build(**options):
@@ -21,84 +21,201 @@ def model():
     return build()
 
 
-def assert_same(model, other):
-    for (name, value), other_value in zip(model.named_parameters(), other.parameters(), strict=True):
-        assert torch.equal(value, other_value), name
+def state_of(model) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
+def assert_same(one: dict, other: dict):
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.mark.parametrize("sparse", [True, False], ids=["sparse", "dense"])
 @pytest.mark.parametrize("stem", ["mmearth", "convnext"])
-def test_round_trip(stem):
+def test_our_model_to_mmearth_and_back(stem, sparse):
     model, other = build(stem=stem, decoder_depth=2), build(stem=stem, decoder_depth=2)
-    mpmae.load_reference(other, reference_state_dict(model))
-    assert_same(model, other)
+    report = load_reference(other, to_mmearth(state_of(model), sparse=sparse))
+    assert report.scheme == ("mmearth-sparse" if sparse else "mmearth-dense")
+    assert not report.unused
+    assert not report.fresh
+    assert_same(state_of(other), state_of(model))
 
 
 def test_kernel_axes(model):
-    state = reference_state_dict(model)
+    state = to_mmearth(state_of(model))
     kernel, weight = state["encoder.initial_conv.0.kernel"], model.encoder.stem.conv.weight
     assert kernel[2 * 3 + 1, 5, 7] == weight[7, 5, 1, 2]  # column 2, row 1: the row offset is the fastest
     assert state["encoder.stem.0.kernel"][3 * 4 + 1, 7] == model.encoder.stem.pool.weight[7, 0, 1, 3]
     assert state["encoder.stages.0.0.dwconv.kernel"].shape == (49, 40)
     assert state["encoder.stages.0.0.dwconv.bias"].shape == (1, 40)
-    patch8 = reference_state_dict(mpmae.create_model("mpmae_atto", stem="convnext"))
+    patch8 = to_mmearth(state_of(mpmae.create_model("mpmae_atto", stem="convnext")))
     assert patch8["encoder.stem_orig.0.kernel"].shape == (12, 40)
 
 
-@pytest.mark.parametrize("form", ["bare", "wrapped", "safetensors"])
-def test_files(model, tmp_path, form):
-    path, state = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pth"), reference_state_dict(model)
-    if form == "safetensors":
-        save_file({name: value.contiguous() for name, value in state.items()}, path)
-    else:
-        torch.save(state if form == "bare" else {"model": state, "args": argparse.Namespace(lr=1), "epoch": 3}, path)
+MMEARTH = [
+    # every published folder: size, patch, variant, uncertainty, options
+    *(("atto", 8, variant, True, {}) for variant in VARIANTS),
+    ("atto", 8, "all_mod", False, {}),
+    ("atto", 16, "all_mod", True, {}),
+    ("atto", 16, "all_mod", False, {}),
+    ("tiny", 8, "all_mod", True, {}),
+    ("atto", 8, "S2", True, {"bands": 3}),  # "rgb" in the folder's name: Sentinel-2 blue, green, red in and out
+    ("atto", 16, "all_mod", True, {"old_shapes": True}),
+    ("atto", 32, "all_mod", False, {"original_stem": True}),
+    ("atto", 8, "all_mod", True, {"sparse": False}),
+]
+
+
+@pytest.mark.parametrize(("size", "patch", "variant", "uncertainty", "options"), MMEARTH, ids=str)
+def test_published_mmearth_layouts_load_and_come_back(size, patch, variant, uncertainty, options):
+    source = schemes.mmearth(size, patch, variant, uncertainty, **options)
+    bgr = options.get("bands") == 3
+    model = mpmae.create_model(
+        f"mpmae_{size}",
+        img_size=7 * patch,
+        patch_size=patch,
+        bands_in=("B2", "B3", "B4") if bgr else None,
+        modalities_out={"sentinel2": ("B2", "B3", "B4")} if bgr else VARIANTS[variant],
+        stem="convnext" if options.get("original_stem") else "mmearth",
+        loss_weighting="uncertainty" if uncertainty else "unweighted",
+    )
+    weights = read_weights(source)
+    found = describe(weights.state)
+    assert (found.size, found.patch_size, tuple(found.modalities)) == (size, patch, VARIANTS[variant])
+    assert (found.in_chans, found.has_log_vars, found.decoder_dim) == (3 if bgr else 12, uncertainty, 512)
+    report = load_reference(model, weights)
+    assert len(report.loaded) == len(list(model.parameters()))
+    assert report.unused == (() if options.get("sparse", True) else ("norm.weight", "norm.bias", "head.weight", "head.bias"))
+    back = to_mmearth(state_of(model), sparse=options.get("sparse", True))
+    for name, value in source.items():
+        if not name.startswith(("encoder.norm.", "encoder.head.")):
+            assert torch.equal(back[name].reshape(value.shape), value), name
+            assert options.get("old_shapes") or back[name].shape == value.shape, name
+
+
+def test_imagenet_pretraining_of_mmearth_gives_its_encoder():
+    source = schemes.mmearth(patch=32, variant="S2", bands=3)
+    source = {name.replace("sentinel2", "IMNET"): value for name, value in source.items()}
+    model = mpmae.create_model("mpmae_atto", img_size=224, patch_size=32, bands_in=("B4", "B3", "B2"))
+    report = load_encoder(model.encoder, source)
+    assert {"heads.pixel.IMNET.weight", "log_vars"} <= set(report.unused)
+    with pytest.raises(CheckpointError, match="modalities IMNET"):
+        load_reference(model, source)
+
+
+@pytest.mark.parametrize("size", ["atto", "tiny"])
+@pytest.mark.parametrize("form", ["fcmae", "finetuned", "pretraining", "timm", "timm finetuned"])
+def test_imagenet_weights_fill_the_encoder(form, size):
+    source = {
+        "fcmae": lambda: schemes.facebook(size),
+        "finetuned": lambda: schemes.facebook(size, num_classes=9),
+        "pretraining": lambda: schemes.facebook(size, pretraining=True),
+        "timm": lambda: schemes.timm(size),
+        "timm finetuned": lambda: schemes.timm(size, num_classes=9),
+    }[form]()
+    model = mpmae.create_model(f"mpmae_{size}", img_size=64, patch_size=32, stem="convnext", bands_in=("B4", "B3", "B2"))
+    weights = read_weights(source)
+    report = load_encoder(model.encoder, weights)
+    assert set(report.loaded) == {f"encoder.{name}" for name, _ in model.encoder.named_parameters()}
+    dim = schemes.SIZES[size][0][0]
+    value = model.encoder.stages[0][0].grn.gamma
+    name = next(name for name in source if "stages.0." in name and ("grn.gamma" in name or "grn.weight" in name))
+    assert torch.equal(value.flatten(), source[name].flatten())
+    assert value.shape == (1, 4 * dim)
+    if form.startswith("timm"):
+        assert_same(to_timm(weights.state), source)
+
+
+def test_timm_and_facebook_say_the_same():
+    """The same values under both names give the same canonical state."""
+    canonical = read_weights(schemes.facebook(num_classes=5)).state
+    assert_same(read_weights(to_timm(canonical)).state, canonical)
+
+
+def test_wrapper_prefixes(model):
+    state = {f"module._orig_mod.{name}": value for name, value in state_of(model).items()}
     other = build()
-    mpmae.load_reference(other, path)
-    assert_same(model, other)
+    load_reference(other, state)
+    assert_same(state_of(other), state_of(model))
 
 
 def test_copies_of_the_shared_decoder(model):
-    state, other = reference_state_dict(model), build()
-    copies = {key.replace("sentinel2", "era5"): value.clone() for key, value in state.items() if "decoder_dict" in key}
-    mpmae.load_reference(other, state | copies)
-    assert_same(model, other)
-    copies["decoder_dict.era5.0.norm.bias"] += 1
-    with pytest.raises(CheckpointError, match=r"decoder_dict\.era5\.0\.norm\.bias differs"):
-        mpmae.load_reference(other, state | copies)
+    state = to_mmearth(state_of(model))
+    state["decoder_dict.era5.0.norm.bias"] = state["decoder_dict.era5.0.norm.bias"] + 1
+    with pytest.raises(CheckpointError, match=r"decoder_dict\.era5\.0\.norm\.bias differs from decoder_dict\.sentinel2"):
+        load_reference(build(), state)
 
 
 def test_every_problem_is_named_and_nothing_changes(model):
-    state, other = reference_state_dict(model), build()
-    before = [value.clone() for value in other.parameters()]
-    del state["proj.weight"]
-    state["mask_token"] = torch.zeros(1, 17, 1, 1)
-    state["head.weight"] = torch.zeros(3)
+    state, other = state_of(model), build()
+    before = state_of(other)
+    del state["decoder.proj.bias"]
+    state["decoder.mask_token"] = torch.zeros(1, 1, 17)
+    state["heads.tile.weather.weight"] = torch.zeros(3, 16)
+    state["encoder.stem.conv.bias"] = state["encoder.stem.conv.bias"].double()
     with pytest.raises(CheckpointError) as caught:
-        mpmae.load_reference(other, state)
+        load_reference(other, state)
     text = str(caught.value)
-    assert "missing proj.weight [16, 320, 1, 1] (our decoder.proj.weight)" in text
-    assert "mask_token has shape [1, 17, 1, 1], expected [1, 16, 1, 1]" in text
-    assert "unexpected head.weight" in text
-    assert len(caught.value.problems) == 3
-    assert all(torch.equal(a, b) for a, b in zip(before, other.parameters(), strict=True))
+    assert "missing decoder.proj.bias [16]" in text
+    assert "decoder.mask_token has shape [1, 1, 17], expected [1, 1, 16]" in text
+    assert "unexpected heads.tile.weather.weight" in text
+    assert "encoder.stem.conv.bias is torch.float64, the model torch.float32: that would lose digits" in text
+    assert_same(state_of(other), before)
 
 
-class Trap:
-    """Runs code when a careless reader unpickles it."""
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"size": "tiny"}, "is a tiny (channels 96-192-384-768"),
+        ({"patch": 16}, "patch size 16"),
+        ({"bands": 10}, "10 input bands"),
+        ({"variant": "pix_mod"}, "modalities sentinel2, sentinel1, aster, dynamic_world"),
+        ({"original_stem": True}, "stem convnext"),
+        ({"decoder_dim": 256}, "decoder 256 x 1"),
+    ],
+)
+def test_another_model_is_told_in_one_line(options, expected):
+    model = mpmae.create_model("mpmae_atto", img_size=64)
+    with pytest.raises(CheckpointError) as caught:
+        load_reference(model, schemes.mmearth(**options))
+    assert expected in caught.value.problems[0]
+    assert "the model is a atto" in caught.value.problems[0]
+    assert len(caught.value.problems) <= 12
 
-    def __reduce__(self):
-        return print, ("ran",)
+
+def test_half_precision_is_widened_and_listed(model):
+    state = {name: value.bfloat16() for name, value in state_of(model).items()}
+    report = load_reference(build(), state)
+    assert len(report.cast) == len(state)
+    assert "torch.bfloat16 -> torch.float32" in report.cast[0]
 
 
-@pytest.mark.parametrize("content", [Trap(), {"model": 3}, {"a": Trap()}])
-def test_a_file_that_is_no_state_dict(model, tmp_path, content, capsys):
-    torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(CheckpointError, match=r"w\.pth"):
-        mpmae.load_reference(model, tmp_path / "w.pth")
-    assert capsys.readouterr().out == ""
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: {name: value.to(torch.int8) for name, value in state.items()}, "is torch.int8, expected floating"),
+        (lambda state: state | {"log_vars": torch.full((12,), torch.nan)}, "log_vars holds NaN or inf"),
+        (lambda state: {f"vit.{name}": value for name, value in state.items()}, "names of no known layout"),
+        (lambda state: {}, "0 names of no known layout"),
+        (
+            lambda state: {n: v for n, v in state.items() if ".stages.3." not in n},
+            "no whole ConvNeXt V2 encoder among 160 tensors",
+        ),
+    ],
+)
+def test_unsuitable_weights(model, change, message):
+    with pytest.raises(CheckpointError) as caught:
+        load_reference(model, change(state_of(model)))
+    assert message in str(caught.value)
 
 
-def test_no_file(model, tmp_path):
-    (tmp_path / "torn.safetensors").write_bytes(b"\x10\0\0")
-    for name in ("absent.pth", "torn.safetensors"):
-        with pytest.raises(CheckpointError, match=name):
-            mpmae.load_reference(model, tmp_path / name)
+def test_what_stays_unused_is_logged(model, caplog):
+    load_encoder(model.encoder, state_of(build()))
+    assert "not used: log_vars, decoder.mask_token" in caplog.text
+
+
+def test_names_without_meaning_are_listed(model, tmp_path):
+    save_file(schemes.facebook() | {"optimizer.something": torch.zeros(1)}, tmp_path / "w.safetensors")
+    other = mpmae.create_model("mpmae_atto", img_size=64, patch_size=32, stem="convnext", bands_in=("B4", "B3", "B2"))
+    assert "optimizer.something" in load_encoder(other.encoder, tmp_path / "w.safetensors").unused

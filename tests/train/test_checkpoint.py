@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from mpmae.checkpoint_format import find_problems, load_meta
 from mpmae.config import validate
 from mpmae.errors import CheckpointError
 from mpmae.train import checkpoint as module
-from mpmae.train.checkpoint import Checkpoints, find_problems, load_meta
+from mpmae.train.checkpoint import Checkpoints
 from mpmae.train.compatibility import check_compatible, checkpoint_meta
 
 

@@ -1,0 +1,85 @@
+"""The layout of a run's checkpoints, shared by those who write and those who read them.
+
+    run.dir/checkpoints/
+      latest                     text: step-00000020
+      step-00000020/
+        checkpoint.json          step, data position, configuration, ...; the files and their sizes; written last
+        model.safetensors        the whole model, float32
+        engine/                  optimizer, ZeRO partitions, random state
+      step-00000030.partial/     a save that is under way, or that a crash cut off
+
+A folder without `.partial` is whole. Reading it needs no deepspeed.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from mpmae.errors import CheckpointError
+
+FORMAT_VERSION = 1
+META_NAME = "checkpoint.json"
+MODEL_NAME = "model.safetensors"
+ENGINE_FOLDER = "engine"
+LATEST_NAME = "latest"
+_LOG = logging.getLogger(__name__)
+
+
+def folder_name(step: int) -> str:
+    """The name of the checkpoint folder of a step."""
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a folder named like a checkpoint, else None."""
+    digits = path.name.removeprefix("step-")
+    return int(digits) if digits.isdigit() else None
+
+
+def all_checkpoints(folder: Path) -> list[Path]:
+    """Folders named like checkpoints, oldest first."""
+    return sorted((p for p in folder.glob("step-*") if p.is_dir() and step_of(p) is not None), key=step_of)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint in `folder`, or None. A torn one is passed over with a warning that names it."""
+    for path in reversed(all_checkpoints(folder)):
+        problems = find_problems(path)
+        if not problems:
+            return path
+        _LOG.warning("checkpoint %s is torn, looking for an older one: %s", path, "; ".join(problems))
+    return None
+
+
+def load_meta(checkpoint: str | Path) -> dict[str, Any]:
+    """checkpoint.json of a complete checkpoint. Raises CheckpointError: absent, torn, or of a newer version."""
+    path = Path(checkpoint)
+    if not path.is_dir():
+        raise CheckpointError(f"no checkpoint {path}; checkpoint.resume takes a folder such as checkpoints/step-00000020")
+    problems = find_problems(path)
+    if problems:
+        raise CheckpointError([f"checkpoint {path} is torn: {problem}; use an older one" for problem in problems])
+    return json.loads((path / META_NAME).read_text())
+
+
+def find_problems(checkpoint: Path) -> list[str]:
+    """What keeps a folder from being a complete checkpoint; empty if it is one."""
+    path = checkpoint / META_NAME
+    try:
+        meta = json.loads(path.read_text())
+        version, files = meta["format_version"], meta["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{META_NAME} is absent or unreadable ({type(error).__name__}: {error})"]
+    if not isinstance(files, dict):
+        return [f"{META_NAME} lists no files"]
+    if version != FORMAT_VERSION:
+        return [f"{META_NAME} has format version {version}, this program reads {FORMAT_VERSION}"]
+    problems = []
+    for name, num_bytes in files.items():
+        file = checkpoint / name
+        if not file.is_file():
+            problems.append(f"{name} is absent")
+        elif file.stat().st_size != num_bytes:
+            problems.append(f"{name} has {file.stat().st_size} bytes, expected {num_bytes}")
+    return problems

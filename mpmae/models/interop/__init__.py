@@ -1,0 +1,18 @@
+"""Weights of other programs and of our own checkpoints, in and out."""
+
+from mpmae.models.interop.describe import Architecture, describe
+from mpmae.models.interop.load import LoadReport, load_encoder, load_reference
+from mpmae.models.interop.names_out import to_mmearth, to_timm
+from mpmae.models.interop.read import Weights, read_weights
+
+__all__ = [
+    "Architecture",
+    "LoadReport",
+    "Weights",
+    "describe",
+    "load_encoder",
+    "load_reference",
+    "read_weights",
+    "to_mmearth",
+    "to_timm",
+]

@@ -1,0 +1,123 @@
+"""Weights into a model: everything fits, or nothing is changed and every difference is named."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mpmae.errors import CheckpointError
+from mpmae.models.interop.describe import describe
+from mpmae.models.interop.names_in import canonical_name
+from mpmae.models.interop.read import Weights, read_weights
+
+_LOG = logging.getLogger(__name__)
+_MAX_LISTED = 10
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every weight.
+
+    loaded: our names. unused: names of the source that this model has no place for. fresh: parameters of the model that
+    the source does not have and that keep their initial values. reshaped: see `Weights`. cast: "name: from -> to" dtype.
+    """
+
+    source: str
+    scheme: str
+    loaded: tuple[str, ...]
+    unused: tuple[str, ...]
+    fresh: tuple[str, ...]
+    reshaped: tuple[str, ...]
+    cast: tuple[str, ...]
+
+    def __str__(self) -> str:
+        parts = [f"{self.source} ({self.scheme}): {len(self.loaded)} weights loaded"]
+        parts += [f"not used: {_short(self.unused)}"] if self.unused else []
+        parts += [f"not in the checkpoint, initial values kept: {_short(self.fresh)}"] if self.fresh else []
+        parts += [f"{len(self.reshaped)} reshaped"] if self.reshaped else []
+        parts += [f"cast: {_short(self.cast)}"] if self.cast else []
+        return "; ".join(parts)
+
+
+def load_reference(model: nn.Module, source: Mapping[str, Tensor] | str | Path | Weights) -> LoadReport:
+    """Loads a whole pretraining checkpoint into an MP-MAE, in place, and says what became of every weight.
+
+    source: anything that `read_weights` takes: a state dict, a file or a folder in the layout of MMEarth-train, of a
+    DeepSpeed, DCP or safetensors checkpoint, or of an export. Every parameter must be in it; what else it holds must be the
+    unused classifier (`norm`, `head`) of a dense encoder. Logs a warning when something stays unused.
+    Raises CheckpointError with every missing, unexpected, misshapen or unsuitable weight; the model is then unchanged.
+    """
+    return _load(model, _weights(source), may_be_unused=("norm.", "head."), may_be_fresh=())
+
+
+def load_encoder(encoder: nn.Module, source: Mapping[str, Tensor] | str | Path | Weights) -> LoadReport:
+    """Loads the encoder of any known checkpoint into an encoder, sparse or dense, in place.
+
+    Decoder, heads and log variances of the source stay unused, and a `norm` or `head` of the model keeps its initial values
+    if the source has none of its shape (another number of classes): both are in the report and logged as a warning.
+    Raises CheckpointError as `load_reference`.
+    """
+    unused = ("decoder.", "heads.", "log_vars", "norm.", "head.")
+    return _load(encoder, _weights(source), may_be_unused=unused, may_be_fresh=("norm.", "head."))
+
+
+def _weights(source: Mapping[str, Tensor] | str | Path | Weights) -> Weights:
+    return source if isinstance(source, Weights) else read_weights(source)
+
+
+def _load(model: nn.Module, weights: Weights, may_be_unused: tuple[str, ...], may_be_fresh: tuple[str, ...]) -> LoadReport:
+    own = {canonical_name(name, "mpmae", False): value for name, value in model.named_parameters()}
+    state, where = dict(weights.state), weights.source
+    problems, values, fresh, cast, unused = [], {}, [], [], list(weights.unknown)
+    for name, parameter in own.items():
+        value = state.pop(name, None)
+        shape = list(parameter.shape)
+        optional = name.startswith(may_be_fresh)
+        if value is None or (optional and value.shape != parameter.shape):
+            unused += [name] if value is not None else []
+            fresh.append(name) if optional else problems.append(f"{where}: missing {name} {shape}")
+        elif value.shape != parameter.shape:
+            problems.append(f"{where}: {name} has shape {list(value.shape)}, expected {shape}")
+        elif value.dtype != parameter.dtype and not _widens(value.dtype, parameter.dtype):
+            problems.append(
+                f"{where}: {name} is {value.dtype}, the model {parameter.dtype}: that would lose digits; convert the "
+                "weights or the model first"
+            )
+        else:
+            values[name] = value
+            cast += [f"{name}: {value.dtype} -> {parameter.dtype}"] if value.dtype != parameter.dtype else []
+    unused += [name for name in state if name.startswith(may_be_unused)]
+    problems += [f"{where}: unexpected {name}; this model has no such parameter" for name in state if name not in unused]
+    if problems:
+        raise CheckpointError(_architecture_problem(own, weights) + _limited(problems))
+    with torch.no_grad():
+        for name, value in values.items():
+            own[name].copy_(value)
+    report = LoadReport(where, weights.scheme, tuple(values), tuple(unused), tuple(fresh), weights.reshaped, tuple(cast))
+    _LOG.log(logging.WARNING if unused or fresh else logging.INFO, "%s", report)
+    return report
+
+
+def _widens(source: torch.dtype, target: torch.dtype) -> bool:
+    return torch.promote_types(source, target) == target
+
+
+def _architecture_problem(own: dict[str, Tensor], weights: Weights) -> list[str]:
+    """One line that says what the checkpoint is and what the model is, where that differs."""
+    model, found = describe(own, "the model"), describe(weights.state, weights.source)
+    return [] if model == found else [f"{weights.source} is a {found}; the model is a {model}"]
+
+
+def _limited(problems: list[str]) -> list[str]:
+    if len(problems) <= _MAX_LISTED:
+        return problems
+    return [*problems[:_MAX_LISTED], f"... and {len(problems) - _MAX_LISTED} more"]
+
+
+def _short(names: Iterable[str]) -> str:
+    names = list(names)
+    rest = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    return ", ".join(names[:_MAX_LISTED]) + rest

@@ -1,0 +1,157 @@
+"""Weights from any checkpoint that this project knows, under our names.
+
+| source                                           | how it is told                                             |
+|--------------------------------------------------|------------------------------------------------------------|
+| our checkpoint (`step-N`), a run folder          | checkpoint.json, `checkpoints/`; of a run the newest one   |
+| an exported folder                               | config.json and model.safetensors                          |
+| DeepSpeed, any ZeRO stage and number of ranks    | `*mp_rank_00_model_states.pt`                              |
+| torch.distributed.checkpoint                     | `.metadata`                                                |
+| file: safetensors                                | its suffix                                                 |
+| file: pickle (.pth, .pt, .bin, ...)              | the rest; state dict bare, or below one of `_WRAPPED`      |
+
+Whose names a state dict has is told by the names themselves (`names_in.scheme_of`).
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mpmae.checkpoint_format import ENGINE_FOLDER, META_NAME, MODEL_NAME, load_meta, newest_checkpoint
+from mpmae.errors import CheckpointError
+from mpmae.models.interop import folders
+from mpmae.models.interop.names_in import canonical_layout, canonical_name, scheme_of, strip_wrappers
+from mpmae.models.interop.pickles import load_pickle
+
+CONFIG_NAME = "config.json"
+_WRAPPED = ("model", "state_dict", "module")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A state dict under our names and where it comes from.
+
+    state: see `names_in`. scheme: whose names it had, one of `names_in.SCHEMES`. source: file or folder, for messages.
+    config: what stood beside the weights (checkpoint.json or an exported config.json), or None. unknown: names in the source
+    that mean nothing in its scheme, which are not in `state`. reshaped: "name [shape] -> name [shape]", where that changed.
+    """
+
+    state: dict[str, Tensor]
+    scheme: str
+    source: str
+    config: dict[str, Any] | None = None
+    unknown: tuple[str, ...] = ()
+    reshaped: tuple[str, ...] = field(default=(), repr=False)
+
+
+def read_weights(source: Mapping[str, Tensor] | str | Path) -> Weights:
+    """The weights of a checkpoint: a state dict, a file or a folder (see the module's table). No code of a file is run.
+
+    Raises CheckpointError: unreadable, torn or refused file, no state dict in it, names of no known scheme, copies of the
+    shared decoder that differ, weights that are no numbers.
+    """
+    if isinstance(source, Mapping):
+        return _canonical(dict(source), "the state dict", None)
+    path = Path(source)
+    if not path.exists():
+        raise CheckpointError(f"no checkpoint {path}")
+    raw, config, path = _read_folder(path) if path.is_dir() else (_read_file(path), _config_beside(path), path)
+    return _canonical(raw, str(path), config)
+
+
+def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None, Path]:
+    """State dict, config and the folder that they were found in."""
+    if (folder / "checkpoints").is_dir():
+        newest = newest_checkpoint(folder / "checkpoints")
+        if newest is None:
+            raise CheckpointError(f"run folder {folder} has no complete checkpoint in {folder / 'checkpoints'}")
+        folder = newest
+    if (folder / META_NAME).is_file():
+        return _read_file(folder / MODEL_NAME), load_meta(folder), folder
+    if (folder / MODEL_NAME).is_file():
+        return _read_file(folder / MODEL_NAME), _config_beside(folder / MODEL_NAME), folder
+    tag = folder / "latest"
+    candidates = [folder, folder / ENGINE_FOLDER / "deepspeed"]
+    if tag.is_file():  # DeepSpeed's own pointer to the newest of several
+        candidates.append(folder / tag.read_text().strip())
+    for candidate in candidates:
+        if folders.is_deepspeed(candidate):
+            return folders.read_deepspeed(candidate), None, candidate
+        if folders.is_dcp(candidate):
+            return folders.read_dcp(candidate), None, candidate
+    raise CheckpointError(
+        f"folder {folder} is no checkpoint: expected {META_NAME} or {MODEL_NAME} (ours), checkpoints/ (a run), "
+        "*mp_rank_00_model_states.pt (DeepSpeed) or .metadata (torch.distributed.checkpoint)"
+    )
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
+    content = load_pickle(path)
+    for key in _WRAPPED:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not content or not all(torch.is_tensor(value) for value in content.values()):
+        raise CheckpointError(
+            f"{path}: no state dict in it; expected one at the top level or under {', '.join(map(repr, _WRAPPED))}"
+        )
+    return dict(content)
+
+
+def _config_beside(path: Path) -> dict[str, Any] | None:
+    config = path.with_name(CONFIG_NAME)
+    if path.suffix != ".safetensors" or not config.is_file():
+        return None
+    try:
+        return json.loads(config.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{config} is not JSON: {error}") from error
+
+
+def _canonical(raw: dict[str, Tensor], where: str, config: dict[str, Any] | None) -> Weights:
+    names = {strip_wrappers(name): value for name, value in raw.items()}
+    scheme = scheme_of(names)
+    if scheme is None:
+        shown = ", ".join(list(names)[:5]) or "none"
+        raise CheckpointError(
+            f"{where}: {len(names)} names of no known layout ({shown}, ...); expected a ConvNeXt V2 or MP-MAE of "
+            "MMEarth-train, facebookresearch/ConvNeXt-V2, timm or this project"
+        )
+    original_stem = any("stem_orig." in name for name in names)
+    state, unknown, reshaped, problems, origin = {}, [], [], [], {}
+    for name, value in names.items():
+        new = canonical_name(name, scheme, original_stem)
+        if new is None:
+            unknown.append(name)
+            continue
+        if not value.is_floating_point():
+            problems.append(f"{where}: {name} is {value.dtype}, expected floating-point weights; was it quantised?")
+            continue
+        try:
+            moved = canonical_layout(new, value, name.endswith(".kernel"))
+        except ValueError as error:
+            problems.append(f"{where}: {name} has shape {list(value.shape)}: {error}")
+            continue
+        if new in state:
+            if not torch.equal(state[new], moved):
+                problems.append(f"{where}: {name} differs from {origin[new]}; expected one decoder shared by all modalities")
+            continue
+        if not bool(moved.isfinite().all()):
+            problems.append(f"{where}: {name} holds NaN or inf; the run that wrote it had diverged")
+        if moved.shape != value.shape:
+            reshaped.append(f"{name} {list(value.shape)} -> {new} {list(moved.shape)}")
+        state[new], origin[new] = moved, name
+    if problems:
+        raise CheckpointError(problems)
+    return Weights(state, scheme, where, config, tuple(unknown), tuple(reshaped))
