@@ -6,6 +6,7 @@ Tolerances: float64 predictions 1e-6 absolute, losses 1e-9, gradient norms and t
 1e-5, 1e-3, 1e-4.
 """
 
+import logging
 import sys
 import time
 from pathlib import Path
@@ -48,6 +49,7 @@ def main(arguments: list[str]) -> int:
     if unknown:
         print(f"{folder} has no case {', '.join(unknown)}; it has {', '.join(entries)}", file=sys.stderr)
         return 2
+    logging.getLogger("mpmae").setLevel(logging.ERROR)  # a line per case and no more
     status = 0
     for name in names or cases(folder):
         if kind_of(entries[name]) is None:

@@ -50,8 +50,8 @@ def check_dense(case: Case, dtype: torch.dtype) -> Findings:
         if expected is None:  # the published U-Net carries a norm that never runs
             found.same(f"{key} among our parameters", key in grads, False)
             continue
-        # stored are norms summed up in float32, and so is ours; in another order (it follows the CPU) the sum is off by up to
-        # 4e-11 for each of its terms
+        # stored are norms summed up in float32, and so is ours; in another order (it follows the CPU) the sum is off by up
+        # to 4e-11 for each of its terms
         allowed = max(tolerance.grad_norm, STORED_AS_FLOAT32 + 1e-10 * grads[key].numel())
         found.relative("grad norm", f"gradient norm of {key}", grads[key].float().norm().item(), expected, allowed)
     return found

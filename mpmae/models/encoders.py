@@ -1,17 +1,22 @@
 """`create_encoder` and `create_unet`: the dense models for downstream use, by the name of their size."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from mpmae.errors import ConfigError
 from mpmae.modalities import MODALITIES
 from mpmae.models.dense import STEM_PADDINGS, STEMS, ConvNeXtV2
+from mpmae.models.interop import Architecture, Weights, describe, load_encoder, read_weights
 from mpmae.models.mpmae import INPUT
 from mpmae.models.presets import SIZES, band_problems, name_problems, patch_size_problems
 from mpmae.models.unet import UNet
 
 _PREFIX = "convnextv2_"
 _PATCH_SIZE, _STEM = 8, "mmearth"
+Source = Mapping[str, Tensor] | str | Path | Weights
 
 
 def list_encoders() -> list[str]:
@@ -30,17 +35,20 @@ def create_encoder(
     stem_padding: str = "same",
     grn_eps: float | None = None,
     drop_path_rate: float = 0.0,
+    checkpoint: Source | None = None,
 ) -> ConvNeXtV2:
-    """A dense ConvNeXt V2 with random weights.
+    """A dense ConvNeXt V2, with random weights or those of a checkpoint.
 
     name: one of `list_encoders()`. patch_size: pixels, 8 times a power of two (default: 8). stem: "mmearth" (default) or
     "convnext". in_chans: input channels; bands_in: Sentinel-2 bands instead, in the order of the channels. Without
     both, all but B10. num_classes: 0 for features alone. stem_padding, grn_eps, drop_path_rate: see
     `mpmae.models.dense.Backbone`.
-    Raises ConfigError with every problem at once.
+    checkpoint: anything that `mpmae.models.interop.read_weights` takes, in any known layout; what is left out of patch_size,
+    stem, in_chans and grn_eps then follows it. Its decoder stays unused, and a classifier of another number of classes
+    starts fresh; both are logged.
+    Raises ConfigError with every problem at once, also for what the checkpoint contradicts, and CheckpointError.
     """
-    patch_size, stem = _PATCH_SIZE if patch_size is None else patch_size, stem or _STEM
-    in_chans, problems = _checked(name, patch_size, stem, in_chans, bands_in, grn_eps)
+    weights, options, problems = _resolve(name, patch_size, stem, in_chans, bands_in, grn_eps, checkpoint)
     if num_classes < 0:
         problems.append(f"num_classes = {num_classes}: expected 0 (features only) or more")
     if stem_padding not in STEM_PADDINGS:
@@ -48,59 +56,93 @@ def create_encoder(
     if not 0 <= drop_path_rate < 1:
         problems.append(f"drop_path_rate = {drop_path_rate}: expected a fraction in [0, 1)")
     _raise("create_encoder", problems)
-    dims, depths = SIZES[name.removeprefix(_PREFIX)]
-    options: dict[str, Any] = {"stem_padding": stem_padding, "grn_eps": grn_eps, "drop_path_rate": drop_path_rate}
-    return ConvNeXtV2(dims, depths, in_chans=in_chans, patch_size=patch_size, stem=stem, num_classes=num_classes, **options)
+    options |= {"num_classes": num_classes, "stem_padding": stem_padding, "drop_path_rate": drop_path_rate}
+    encoder = ConvNeXtV2(*SIZES[name.removeprefix(_PREFIX)], **options)
+    if weights is not None:
+        load_encoder(encoder, weights)
+    return encoder
 
 
 def create_unet(
     name: str,
     *,
     num_classes: int,
-    patch_size: int = _PATCH_SIZE,
-    stem: str = _STEM,
+    patch_size: int | None = None,
+    stem: str | None = None,
     in_chans: int | None = None,
     bands_in: Sequence[str] | None = None,
     grn_eps: float | None = None,
+    checkpoint: Source | None = None,
 ) -> UNet:
-    """A U-Net on the dense ConvNeXt V2, with random weights: logits per pixel.
+    """A U-Net on the dense ConvNeXt V2: logits per pixel.
 
-    num_classes: at least 1. grn_eps: None is 1e-6, as in pretraining; the published U-Net has 1e-4. The rest as for
-    `create_encoder`. Raises ConfigError with every problem at once.
+    num_classes: at least 1. grn_eps: None is 1e-6, as in pretraining; the published U-Net has 1e-4. checkpoint: of a U-Net,
+    or of an encoder or a pretraining, whose decoder of its own kind stays unused. The rest as for `create_encoder`.
     """
-    in_chans, problems = _checked(name, patch_size, stem, in_chans, bands_in, grn_eps)
+    weights, options, problems = _resolve(name, patch_size, stem, in_chans, bands_in, grn_eps, checkpoint)
     if num_classes < 1:
         problems.append(f"num_classes = {num_classes}: expected at least 1")
     _raise("create_unet", problems)
-    dims, depths = SIZES[name.removeprefix(_PREFIX)]
-    return UNet(dims, depths, num_classes=num_classes, in_chans=in_chans, patch_size=patch_size, stem=stem, grn_eps=grn_eps)
+    unet = UNet(*SIZES[name.removeprefix(_PREFIX)], num_classes=num_classes, **options)
+    if weights is not None:
+        load_encoder(unet, weights)
+    return unet
 
 
-def _checked(
+def _resolve(
     name: str,
-    patch_size: int,
-    stem: str,
+    patch_size: int | None,
+    stem: str | None,
     in_chans: int | None,
     bands_in: Sequence[str] | None,
     grn_eps: float | None,
-) -> tuple[int, list[str]]:
-    """The number of input channels, and what is wrong with the arguments."""
-    problems = name_problems(name, list_encoders()) + patch_size_problems(patch_size)
-    if stem not in STEMS:
-        problems.append(f"stem = {stem!r}, expected one of {', '.join(STEMS)}")
-    if grn_eps is not None and not grn_eps > 0:
-        problems.append(f"grn_eps = {grn_eps}: expected a small positive number")
+    checkpoint: Source | None,
+) -> tuple[Weights | None, dict[str, Any], list[str]]:
+    """The weights, the model's options and what is wrong with the arguments."""
+    problems = name_problems(name, list_encoders())
     if bands_in is not None:
         problems += band_problems("bands_in", INPUT, bands_in, MODALITIES[INPUT].bands)
         if in_chans not in (None, len(bands_in)):
             problems.append(
                 f"in_chans = {in_chans}, but bands_in names {len(bands_in)} bands ({', '.join(bands_in)}); give one of them"
             )
-    elif in_chans is None:
-        bands_in = MODALITIES[INPUT].model_bands
-    elif in_chans < 1:
+        in_chans = len(bands_in)
+    weights = None
+    if checkpoint is not None:
+        weights = checkpoint if isinstance(checkpoint, Weights) else read_weights(checkpoint)
+        found = describe(weights.state, weights.source)
+        asked = {"size": name.removeprefix(_PREFIX), "patch_size": patch_size, "stem": stem, "in_chans": in_chans}
+        problems += _contradictions(weights, found, asked, bands_in)
+        patch_size, stem, in_chans = found.patch_size, found.stem, found.in_chans
+        grn_eps = weights.recorded("grn_eps") if grn_eps is None else grn_eps
+    patch_size, stem = _PATCH_SIZE if patch_size is None else patch_size, _STEM if stem is None else stem
+    in_chans = len(MODALITIES[INPUT].model_bands) if in_chans is None else in_chans
+    problems += patch_size_problems(patch_size)
+    if stem not in STEMS:
+        problems.append(f"stem = {stem!r}, expected one of {', '.join(STEMS)}")
+    if grn_eps is not None and not grn_eps > 0:
+        problems.append(f"grn_eps = {grn_eps}: expected a small positive number")
+    if in_chans < 1 and bands_in is None:
         problems.append(f"in_chans = {in_chans}: expected at least 1")
-    return len(bands_in) if in_chans is None else in_chans, problems
+    options = {"patch_size": patch_size, "stem": stem, "in_chans": in_chans, "grn_eps": grn_eps}
+    return weights, options, problems
+
+
+def _contradictions(
+    weights: Weights, found: Architecture, asked: dict[str, Any], bands_in: Sequence[str] | None
+) -> list[str]:
+    other = [
+        f"{key} = {value} instead of {getattr(found, key)}"
+        for key, value in asked.items()
+        if value is not None and value != getattr(found, key)
+    ]
+    problems = [f"{', '.join(other)}: {weights.source} holds {found}; leave out what it decides"] if other else []
+    recorded = weights.recorded("bands_in")
+    if bands_in is not None and recorded is not None and tuple(bands_in) != tuple(recorded):
+        problems.append(
+            f"bands_in = {', '.join(bands_in)}, but {weights.source} was trained on {', '.join(recorded)}, in this order"
+        )
+    return problems
 
 
 def _raise(where: str, problems: list[str]) -> None:

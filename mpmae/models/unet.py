@@ -64,9 +64,9 @@ class UNet(nn.Module):
         self.upsamples = nn.ModuleList(
             [
                 Upsample(dims[3], dims[3] // 2, 2),
-                Upsample(2 * dims[2], dims[2] // 2, 2),
-                Upsample(2 * dims[1], dims[1] // 2, 2),
-                Upsample(2 * dims[0], dims[0], patch_size // FIRST_TILE_SIDE),
+                Upsample(dims[3] // 2 + dims[2], dims[2] // 2, 2),
+                Upsample(dims[2] // 2 + dims[1], dims[1] // 2, 2),
+                Upsample(dims[1] // 2 + dims[0], dims[0], patch_size // FIRST_TILE_SIDE),
                 Upsample(dims[0] + full_resolution_skip, dims[0] // 2, 1),
             ]
         )

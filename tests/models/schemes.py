@@ -1,11 +1,10 @@
 """Checkpoints in every published layout, names and shapes as their code has them, filled by the golden set's recipe."""
 
-import torch
 from torch import Tensor
 
 from mpmae.modalities import MODALITIES, TARGETS
 from mpmae.models.presets import SIZES
-from tests.golden_check import fill
+from tests.golden_cases import fill
 
 SEED = 1
 PIXEL = ("sentinel2", "sentinel1", "aster", "dynamic_world", "canopy_height_eth", "esa_worldcover")
@@ -24,7 +23,7 @@ def out_channels(modality: str, num_bands: int = 12) -> int:
 
 def filled(shapes: dict[str, list[int]]) -> dict[str, Tensor]:
     """The recipe's values for every name."""
-    return {name: torch.from_numpy(fill(SEED, name, shape, 0.0, 0.1)) for name, shape in shapes.items()}
+    return {name: fill(SEED, name, shape, 0.0, 0.1) for name, shape in shapes.items()}
 
 
 def block(prefix: str, dim: int, sparse: bool, grn: tuple[int, ...]) -> dict[str, list[int]]:

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import save_file
 
 import mpmae
-from mpmae.errors import CheckpointError
-from mpmae.models.interop import describe, load_encoder, load_reference, read_weights, to_mmearth, to_timm
+from mpmae.errors import CheckpointError, ConfigError
+from mpmae.models.interop import Weights, describe, load_encoder, load_reference, read_weights, to_mmearth, to_timm
 from tests.models import schemes
 from tests.models.schemes import VARIANTS
 
@@ -167,7 +167,7 @@ def test_every_problem_is_named_and_nothing_changes(model):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"size": "tiny"}, "is a tiny (channels 96-192-384-768"),
+        ({"size": "tiny"}, "holds tiny (channels 96-192-384-768"),
         ({"patch": 16}, "patch size 16"),
         ({"bands": 10}, "10 input bands"),
         ({"variant": "pix_mod"}, "modalities sentinel2, sentinel1, aster, dynamic_world"),
@@ -180,7 +180,7 @@ def test_another_model_is_told_in_one_line(options, expected):
     with pytest.raises(CheckpointError) as caught:
         load_reference(model, schemes.mmearth(**options))
     assert expected in caught.value.problems[0]
-    assert "the model is a atto" in caught.value.problems[0]
+    assert "the model is atto" in caught.value.problems[0]
     assert len(caught.value.problems) <= 12
 
 
@@ -212,10 +212,49 @@ def test_unsuitable_weights(model, change, message):
 
 def test_what_stays_unused_is_logged(model, caplog):
     load_encoder(model.encoder, state_of(build()))
-    assert "not used: log_vars, decoder.mask_token" in caplog.text
+    assert "not used: log_vars, decoder (13), heads (26)" in caplog.text
 
 
 def test_names_without_meaning_are_listed(model, tmp_path):
     save_file(schemes.facebook() | {"optimizer.something": torch.zeros(1)}, tmp_path / "w.safetensors")
     other = mpmae.create_model("mpmae_atto", img_size=64, patch_size=32, stem="convnext", bands_in=("B4", "B3", "B2"))
     assert "optimizer.something" in load_encoder(other.encoder, tmp_path / "w.safetensors").unused
+
+
+@pytest.mark.parametrize(
+    ("source", "options"),
+    [
+        (schemes.mmearth(), {}),
+        (schemes.mmearth(patch=16), {"stem_padding": "reference"}),
+        (schemes.mmearth(bands=3, variant="S2"), {"bands_in": ("B2", "B3", "B4")}),
+        (schemes.facebook(num_classes=7), {"num_classes": 7}),
+        (schemes.timm(bands=12, stride=2), {"num_classes": 5}),
+    ],
+    ids=["mmearth", "mmearth 112-16", "mmearth rgb", "facebook", "timm"],
+)
+def test_encoder_from_a_checkpoint(source, options, caplog):
+    """Everything left out of the call follows the checkpoint, and what does not come from it is said."""
+    encoder = mpmae.create_encoder("convnextv2_atto", checkpoint=source, **options)
+    found = describe(read_weights(source).state)
+    assert (encoder.in_chans, encoder.patch_size) == (found.in_chans, found.patch_size)
+    assert encoder(torch.zeros(1, found.in_chans, 64, 64)).shape == (1, options.get("num_classes") or 320)
+    value = read_weights(source).state["encoder.stages.2.5.pwconv2.weight"]
+    assert torch.equal(encoder.stages[2][5].pwconv2.weight, value)
+    assert ("initial values kept" in caplog.text) == ("downsample_layers.3.0.weight" not in source)
+
+
+def test_unet_from_a_pretraining_checkpoint():
+    unet = mpmae.create_unet("convnextv2_atto", num_classes=3, checkpoint=schemes.mmearth())
+    assert torch.equal(unet.encoder.stem.conv.bias, schemes.mmearth()["encoder.initial_conv.0.bias"][0])
+    again = mpmae.create_unet("convnextv2_atto", num_classes=3, checkpoint=dict(unet.named_parameters()))
+    assert_same(state_of(again), state_of(unet))
+
+
+def test_what_the_checkpoint_contradicts_is_named_at_once():
+    with pytest.raises(ConfigError) as caught:
+        mpmae.create_encoder("convnextv2_tiny", patch_size=16, in_chans=3, stem="convnext", checkpoint=schemes.mmearth())
+    expected = "size = tiny instead of atto, patch_size = 16 instead of 8, stem = convnext instead of mmearth, in_chans = 3"
+    assert expected in str(caught.value)
+    weights = Weights(read_weights(schemes.facebook()).state, "mpmae", "w", {"bands_in": ["B4", "B3", "B2"]})
+    with pytest.raises(ConfigError, match="w was trained on B4, B3, B2, in this order"):
+        mpmae.create_encoder("convnextv2_atto", bands_in=("B2", "B3", "B4"), checkpoint=weights)

@@ -1,6 +1,7 @@
 """Weights into a model: everything fits, or nothing is changed and every difference is named."""
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ class LoadReport:
     """What became of every weight.
 
     loaded: our names. unused: names of the source that this model has no place for. fresh: parameters of the model that
-    the source does not have and that keep their initial values. reshaped: see `Weights`. cast: "name: from -> to" dtype.
+    the source does not have and that keep their initial values. reshaped: see `Weights`. cast: "name: from -> to" dtypes.
     """
 
     source: str
@@ -38,7 +39,7 @@ class LoadReport:
         parts += [f"not used: {_short(self.unused)}"] if self.unused else []
         parts += [f"not in the checkpoint, initial values kept: {_short(self.fresh)}"] if self.fresh else []
         parts += [f"{len(self.reshaped)} reshaped"] if self.reshaped else []
-        parts += [f"cast: {_short(self.cast)}"] if self.cast else []
+        parts += [f"cast: {len(self.cast)} from {self.cast[0].split()[1]}"] if self.cast else []
         return "; ".join(parts)
 
 
@@ -54,14 +55,14 @@ def load_reference(model: nn.Module, source: Mapping[str, Tensor] | str | Path |
 
 
 def load_encoder(encoder: nn.Module, source: Mapping[str, Tensor] | str | Path | Weights) -> LoadReport:
-    """Loads the encoder of any known checkpoint into an encoder, sparse or dense, in place.
+    """Loads the encoder of any known checkpoint into an encoder, sparse or dense, or a U-Net, in place.
 
-    Decoder, heads and log variances of the source stay unused, and a `norm` or `head` of the model keeps its initial values
-    if the source has none of its shape (another number of classes): both are in the report and logged as a warning.
+    Decoder, heads and log variances of the source stay unused; what the model has beyond the encoder keeps its initial
+    values if the source has nothing of its shape (another number of classes). Both are reported and logged as a warning.
     Raises CheckpointError as `load_reference`.
     """
-    unused = ("decoder.", "heads.", "log_vars", "norm.", "head.")
-    return _load(encoder, _weights(source), may_be_unused=unused, may_be_fresh=("norm.", "head."))
+    unused = ("decoder.", "heads.", "log_vars", "norm.", "head.", "upsamples.")
+    return _load(encoder, _weights(source), may_be_unused=unused, may_be_fresh=("norm.", "head.", "upsamples."))
 
 
 def _weights(source: Mapping[str, Tensor] | str | Path | Weights) -> Weights:
@@ -108,7 +109,7 @@ def _widens(source: torch.dtype, target: torch.dtype) -> bool:
 def _architecture_problem(own: dict[str, Tensor], weights: Weights) -> list[str]:
     """One line that says what the checkpoint is and what the model is, where that differs."""
     model, found = describe(own, "the model"), describe(weights.state, weights.source)
-    return [] if model == found else [f"{weights.source} is a {found}; the model is a {model}"]
+    return [] if model == found else [f"{weights.source} holds {found}; the model is {model}"]
 
 
 def _limited(problems: list[str]) -> list[str]:
@@ -118,6 +119,6 @@ def _limited(problems: list[str]) -> list[str]:
 
 
 def _short(names: Iterable[str]) -> str:
-    names = list(names)
-    rest = f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
-    return ", ".join(names[:_MAX_LISTED]) + rest
+    """Names by their first part, with counts: the report's fields have them whole."""
+    counts = Counter(name.partition(".")[0] for name in names)
+    return ", ".join(f"{part} ({count})" if count > 1 else part for part, count in counts.items())

@@ -165,7 +165,7 @@ def canonical_layout(name: str, value: Tensor, sparse_kernel: bool) -> Tensor:
         return value.reshape(1, 1, -1)
     if name.endswith(".bias") or name == "log_vars":
         return value.reshape(-1)
-    linear = re.search(r"\.pwconv[12]\.weight$|^decoder\.proj\.weight$|^heads\.|^head\.weight$", name)
+    linear = re.search(r"\.pwconv[12]\.weight$|^decoder\.proj\.weight$|^heads\.", name)
     if linear and value.ndim == 4 and value.shape[2:] == (1, 1):
         return value.flatten(1)
     return value

@@ -49,6 +49,11 @@ class Weights:
     unknown: tuple[str, ...] = ()
     reshaped: tuple[str, ...] = field(default=(), repr=False)
 
+    def recorded(self, key: str) -> Any:
+        """What `config` says of `key`: at its top, or in our part of a config.json that another program owns; else None."""
+        config = self.config or {}
+        return config.get(key, (config.get("mpmae") or {}).get(key))
+
 
 def read_weights(source: Mapping[str, Tensor] | str | Path) -> Weights:
     """The weights of a checkpoint: a state dict, a file or a folder (see the module's table). No code of a file is run.
