@@ -12,18 +12,18 @@ Shapes: N images, B input bands, H and W pixels, p patch size, C_s channels of s
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import Enum
 from pathlib import Path
 
-import torch
 from terratorch.registry import TERRATORCH_BACKBONE_REGISTRY
 from torch import Tensor, nn
 
 from mpmae.errors import CheckpointError, ConfigError
-from mpmae.export.config import parse_config
 from mpmae.models import ConvNeXtV2, create_encoder, list_encoders
-from mpmae.models.interop import Weights, describe, load_encoder, read_weights
+from mpmae.models.interop import Weights, read_weights
 
+_STEM_WEIGHT = "encoder.stem.conv.weight"
 # TerraTorch's names of optical bands (terratorch.datasets.HLSBands) in Sentinel-2's
 _TERRATORCH_BANDS = {
     "COASTAL_AEROSOL": "B1",
@@ -74,35 +74,19 @@ def build(
 
     name: as for `mpmae.create_encoder`. ckpt_path: any checkpoint that mpmae reads; it then also says patch_size, stem and
     bands. pretrained: True asks for weights and needs ckpt_path. bands: input bands in the order of the channels, in
-    TerraTorch's names or Sentinel-2's; of a checkpoint any of its bands may be chosen, in any order. out_indices: stages
+    TerraTorch's names or Sentinel-2's; of a checkpoint any of its bands may be chosen, in any order; if it does not say which it has, their number has to be the same. out_indices: stages
     0..3 (negative: from the end), None for all. Raises ConfigError or CheckpointError.
     """
     chosen = None if bands is None else tuple(_sentinel_name(band) for band in bands)
+    options = {"in_chans": in_chans, "patch_size": patch_size, "stem": stem, "drop_path_rate": drop_path_rate}
     if ckpt_path is None:
         if pretrained:
             raise ConfigError("pretrained = True, but there are no default weights; give a checkpoint as ckpt_path")
-        options = {"bands_in": chosen, "in_chans": in_chans, "patch_size": patch_size, "stem": stem}
-        return PyramidBackbone(create_encoder(name, **options, drop_path_rate=drop_path_rate), out_indices)
+        return PyramidBackbone(create_encoder(name, bands_in=chosen, **options), out_indices)
     weights = read_weights(ckpt_path)
-    found = describe(weights.state)
-    problems = [
-        f"{ckpt_path}: {key} {is_}, but {asked} was asked for; leave {key} out"
-        for key, is_, asked in (("patch_size", found.patch_size, patch_size), ("stem", found.stem, stem))
-        if asked not in (None, is_)
-    ]
-    if problems:
-        raise CheckpointError(problems)
-    state = dict(weights.state)
-    if chosen is not None:
-        state["encoder.stem.conv.weight"] = _chosen_bands(state["encoder.stem.conv.weight"], chosen, weights)
-    in_weights = state["encoder.stem.conv.weight"].shape[1]
-    if in_chans not in (None, in_weights):
-        raise CheckpointError(f"in_chans = {in_chans}, but the weights read {in_weights} bands; choose some with bands=")
-    encoder = create_encoder(
-        name, in_chans=in_weights, patch_size=found.patch_size, stem=found.stem, drop_path_rate=drop_path_rate
-    )
-    load_encoder(encoder, state)
-    return PyramidBackbone(encoder, out_indices)
+    if chosen is not None and _STEM_WEIGHT in weights.state:
+        weights = replace(weights, state=weights.state | {_STEM_WEIGHT: _chosen_bands(weights, chosen)})
+    return PyramidBackbone(create_encoder(name, checkpoint=weights, **options), out_indices)
 
 
 def _sentinel_name(band: str | Enum) -> str:
@@ -116,27 +100,20 @@ def _sentinel_name(band: str | Enum) -> str:
     return name
 
 
-def _chosen_bands(weight: Tensor, chosen: tuple[str, ...], weights: Weights) -> Tensor:
+def _chosen_bands(weights: Weights, chosen: tuple[str, ...]) -> Tensor:
     """The stem's weight [C, B, R, R] for the chosen bands alone."""
-    available = _bands_of(weights, weight.shape[1])
-    if available is None:
+    weight, recorded = weights.state[_STEM_WEIGHT], weights.recorded("bands_in")
+    if recorded is None:
         if len(chosen) == weight.shape[1]:
             return weight
         raise CheckpointError(
             f"{weights.source}: nothing says which {weight.shape[1]} bands it reads, so {len(chosen)} cannot be chosen from "
             "them; export it with mpmae-export, which records the bands, or leave bands out"
         )
-    missing = [band for band in chosen if band not in available]
+    missing = [band for band in chosen if band not in recorded]
     if missing:
-        raise CheckpointError(f"{weights.source}: no weights for {', '.join(missing)}; it reads {', '.join(available)}")
-    return weight[:, torch.tensor([available.index(band) for band in chosen])]
-
-
-def _bands_of(weights: Weights, number: int) -> tuple[str, ...] | None:
-    beside = weights.config or {}
-    exported = parse_config(beside, weights.source)
-    bands = exported.bands_in if exported else beside.get("bands_in")
-    return tuple(bands) if bands and len(bands) == number else None
+        raise CheckpointError(f"{weights.source}: no weights for {', '.join(missing)}; it reads {', '.join(recorded)}")
+    return weight[:, [list(recorded).index(band) for band in chosen]]
 
 
 def _register(name: str) -> Callable[..., PyramidBackbone]:

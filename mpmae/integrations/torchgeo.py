@@ -18,7 +18,6 @@ from torchvision.models._api import Weights, WeightsEnum
 from mpmae.errors import CheckpointError
 from mpmae.modalities import spec_of
 from mpmae.models import ConvNeXtV2, create_encoder
-from mpmae.models.interop import load_encoder, read_weights
 
 _PUBLISHED = "https://sid.erda.dk/share_redirect/g23YOnaaTp"
 
@@ -67,14 +66,12 @@ class ConvNeXtV2_Atto_Weights(WeightsEnum):
 def convnextv2_atto(weights: ConvNeXtV2_Atto_Weights | None = None, *args: Any, **kwargs: Any) -> ConvNeXtV2:
     """ConvNeXt V2 atto, dense; args and kwargs go to `mpmae.create_encoder`.
 
-    weights: they then say in_chans, patch_size and stem. Final norm and classifier start anew.
+    weights: they decide in_chans, patch_size and stem. Final norm and classifier start fresh.
     Raises ConfigError, or CheckpointError if the download holds something else.
     """
     weights = ConvNeXtV2_Atto_Weights.verify(weights)
     if weights is None:
         return create_encoder("convnextv2_atto", *args, **kwargs)
-    kwargs |= {key: weights.meta[key] for key in ("in_chans", "patch_size", "stem")}
-    model = create_encoder("convnextv2_atto", *args, **kwargs)
     # All files are named alike, so the name in the cache is the folder's. They hold their command line as a Namespace.
     with torch.serialization.safe_globals([argparse.Namespace]):
         content = weights.get_state_dict(
@@ -84,5 +81,4 @@ def convnextv2_atto(weights: ConvNeXtV2_Atto_Weights | None = None, *args: Any, 
         raise CheckpointError(
             f"{weights.url}: no state dict under 'model'; delete it from {torch.hub.get_dir()} and try again"
         )
-    load_encoder(model, read_weights(content["model"]))
-    return model
+    return create_encoder("convnextv2_atto", *args, **kwargs, checkpoint=content["model"])
