@@ -57,10 +57,11 @@ def test_weights_of_a_checkpoint_and_of_its_export(checkpoint, tmp_path):
 
 
 def test_bands_are_chosen_by_name_in_any_order(checkpoint):
-    full = BACKBONE_REGISTRY.build("mpmae_convnextv2_atto", ckpt_path=checkpoint)
-    few = BACKBONE_REGISTRY.build("mpmae_convnextv2_atto", ckpt_path=checkpoint, bands=[HLSBands.RED, "NIR_NARROW", "B02"])
-    image = torch.randn(1, 3, 16, 16)
-    padded = torch.zeros(1, 12, 16, 16)
+    bands = [HLSBands.RED, "NIR_NARROW", "B02"]
+    full = BACKBONE_REGISTRY.build("mpmae_convnextv2_atto", ckpt_path=checkpoint).double()
+    few = BACKBONE_REGISTRY.build("mpmae_convnextv2_atto", ckpt_path=checkpoint, bands=bands).double()
+    image = torch.randn(1, 3, 16, 16, dtype=torch.float64)
+    padded = torch.zeros(1, 12, 16, 16, dtype=torch.float64)
     padded[:, [BANDS.index(band) for band in ("B4", "B8A", "B2")]] = image
     with torch.no_grad():
         torch.testing.assert_close(few(image)[0], full(padded)[0])
