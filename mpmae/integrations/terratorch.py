@@ -72,8 +72,8 @@ def build(
 ) -> PyramidBackbone:
     """The backbone of one size.
 
-    name: as for `mpmae.create_encoder`. ckpt_path: any checkpoint that mpmae reads; it then also decides patch_size, stem and
-    bands. pretrained: True asks for weights and needs ckpt_path. bands: input bands in the order of the channels, in
+    name: as for `mpmae.create_encoder`. ckpt_path: any checkpoint that mpmae reads; it then also decides patch_size, stem
+    and bands. pretrained: True asks for weights and needs ckpt_path. bands: input bands in the order of the channels, in
     TerraTorch's names or Sentinel-2's; of a checkpoint any of its bands may be chosen, in any order (where it does not say
     which it has: as many as it reads). out_indices: stages 0..3 (negative: from the end), None for all.
     Raises ConfigError or CheckpointError.
