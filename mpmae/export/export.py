@@ -43,7 +43,7 @@ def export(
         what = "is not empty" if output.is_dir() else "is a file"
         raise CheckpointError(f"{output} {what}; give a new folder")
     weights = read_weights(source)
-    facts = Facts(weights, describe(weights.state), licence, Path(shards) if shards else None, name)
+    facts = Facts(weights, describe(weights.state, weights.source), licence, Path(shards) if shards else None, name)
     config = facts.config(target)
     try:
         with whole_folder(output) as folder:

@@ -19,8 +19,13 @@ from mpmae.train.record import commit
 
 # The FCMAE weights that facebookresearch/ConvNeXt-V2 publishes, also as timm's convnextv2_*.fcmae
 FACEBOOK_LICENCE = "CC-BY-NC-4.0"
-# Input of the published MMEarth checkpoints by number of bands (MMEarth-train, MODALITIES.py); rgb is blue, green, red there
+_IMAGENET_PATCH_SIZE = 32  # of the one published MMEarth checkpoint that was trained on photographs
+# Input of the others by number of bands (MMEarth-train, MODALITIES.py); its rgb is blue, green, red
 _MMEARTH_BANDS = {12: spec_of("sentinel2").model_bands, 3: ("B2", "B3", "B4")}
+# What of a model goes into each layout, by the beginning of our names; into the others everything does
+DENSE = ("encoder.", "norm.", "head.")
+PRETRAINING = ("encoder.", "decoder.", "heads.", "log_vars")
+KEPT = {"timm": DENSE, "hub": DENSE, "hf": DENSE, "mmearth": PRETRAINING}
 _RUN_SECTIONS = ("model", "train", "optim")  # the rest of a run's configuration is about places on one machine
 
 
@@ -51,6 +56,11 @@ class Facts:
         licence = self._checked_licence()
         if weights.unknown:
             self._note(f"left out, names of no known meaning: {', '.join(weights.unknown)}")
+        kept = KEPT.get(target)
+        if kept:
+            parts = sorted({name.split(".")[0] for name in weights.state if not name.startswith(kept)})
+            if parts:
+                self._note(f"{target} has no place for these parts, which are left out: {', '.join(parts)}")
         if target in ("timm", "hub", "hf") and "norm.weight" not in weights.state:
             self._note("the pretraining has no final norm, so that one starts with ones and zeros")
         return ExportConfig(
@@ -90,7 +100,7 @@ class Facts:
         elif self._meta:  # older checkpoints hold the configured bands alone
             bands = self._meta.get("bands_in") or self._run_config().get("model", {}).get("bands_in")
             bands = bands or self._assumed({number: spec_of("sentinel2").model_bands}, "those that mpmae reads by default")
-        elif self._weights.scheme.startswith("mmearth"):
+        elif self._weights.scheme.startswith("mmearth") and self._found.patch_size != _IMAGENET_PATCH_SIZE:
             bands = self._assumed(_MMEARTH_BANDS, "those of the published MMEarth checkpoints")
         else:
             bands = None

@@ -10,9 +10,10 @@ from mpmae.errors import CheckpointError, ConfigError
 from mpmae.export import export, layouts, load_config
 from mpmae.export.cli import main
 from mpmae.export.facts import FACEBOOK_LICENCE
-from mpmae.modalities import TARGETS
+from mpmae.modalities import TARGETS, spec_of
 from mpmae.models.interop import read_weights, to_timm
 from mpmae.shard_format import load_manifest
+from tests.models import schemes
 
 CASES = [
     ("safetensors", "mmearth", 16),
@@ -55,6 +56,43 @@ def test_back_to_the_published_layout_of_the_golden_case(make_source, tmp_path, 
     for modality in TARGETS:
         expected |= {f"decoder_dict.{modality}.{rest}": shape for rest, shape in one_decoder.items()}
     assert {name: tuple(value.shape) for name, value in content["model"].items()} == expected
+
+
+PUBLISHED = {
+    "mmearth all_mod": lambda: schemes.mmearth(decoder_dim=16),
+    "mmearth rgb": lambda: schemes.mmearth(variant="S2", bands=3, uncertainty=False, decoder_dim=16),
+    "mmearth 112-16": lambda: schemes.mmearth(patch=16, variant="S2", decoder_dim=16),
+    "mmearth imagenet": lambda: schemes.mmearth(patch=32, variant="S2", bands=3, original_stem=True, decoder_dim=16),
+    "mmearth dense": lambda: schemes.mmearth(variant="img_mod", sparse=False, decoder_dim=16),
+    "facebook": lambda: schemes.facebook(),
+    "facebook fine-tuned": lambda: schemes.facebook(num_classes=10),
+    "timm": lambda: schemes.timm(num_classes=10),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_scheme_passes_through(name, tmp_path):
+    published = PUBLISHED[name]()
+    torch.save({"model": published}, tmp_path / "checkpoint.pth")
+    done = export(tmp_path / "checkpoint.pth", "safetensors", tmp_path / "out")
+    expected, state = read_weights(published).state, load_file(done.folder / "model.safetensors")
+    assert set(state) == set(expected)
+    assert all(torch.equal(state[key], value) for key, value in expected.items())
+    config = done.config
+    assert config.licence == (None if name.startswith("mmearth") else FACEBOOK_LICENCE)
+    assert (config.stem_padding, config.grn_eps) == (("reference", 1e-4) if "dense" in name else ("same", 1e-6))
+    if config.in_chans == 12:
+        assert config.bands_in == spec_of("sentinel2").model_bands
+    else:
+        assert config.bands_in == (("B2", "B3", "B4") if name == "mmearth rgb" else None)
+    if name.startswith("mmearth") and "dense" not in name:
+        back = export(done.folder, "mmearth", tmp_path / "back").folder / "checkpoint.pth"
+        content = torch.load(back, weights_only=True)["model"]
+        assert set(content) == set(published)
+        assert all(torch.equal(content[key], value) for key, value in published.items())
+    if not name.startswith("mmearth"):
+        back = read_weights(export(done.folder, "timm", tmp_path / "back").folder).state
+        assert all(torch.equal(back[key], value) for key, value in expected.items())
 
 
 def test_config_is_read_back_as_written_and_checked(make_source, tmp_path):
