@@ -3,10 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+EO_VENV := .venv-eo
+EO_PIP := $(EO_VENV)/bin/python -m pip --disable-pip-version-check -q
 # Where there is no NVIDIA GPU, TORCH_ARGS can point pip at PyTorch's index of CPU wheels (see pytorch.org, "Get started").
 TORCH_ARGS ?=
 
-.PHONY: install demo test slow lint clean
+.PHONY: install demo test test-eo slow lint clean
 
 install: $(VENV)/installed
 
@@ -23,6 +25,16 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+# The integrations against the installed toolkits, in a venv of their own: they bring about a hundred packages.
+test-eo: $(EO_VENV)/installed
+	$(EO_VENV)/bin/python -m pytest tests/integrations tests/export
+
+$(EO_VENV)/installed: pyproject.toml setup.py requirements/constraints.txt
+	$(PYTHON) -m venv $(EO_VENV)
+	$(EO_PIP) install -c requirements/constraints.txt torch $(TORCH_ARGS)
+	$(EO_PIP) install -c requirements/constraints.txt -e '.[eo,test]'
+	@touch $@
 
 slow: install
 	$(BIN)/python -m pytest -m slow

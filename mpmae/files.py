@@ -1,6 +1,9 @@
 """Files that are absent (or old) or complete, whatever happens while they are written."""
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 TEMP_SUFFIX = ".mpmae-tmp"
@@ -17,6 +20,25 @@ def write_whole(path: Path, data: bytes | str) -> None:
         temp.replace(path)
     finally:
         temp.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """An empty folder to fill, which becomes `path` when the block ends well and vanishes when it does not.
+
+    `path` is absent or an empty folder. Raises OSError.
+    """
+    temp = path.with_name(path.name + TEMP_SUFFIX)
+    shutil.rmtree(temp, ignore_errors=True)
+    temp.mkdir(parents=True)
+    try:
+        yield temp
+        for file in (*temp.rglob("*"), temp):
+            sync(file)
+        temp.rename(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

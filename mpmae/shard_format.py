@@ -17,7 +17,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from mpmae.errors import ShardError
 from mpmae.manifest_checks import manifest_problems
-from mpmae.modalities import Kind, NoData, no_data_rule
+from mpmae.modalities import PRODUCT_LEVELS, Kind, NoData, band_indices, no_data_rule
 
 FORMAT_NAME = "mpmae-shards"
 FORMAT_VERSION = 1
@@ -153,6 +153,16 @@ class Manifest(_Strict):
         if split not in self.splits:
             raise ShardError(f"the shard set has no split {split!r}; it has {', '.join(self.splits)}")
         return self.splits[split]
+
+    def input_statistics(self, bands: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+        """Mean and std of Sentinel-2 `bands`, in raw units, by key of `band_stats` (`sentinel2_l1c`, `sentinel2_l2a`)."""
+        available = next(entry.bands for entry in self.pixels if entry.name == "sentinel2")
+        rows = band_indices("sentinel2", tuple(bands), available)
+        levels = [f"sentinel2_{level}" for level in PRODUCT_LEVELS if f"sentinel2_{level}" in self.band_stats]
+        return {
+            key: {name: [getattr(self.band_stats[key], name)[row] for row in rows] for name in ("mean", "std")}
+            for key in levels
+        }
 
     def dump(self) -> str:
         """The text of manifest.json."""

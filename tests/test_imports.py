@@ -93,6 +93,18 @@ def test_heavy_packages_have_one_door():
     assert importers_of("deepspeed") <= {"mpmae.engine.deepspeed"}
     assert importers_of("wandb") <= {"mpmae.train.track"}
     assert importers_of("torch.utils.tensorboard") <= {"mpmae.train.track"}
+    assert importers_of("terratorch") <= {"mpmae.integrations.terratorch"}
+    assert importers_of("torchvision") <= {"mpmae.integrations.torchgeo"}
+    assert not importers_of("timm")
+
+
+def test_nothing_imports_the_integrations():
+    assert not [m for m in importers_of("mpmae.integrations") if not inside(m, "mpmae.integrations")]
+
+
+@pytest.mark.parametrize("module", ["mpmae.models.dense", "mpmae.export.hubconf"])
+def test_what_travels_with_an_export_needs_no_mpmae(module):
+    assert not [name for name in imports(MODULES[module]) if name.startswith("mpmae.")]
 
 
 @pytest.mark.parametrize("top", ["launch", "benchmarks", "tests"])

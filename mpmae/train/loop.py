@@ -173,7 +173,9 @@ class Run:
     def _save(self, step: int, meter: Meter) -> None:
         epoch, batch_index = divmod(step, self.plan.order.steps_per_epoch)
         facts = (self.manifest.fingerprint, self.world.world_size, self.engine.zero_stage)
-        meta = checkpoint_meta(self.config, epoch, batch_index, *facts)
+        bands = self.model.bands_in
+        inputs = {"bands_in": list(bands), "statistics": self.manifest.input_statistics(bands)}
+        meta = checkpoint_meta(self.config, epoch, batch_index, *facts, **inputs)
         self.checkpoints.save(step, write_engine(self.engine), meta)
         meter.restart_clock()
 
