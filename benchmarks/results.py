@@ -21,6 +21,7 @@ from matplotlib import pyplot as plt  # noqa: E402
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
 PHASES = {"data wait": "#8a8f98", "forward": "#2563a8", "backward": "#6ea3d8", "optimizer": "#d98a29"}
+INITS = {"reference": "#d98a29", "convnextv2": "#2563a8"}
 PARTS = ("stem", "stage 0", "stage 1", "stage 2", "stage 3", "decoder block")
 FIGURE = re.compile(r"(<!-- figure -->\n).*?(<!-- /figure -->)", re.DOTALL)
 DISK = re.compile(r"(<!-- disk -->\n).*?(<!-- /disk -->)", re.DOTALL)
@@ -90,6 +91,80 @@ def step_section(record: dict[str, Any]) -> str:
         f"The loader alone, two threads, all modalities: {results['loader_alone_samples_per_s']:.0f} samples/s.",
         "",
     ]
+    return "\n".join(lines)
+
+
+def init_plot(record: dict[str, Any]) -> str:
+    """SVG: training loss and relative validation loss by step, mean and range over the seeds; the lesser rate dashed."""
+    results = record["results"]
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2))
+    for init, colour in INITS.items():
+        for lr in results["by_init"][init]:
+            runs = [run for run in results["runs"] if run["init"] == init and f"{run['lr']:g}" == lr]
+            training = runs[0]["training"]["step"], [run["training"]["loss"] for run in runs]
+            validation = (
+                [point["step"] for point in runs[0]["validation"]],
+                [[point["relative"] for point in run["validation"]] for run in runs],
+            )
+            is_best = results["best_lr"][init] == lr
+            for axes, (steps, curves) in zip(panels, (training, validation), strict=True):
+                by_step = list(zip(*curves, strict=True))
+                mean = [sum(values) / len(values) for values in by_step]
+                axes.plot(steps, mean, color=colour, ls="-" if is_best else ":", label=f"{init}, {lr}")
+                if is_best:
+                    axes.fill_between(steps, *[[f(v) for v in by_step] for f in (min, max)], color=colour, alpha=0.2, lw=0)
+    panels[0].set(ylabel="training loss", yscale="log")
+    panels[1].set(ylabel="validation loss / trivial predictor's", yscale="log")
+    panels[1].axhline(1, color="#8a8f98", lw=0.8)
+    for axes in panels:
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[1].legend(frameon=False, fontsize=9)
+    text = io.StringIO()
+    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
+    plt.close(figure)
+    return text.getvalue()
+
+
+def init_section(record: dict[str, Any]) -> str:
+    """Markdown of an initial-weights record."""
+    case, results = record["case"], record["results"]
+    train, val = case["num_samples"].values()
+    lines = [
+        "## Which initial weights train better",
+        "",
+        f"{case['model']}, {case['img_size']} px, patch {case['patch_size']}, {case['precision']}, {case['steps']} steps of "
+        f"{case['global_batch_size']} images on {case['shards']['name']} ({train} training and {val} validation tiles), "
+        f"seeds {', '.join(map(str, case['seeds']))}; {record['date'][:10]}, {machine(record)}. Made by "
+        "`python benchmarks/init.py`. Validation loss at the end over the trivial predictor's, mean over the modalities: "
+        "below 1 is better.",
+        "",
+        "![training and validation loss by step](plots/initial-weights.svg)",
+        "",
+        "| init | peak rate | mean ± std | by seed | pixel modalities | losses summed | largest gradient norm |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for init, rates in results["by_init"].items():
+        for lr, row in rates.items():
+            mark = "**" if results["best_lr"][init] == lr else ""
+            norms = [run["max_grad_norm"] for run in results["runs"] if run["init"] == init and f"{run['lr']:g}" == lr]
+            seeds = ", ".join(f"{value:.3f}" for value in row["relative"]["seeds"])
+            mean = f"{mark}{row['relative']['mean']:.3f} ± {row['relative']['std']:.3f}{mark}"
+            others = f"{row['relative_pixel']['mean']:.3f} | {row['relative_total']['mean']:.3f} | {max(norms):.0f}"
+            lines.append(f"| {init} | {lr} | {mean} | {seeds} | {others} |")
+    names = list(next(iter(results["by_init"]["reference"].values()))["by_modality"])
+    lines += [
+        "",
+        "By modality, each init at its better rate:",
+        "",
+        f"| init | {' | '.join(names)} |",
+        "|---" * (len(names) + 1) + "|",
+    ]
+    for init, lr in results["best_lr"].items():
+        cells = [f"{results['by_init'][init][lr]['by_modality'][name]:.2f}" for name in names]
+        lines.append(f"| {init} | {' | '.join(cells)} |")
+    verdict = "no worse than" if results["convnextv2_no_worse"] else "worse than"
+    lines += ["", f"By the rule that the script states, convnextv2 trains {verdict} reference. {case['note']}", ""]
     return "\n".join(lines)
 
 
@@ -168,6 +243,10 @@ def outputs() -> dict[Path, str]:
         sections.append(step_section(steps[-1]))
         files[HERE / "plots" / "training-step.svg"] = step_plot(steps[-1])
         files[README] = FIGURE.sub(lambda m: m[1] + readme_figure(steps[-1]) + m[2], README.read_text())
+    inits = load_records("initial weights")
+    if inits:
+        sections.append(init_section(inits[-1]))
+        files[HERE / "plots" / "initial-weights.svg"] = init_plot(inits[-1])
     data = load_records("data steps")
     if data:
         sections.append(data_section(data[-1]))

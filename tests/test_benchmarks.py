@@ -11,7 +11,7 @@ def benchmarks(repo, monkeypatch):
     """The benchmark scripts, importable as they import each other."""
     monkeypatch.syspath_prepend(str(repo / "benchmarks"))
     yield
-    for name in ("record", "results"):
+    for name in ("record", "results", "init"):
         sys.modules.pop(name, None)
 
 
@@ -66,3 +66,53 @@ def test_spread(benchmarks):
     import record
 
     assert record.spread([1, 2, 3, 4, 5, 6]) == {"p20": 2.0, "median": 3.5, "p80": 5.0, "repeats": 6}
+
+
+def init_runs(losses):
+    """Finished runs with these relative losses, {init: {peak rate: by seed}}."""
+    point = {"relative_pixel": 0.5, "relative_total": 0.5, "by_modality": {"sentinel2": 0.5, "biome": 0.25}}
+    return [
+        {
+            "init": init, "lr": lr, "seed": seed, "max_grad_norm": 3.0, "images_per_s": 20.0,
+            "training": {"step": [1, 2], "loss": [9.0, 8.0]},
+            "validation": [{"step": step, "relative": loss, **point} for step in (1, 2)],
+        }
+        for init, rates in losses.items() for lr, seeds in rates.items() for seed, loss in enumerate(seeds)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ours", "no_worse"), [([0.6, 0.7], True), ([0.9, 1.0], True), ([1.1, 1.2], False)])
+def test_each_init_is_judged_at_its_better_rate(benchmarks, ours, no_worse):
+    import init
+    import results
+
+    runs = init_runs({"reference": {5e-4: [0.8, 1.0], 1.5e-4: [2.0, 2.0]}, "convnextv2": {5e-4: [3.0, 3.0], 1.5e-4: ours}})
+    summary = init.summarise(runs)
+    assert summary["best_lr"] == {"reference": "0.0005", "convnextv2": "0.00015"}
+    assert summary["convnextv2_no_worse"] is no_worse
+    case = STEP["case"] | {"seeds": [0, 1], "note": "A note.", "shards": {"name": "tiles"}}
+    case |= {"global_batch_size": 16, "steps": 2, "num_samples": {"train": 7, "val": 3}}
+    record = {**STEP, "case": case, "results": summary | {"runs": runs}}
+    section = results.init_section(record)
+    assert "| reference | 0.0005 | **0.900 ± 0.141** | 0.800, 1.000 | 0.500 | 0.500 | 3 |" in section
+    assert ("trains no worse than" if no_worse else "trains worse than") in section
+    assert "training loss" in results.init_plot(record)
+
+
+def test_an_outcome_is_read_from_the_runs_folder(benchmarks, tmp_path):
+    import init
+
+    from mpmae.config import validate
+
+    config = validate({"run": {"dir": str(tmp_path)}, "optim": {"lr": 1e-3}, "train": {"max_steps": 20}}, "test")
+    losses = {"sentinel2": 0.5, "biome": 3.0, "era5": None}
+    lines = [{"step": n + 1, "loss": float(n), "grad_norm": n, "images_per_s": 1.0} for n in range(20)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    validation = {"step": 20, "losses": losses, "trivial": {"sentinel2": 1.0, "biome": 2.0, "era5": None}}
+    assert not init.finished(config)
+    (tmp_path / "validation.jsonl").write_text(json.dumps(validation) + "\n")
+    assert init.finished(config)
+    (point,) = init.outcome(config)["validation"]
+    assert point["by_modality"] == {"sentinel2": 0.5, "biome": 1.5}
+    assert (point["relative"], point["relative_pixel"]) == (1.0, 0.5)
+    assert point["relative_total"] == pytest.approx(3.5 / 3)
