@@ -12,7 +12,6 @@ import mpmae
 from mpmae.errors import CheckpointError
 from mpmae.export.config import ArchitectureEntry, BandStatistics, ExportConfig, Provenance, Target, parse_config
 from mpmae.modalities import spec_of
-from mpmae.models.dense import REFERENCE_GRN_EPS, SPARSE_GRN_EPS
 from mpmae.models.interop import Architecture, Weights
 from mpmae.shard_format import load_manifest
 from mpmae.train.record import commit
@@ -50,9 +49,6 @@ class Facts:
         found, weights = self._found, self._weights
         bands = self._bands()
         statistics = self._statistics(bands)
-        dense_reference = self._foreign and weights.scheme == "mmearth-dense"
-        defaults = ("reference", REFERENCE_GRN_EPS) if dense_reference else ("same", SPARSE_GRN_EPS)
-        padding, eps = (self._earlier.stem_padding, self._earlier.grn_eps) if self._earlier else defaults
         licence = self._checked_licence()
         if weights.unknown:
             self._note(f"left out, names of no known meaning: {', '.join(weights.unknown)}")
@@ -77,8 +73,8 @@ class Facts:
             statistics=statistics,
             modalities_out=found.modalities,
             num_classes=found.num_classes,
-            stem_padding=padding,
-            grn_eps=eps,
+            stem_padding=weights.stem_padding,
+            grn_eps=weights.grn_eps,
             licence=licence,
             provenance=self._provenance(),
         )
