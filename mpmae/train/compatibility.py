@@ -48,7 +48,9 @@ def check_compatible(
     """
     notes, problems = [], []
     now = _flatten(config.model_dump(mode="json"))
-    before = _flatten(meta["config"])
+    # what the checkpoint's version did not know yet, it did as the default says
+    defaults = RunConfig().model_dump(mode="json")
+    before = _flatten({section: defaults.get(section, {}) | keys for section, keys in meta["config"].items()})
     for key in sorted(now.keys() | before.keys()):
         was, wanted = before.get(key, "(absent)"), now.get(key, "(absent)")
         if was == wanted or _below(key, _FREE):

@@ -255,6 +255,14 @@ def test_same_run_continues():
     assert check_compatible(meta, config, "a" * 64, 2) == []
 
 
+def test_a_key_that_the_checkpoint_does_not_know_yet_was_its_default():
+    meta = meta_of(config_of())
+    del meta["config"]["model"]["encoder"]
+    assert check_compatible(meta, config_of(), "a" * 64, 2) == []
+    with pytest.raises(CheckpointError, match=r"model\.encoder: 'sparse' in the checkpoint, 'dense' now"):
+        check_compatible(meta, config_of(model={"encoder": "dense"}), "a" * 64, 2)
+
+
 def test_harmless_differences_are_notes():
     meta = meta_of(config_of())
     config = config_of(
