@@ -12,9 +12,11 @@ from safetensors.torch import save_file
 import mpmae
 from mpmae.loader.batch import Batch
 from mpmae.masking import draw_visible, visible_bool
-from mpmae.models.interop import load_reference, reference_parameters
+from mpmae.models.interop import load_reference
 from tests.golden_cases import fill, read_manifest
 from tests.golden_check import cases, check, kind_of, main
+from tests.golden_names import published, published_gradients, published_names
+from tests.golden_tables import check_tables
 
 HERE = Path(__file__).resolve().parent
 GOLDEN = HERE / "golden"
@@ -58,15 +60,18 @@ def test_a_wrong_epsilon_is_found(monkeypatch, name, epsilon, what):
 
 def write_case(folder, name, model, config, seed=7):
     """A case of the golden format whose numbers are our own: 2 samples of 56 px, Sentinel-2 alone."""
-    twins = reference_parameters(model)
-    params = [[twin.name, list(twin.shape), float("norm.weight" in own), 0.1] for own, twin in twins.items()]
+    shapes = published(model, {name: value.detach() for name, value in model.named_parameters()})
+    params = [
+        [ref, list(shapes[ref].shape), float(own.endswith("norm.weight")), 0.1]
+        for own, ref in published_names(model).items()
+    ]
     load_reference(model, {ref: fill(seed, ref, *rest) for ref, *rest in params})
     image = torch.randn(2, len(model.bands_in), 56, 56)
     visible = draw_visible(0, 0, [0, 1], 49, model.num_visible)
     values, valid = {"sentinel2": image}, {"sentinel2": torch.ones_like(image, dtype=torch.bool)}
     out = model.double()(Batch(values, valid, torch.arange(2), {"sentinel2": 2}, 2), visible, return_predictions=True)
     out.loss.backward()
-    norms = {twin.name: model.get_parameter(own).grad.norm().item() for own, twin in twins.items()}
+    norms = {name: grad.norm().item() for name, grad in published_gradients(model).items()}
     entry = {
         "config": {"B": 2, "img": 56, "patch": 8, "orig": False, "ratio": 0.9, "weight_seed": seed, **config},
         "params": params,
@@ -114,6 +119,7 @@ def test_command(tmp_path, capsys, monkeypatch):
         "multimae_x: skipped: this project has no model of that kind",
         "dense_p8_56 float64: ok",
         "dense_p8_56 float32: ok",
+        *(f"{table}: ok" for table in check_tables(GOLDEN)),
     ]
     assert main([str(tmp_path), "dense_p9"]) == 2
     monkeypatch.setattr("tests.golden_dense.REFERENCE_GRN_EPS", 1e-2)

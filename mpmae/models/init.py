@@ -4,8 +4,8 @@
 published code (MMEarth-train, `models/fcmae.py`, `_init_weights`), where most layers get a truncated normal of standard
 deviation 1 that is cut at -2 and 2 (their values then spread by 0.88): the depthwise convolutions, the linear layers of the
 sparse blocks, the projection and the pixel heads; the dense kernels of the sparse convolutions, the linear layers of the
-decoder, the tile heads and the mask token get 0.02. In a dense encoder it is the other way round: all convolutions get 1, all
-linear layers 0.02. Biases, GRN and log variances start at 0, LayerNorm at 1 and 0.
+decoder, the tile heads and the mask token get 0.02. In a dense encoder it is the other way round: all convolutions get 1,
+all linear layers 0.02. Biases, GRN and log variances start at 0, LayerNorm at 1 and 0.
 
 The default was chosen by measurement: benchmarks/init.py, "Which initial weights" in benchmarks/RESULTS.md.
 """
