@@ -5,6 +5,11 @@ normal of standard deviation 1 that is cut at -2 and 2 (their values then spread
 linear layers of the sparse blocks, the projection and the pixel heads. The dense kernels of the sparse convolutions, the
 linear layers of the decoder, the tile heads and the mask token get 0.02. "convnextv2" is 0.02 everywhere (arXiv 2301.00808,
 appendix A). Biases, GRN and log variances start at 0, LayerNorm at 1 and 0.
+
+"convnextv2" is the default since it trains better in short runs on real tiles: after 200 steps, at the better of two peak
+rates and over three seeds, its validation loss is 0.63 +- 0.04 of the trivial predictor's, that of "reference" 1.09 +- 0.01
+(benchmarks/records/20261121-074147-initial-weights.json). The larger rate was the better one for both; higher ones were not
+tried, nor whether "reference" catches up in a long run.
 """
 
 from torch import nn

@@ -52,7 +52,7 @@ def create_model(
     decoder_dim: int = 512,
     decoder_depth: int = 1,
     grn_scope: str | None = None,
-    init: str = "reference",
+    init: str = "convnextv2",
     reference_quirks: bool = False,
     bands_available: Mapping[str, Sequence[str]] | None = None,
 ) -> MPMAE:
@@ -65,7 +65,7 @@ def create_model(
     loss_weighting: "uncertainty" (learned log variances) or "unweighted". norm_pix_loss: whether sentinel2 targets are
     normalised per patch. grn_scope: over which sites the encoder's GRN takes its norm, "sample" or "batch" (the published
     code; results then depend on the micro batch); None: "batch" with reference_quirks, else "sample".
-    init: "reference" (published code) or "convnextv2" (0.02 everywhere).
+    init: "convnextv2" (0.02 everywhere; trains better, see `mpmae.models.init`) or "reference" (published code).
     reference_quirks: what the published code computes where that differs, line by line in docs/quirks.md; it reads the bands
     that it reconstructs, so bands_in then defaults to sentinel2's output bands and may not differ from them. Its loaders
     need the same switch (`CpuLoader(reference_quirks=True)`; a run sets it from its configuration).
