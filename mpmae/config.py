@@ -1,6 +1,7 @@
 """The run configuration: one typed tree, read as defaults < YAML file < `key=value`.
 
-The defaults of this module are the published recipe of MP-MAE (arXiv 2405.02771, section 4 and the MMEarth-train code).
+The defaults of this module are the published recipe of MP-MAE (arXiv 2405.02771, section 4 and the MMEarth-train code), but
+for the initial weights (`model.init`), which were measured: see `mpmae.models.init`.
 Everything that the DeepSpeed JSON owns (ZeRO stage, buckets, offload, communication) is not here.
 """
 

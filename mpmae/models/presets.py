@@ -69,7 +69,7 @@ def create_model(
     loss_weighting: "uncertainty" (learned log variances) or "unweighted". norm_pix_loss: whether sentinel2 targets are
     normalised per patch. grn_scope: over which sites the encoder's GRN takes its norm, "sample" or "batch" (the published
     sparse code; results then depend on the micro batch); None: "batch" with reference_quirks, else "sample".
-    init: "convnextv2" (0.02 everywhere) or "reference" (published code); measured by benchmarks/init.py, see RESULTS.md.
+    init: "convnextv2" (0.02 everywhere; trains better, see `mpmae.models.init`) or "reference" (published code).
     reference_quirks: what the published code computes where that differs, line by line in docs/quirks.md; it reads the bands
     that it reconstructs, so bands_in then defaults to sentinel2's output bands and may not differ from them. With the dense
     encoder also its stem without padding and GRN eps 1e-4 (see `mpmae.models.dense`). Loaders need the same switch

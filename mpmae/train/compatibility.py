@@ -5,7 +5,7 @@ from typing import Any
 from mpmae.config import RunConfig
 from mpmae.errors import CheckpointError
 
-_FREE = ("run", "log", "checkpoint", "engine", "data.shards", "data.num_workers", "data.prefetch")
+_FREE = ("run", "log", "checkpoint", "engine", "data.shards", "data.num_workers", "data.prefetch", "model.init")
 _FORBIDDEN = ("model", "train.global_batch_size", "train.seed", "data.train_split")
 
 

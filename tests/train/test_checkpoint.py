@@ -266,7 +266,11 @@ def test_a_key_that_the_checkpoint_does_not_know_yet_was_its_default():
 def test_harmless_differences_are_notes():
     meta = meta_of(config_of())
     config = config_of(
-        train={"epochs": 300}, optim={"lr": 0.01}, run={"dir": "elsewhere"}, data={"shards": "moved", "num_workers": 7}
+        train={"epochs": 300},
+        optim={"lr": 0.01},
+        run={"dir": "elsewhere"},
+        model={"init": "reference"},
+        data={"shards": "moved", "num_workers": 7},
     )
     notes = check_compatible(meta, config, "a" * 64, 4)
     assert len(notes) == 3
