@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -191,7 +192,7 @@ def test_a_published_pickle_end_to_end(tmp_path):
     source = schemes.mmearth(variant="S2")
     optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.95)}]}
     scaler = {"scale": 65536.0, "growth_factor": 2.0}
-    command_line = argparse.Namespace(patch_size=8, out_modalities={"sentinel2": ["B2"]}, distributed=False)
+    command_line = argparse.Namespace(patch_size=8, out_modalities={"sentinel2": ["B2"]}, data_dir=Path("data"))
     content = {"model": source, "optimizer": optimizer, "epoch": 199, "scaler": scaler, "args": command_line}
     torch.save(content, tmp_path / "checkpoint-199.pth")
     model = mpmae.create_model("mpmae_atto", modalities_out=("sentinel2",))
