@@ -268,3 +268,46 @@ def test_a_fine_tuned_dense_model_keeps_its_geometry():
     assert mpmae.create_encoder("convnextv2_atto", checkpoint=source, stem_padding="same").stages[0][0].grn.eps == 1e-6
     assert mpmae.create_unet("convnextv2_atto", num_classes=2, checkpoint=source).encoder.stages[0][0].grn.eps == 1e-4
     assert mpmae.create_encoder("convnextv2_atto", checkpoint=schemes.mmearth()).stem_padding == "same"
+
+
+GAMMA, BIAS = "encoder.stages.0.0.grn.gamma", "encoder.stages.0.0.dwconv.bias"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "problem"),
+    [
+        (GAMMA, lambda v: v.reshape(2, -1), "expected a vector"),
+        (BIAS, lambda v: v.reshape(2, -1), "expected a vector"),
+        ("mask_token", lambda v: v.reshape(1, 4, 4, 1), "expected a vector"),
+        ("loss_fn.log_vars", lambda v: v[0], "a single number"),
+        ("encoder.stages.0.0.norm.ln.weight", lambda v: v[0], "a single number"),
+        ("proj.weight", lambda v: v[0, 0, 0, 0], "a single number"),
+        ("proj.weight", lambda v: v.to_sparse(), "torch.sparse_coo"),
+        ("proj.weight", lambda v: v.to("meta"), "on the meta device"),
+        ("proj.weight", lambda v: v.to(torch.float8_e4m3fn), "was it quantised"),
+        ("proj.weight", lambda v: v.numpy(), "is a ndarray, no tensor"),
+        (
+            "module.proj.weight",
+            lambda v: torch.zeros(16, 320, 1, 1),
+            "module.proj.weight and proj.weight are the same weight",
+        ),
+        (3, lambda v: torch.zeros(1), "key 3 is no name"),
+    ],
+)
+def test_no_weight_of_this_scheme(name, change, problem):
+    state = schemes.mmearth(variant="S2", decoder_dim=16)
+    state[name] = change(state.get(name))
+    with pytest.raises(CheckpointError, match=problem):
+        read_weights(state)
+
+
+@pytest.mark.parametrize("name", ["downsample_layers.9.0.weight", "downsample_layers.0.5.bias"])
+def test_a_layer_that_no_convnext_has_is_listed(name):
+    assert read_weights(schemes.facebook() | {name: torch.zeros(3)}).unknown == (name,)
+
+
+def test_copies_of_the_decoder_of_another_dtype():
+    state = schemes.mmearth(variant="img_mod", decoder_dim=16)
+    name = "decoder_dict.biome.0.pwconv1.weight"
+    with pytest.raises(CheckpointError, match=f"{name} differs from"):
+        read_weights(state | {name: state[name].double()})

@@ -32,6 +32,7 @@ from mpmae.models.interop.pickles import load_pickle
 
 CONFIG_NAME = "config.json"
 _WRAPPED = ("model", "state_dict", "module")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,21 @@ def _config_beside(path: Path) -> dict[str, Any] | None:
         raise CheckpointError(f"{config} is not JSON: {error}") from error
 
 
+def _raw_problems(raw: dict[Any, Any], where: str) -> list[str]:
+    """What is no name, no tensor, or twice there once `strip_wrappers` has gone over the names."""
+    problems = [f"{where}: key {name!r} is no name of a weight" for name in raw if not isinstance(name, str)]
+    problems += [f"{where}: {name} is a {type(v).__name__}, no tensor" for name, v in raw.items() if not torch.is_tensor(v)]
+    first: dict[str, str] = {}
+    for name in raw:
+        if isinstance(name, str) and first.setdefault(strip_wrappers(name), name) != name:
+            problems.append(f"{where}: {name} and {first[strip_wrappers(name)]} are the same weight; take one of them out")
+    return problems
+
+
 def _canonical(raw: dict[str, Tensor], where: str, config: dict[str, Any] | None) -> Weights:
+    problems = _raw_problems(raw, where)
+    if problems:
+        raise CheckpointError(problems)
     names = {strip_wrappers(name): value for name, value in raw.items()}
     scheme = scheme_of(names)
     if scheme is None:
@@ -145,14 +160,21 @@ def _canonical(raw: dict[str, Tensor], where: str, config: dict[str, Any] | None
             "MMEarth-train, facebookresearch/ConvNeXt-V2, timm or this project"
         )
     original_stem = any("stem_orig." in name for name in names)
-    state, unknown, reshaped, problems, origin = {}, [], [], [], {}
+    state, unknown, reshaped, origin = {}, [], [], {}
     for name, value in names.items():
         new = canonical_name(name, scheme, original_stem)
         if new is None:
             unknown.append(name)
             continue
-        if not value.is_floating_point():
+        if value.dtype not in _FLOATS:
             problems.append(f"{where}: {name} is {value.dtype}, expected floating-point weights; was it quantised?")
+            continue
+        if value.is_meta or value.layout != torch.strided:
+            kind = "on the meta device" if value.is_meta else f"stored as {value.layout}"
+            problems.append(f"{where}: {name} is {kind}; expected a dense tensor with values")
+            continue
+        if value.ndim == 0:
+            problems.append(f"{where}: {name} is a single number; no weight has shape []")
             continue
         try:
             moved = canonical_layout(new, value, name.endswith(".kernel"))
@@ -160,8 +182,9 @@ def _canonical(raw: dict[str, Tensor], where: str, config: dict[str, Any] | None
             problems.append(f"{where}: {name} has shape {list(value.shape)}: {error}")
             continue
         if new in state:
-            if not torch.equal(state[new], moved):
-                problems.append(f"{where}: {name} differs from {origin[new]}; expected one decoder shared by all modalities")
+            if state[new].dtype != moved.dtype or not torch.equal(state[new], moved):
+                why = "one decoder shared by all modalities" if new.startswith("decoder.") else f"one {new}"
+                problems.append(f"{where}: {name} differs from {origin[new]}; expected {why}")
             continue
         if not bool(moved.isfinite().all()):
             problems.append(f"{where}: {name} holds NaN or inf; the run that wrote it had diverged")
