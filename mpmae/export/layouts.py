@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mpmae.checkpoint_format import MMEARTH_NAME
 from mpmae.errors import CheckpointError
 from mpmae.export.card import model_card
 from mpmae.export.config import CONFIG_NAME, WEIGHTS_NAME, ExportConfig
@@ -83,7 +84,7 @@ def write_mmearth(state: State, config: ExportConfig, folder: Path) -> None:
         raise CheckpointError(
             "--to mmearth needs the whole pretraining model, decoder and heads too; these weights lack them"
         )
-    torch.save({"model": to_mmearth(_part(state, PRETRAINING))}, folder / "checkpoint.pth")
+    torch.save({"model": to_mmearth(_part(state, PRETRAINING))}, folder / MMEARTH_NAME)
     (folder / CONFIG_NAME).write_text(config.dump())
 
 

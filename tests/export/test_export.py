@@ -34,8 +34,7 @@ WHOLE = ("safetensors", "mmearth")
 def test_bits_survive_the_way_out_and_back(target, stem, patch_size, make_source, tmp_path):
     source, state = make_source(stem=stem, patch_size=patch_size)
     done = export(source, target, tmp_path / "out")
-    path = done.folder / "checkpoint.pth" if target == "mmearth" else done.folder
-    back = read_weights(path).state
+    back = read_weights(done.folder).state
     kept = {name: value for name, value in state.items() if target in WHOLE or name.startswith("encoder.")}
     assert set(back) - set(kept) <= {"norm.weight", "norm.bias"}
     assert set(kept) <= set(back)
@@ -227,3 +226,22 @@ def test_command(make_source, tmp_path, capsys):
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(state)
     assert main([str(tmp_path / "absent"), "--to", "hub", "--output", str(tmp_path / "no")]) == 2
     assert "error: no checkpoint" in capsys.readouterr().err
+
+
+def test_the_layout_of_mmearth_keeps_what_the_config_says(make_source, tmp_path):
+    source, _ = make_source(bands_in=("B4", "B3", "B2"))
+    config = export(source, "safetensors", tmp_path / "a", licence="MIT").config.model_copy(
+        update={"bands_in": ("B4", "B3", "B2")}
+    )
+    (tmp_path / "a" / "config.json").write_text(config.dump())
+    export(tmp_path / "a", "mmearth", tmp_path / "b")
+    for source in (tmp_path / "b", tmp_path / "b" / "checkpoint.pth"):
+        back = export(source, "hub", tmp_path / f"to {source.name}").config
+        assert (back.bands_in, back.licence) == (("B4", "B3", "B2"), "MIT")
+
+
+@pytest.mark.parametrize("content", ["[1]", '"x"', '{"mpmae": "x"}', "null"])
+def test_a_config_of_another_program_says_nothing(content, make_source, tmp_path):
+    folder = export(make_source()[0], "safetensors", tmp_path / "a").folder
+    (folder / "config.json").write_text(content)
+    assert read_weights(folder).stem_padding == "same"

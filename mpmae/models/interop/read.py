@@ -3,7 +3,7 @@
 | source                                           | how it is told                                             |
 |--------------------------------------------------|------------------------------------------------------------|
 | our checkpoint (`step-N`), a run folder          | checkpoint.json, `checkpoints/`; of a run the newest one   |
-| an exported folder                               | config.json and model.safetensors                          |
+| an exported folder                               | config.json, model.safetensors or checkpoint.pth           |
 | DeepSpeed, any ZeRO stage and number of ranks    | `*mp_rank_00_model_states.pt`                              |
 | torch.distributed.checkpoint                     | `.metadata`                                                |
 | file: safetensors                                | its suffix                                                 |
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mpmae.checkpoint_format import ENGINE_FOLDER, META_NAME, MODEL_NAME, load_meta, newest_checkpoint
+from mpmae.checkpoint_format import ENGINE_FOLDER, META_NAME, MMEARTH_NAME, MODEL_NAME, load_meta, newest_checkpoint
 from mpmae.errors import CheckpointError
 from mpmae.models.dense import REFERENCE_GRN_EPS, SPARSE_GRN_EPS
 from mpmae.models.interop import folders
@@ -54,7 +54,8 @@ class Weights:
     def recorded(self, key: str) -> Any:
         """What `config` says of `key`: at its top, or in our part of a config.json that another program owns; else None."""
         config = self.config or {}
-        return config.get(key, (config.get("mpmae") or {}).get(key))
+        ours = config.get("mpmae")
+        return config.get(key, ours.get(key) if isinstance(ours, dict) else None)
 
     @property
     def stem_padding(self) -> str:
@@ -91,8 +92,9 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None
         folder = newest
     if (folder / META_NAME).is_file():
         return _read_file(folder / MODEL_NAME), load_meta(folder), folder
-    if (folder / MODEL_NAME).is_file():
-        return _read_file(folder / MODEL_NAME), _config_beside(folder / MODEL_NAME), folder
+    for name in (MODEL_NAME, MMEARTH_NAME):
+        if (folder / name).is_file():
+            return _read_file(folder / name), _config_beside(folder / name), folder
     tag = folder / "latest"
     candidates = [folder, folder / ENGINE_FOLDER / "deepspeed"]
     if tag.is_file():  # DeepSpeed's own pointer to the newest of several
@@ -128,12 +130,13 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 def _config_beside(path: Path) -> dict[str, Any] | None:
     config = path.with_name(CONFIG_NAME)
-    if path.suffix != ".safetensors" or not config.is_file():
+    if not (path.suffix == ".safetensors" or path.name == MMEARTH_NAME) or not config.is_file():
         return None
     try:
-        return json.loads(config.read_text())
+        content = json.loads(config.read_text())
     except ValueError as error:
         raise CheckpointError(f"{config} is not JSON: {error}") from error
+    return content if isinstance(content, dict) else None
 
 
 def _raw_problems(raw: dict[Any, Any], where: str) -> list[str]:
