@@ -44,7 +44,7 @@ def write_timm(state: State, config: ExportConfig, folder: Path) -> None:
     problems = timm_problems(config)
     if problems:
         raise CheckpointError([f"{problem}; use --to hub, which keeps the model as it is" for problem in problems])
-    _save(to_timm(_with_norm(_part(state, DENSE))), folder / WEIGHTS_NAME)
+    _save(to_timm(_with_norm(_dense_part(state))), folder / WEIGHTS_NAME)
     (folder / CONFIG_NAME).write_text(json.dumps(_timm_config(config), indent=1) + "\n")
 
 
@@ -65,7 +65,7 @@ def timm_problems(config: ExportConfig) -> list[str]:
 
 def write_hub(state: State, config: ExportConfig, folder: Path) -> None:
     """Encoder and classifier with the code that runs them, free of mpmae."""
-    _save({name.removeprefix("encoder."): value for name, value in _part(state, DENSE).items()}, folder / WEIGHTS_NAME)
+    _save({name.removeprefix("encoder."): value for name, value in _dense_part(state).items()}, folder / WEIGHTS_NAME)
     (folder / CONFIG_NAME).write_text(config.dump())
     (folder / DENSE_MODULE).write_bytes(Path(dense.__file__).read_bytes())
     (folder / "hubconf.py").write_bytes(Path(__file__).with_name("hubconf.py").read_bytes())
@@ -99,6 +99,12 @@ WRITERS: dict[str, Callable[[State, ExportConfig, Path], None]] = {
 
 def _part(state: State, kept: tuple[str, ...]) -> State:
     return {name: value for name, value in state.items() if name.startswith(kept)}
+
+
+def _dense_part(state: State) -> State:
+    if any(name.startswith("upsamples.") for name in state):
+        raise CheckpointError("these weights are of a U-Net; use --to safetensors, which keeps it whole")
+    return _part(state, DENSE)
 
 
 def _with_norm(state: State) -> State:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import mpmae
 from mpmae.errors import CheckpointError, ConfigError
 from mpmae.export import export, layouts, load_config
 from mpmae.export.cli import main
@@ -245,3 +246,25 @@ def test_a_config_of_another_program_says_nothing(content, make_source, tmp_path
     folder = export(make_source()[0], "safetensors", tmp_path / "a").folder
     (folder / "config.json").write_text(content)
     assert read_weights(folder).stem_padding == "same"
+
+
+@pytest.mark.parametrize("target", ["timm", "hub", "hf", "mmearth"])
+def test_a_unet_goes_out_whole_only(target, tmp_path):
+    state = mpmae.create_unet("convnextv2_atto", num_classes=3, stem="convnext").state_dict()
+    save_file(state, tmp_path / "unet.safetensors")
+    with pytest.raises(CheckpointError, match=r"U-Net; use --to safetensors|whole pretraining model"):
+        export(tmp_path / "unet.safetensors", target, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    done = export(tmp_path / "unet.safetensors", "safetensors", tmp_path / "out")
+    back = mpmae.create_unet("convnextv2_atto", num_classes=3, checkpoint=done.folder).state_dict()
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+def test_output_is_the_empty_working_folder_or_a_link(make_source, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    export(make_source()[0], "hub", tmp_path / "link")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in (export(make_source()[0], "hub", ".").folder, tmp_path / "empty"):
+        assert (folder / "hubconf.py").is_file()
