@@ -311,3 +311,10 @@ def test_copies_of_the_decoder_of_another_dtype():
     name = "decoder_dict.biome.0.pwconv1.weight"
     with pytest.raises(CheckpointError, match=f"{name} differs from"):
         read_weights(state | {name: state[name].double()})
+
+
+def test_a_model_without_memory_takes_no_weights():
+    with torch.device("meta"):
+        model = mpmae.create_model("mpmae_atto", modalities_out=("sentinel2",), decoder_dim=16)
+    with pytest.raises(CheckpointError, match="on the meta device"):
+        load_reference(model, schemes.mmearth(variant="S2", decoder_dim=16))

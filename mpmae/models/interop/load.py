@@ -77,7 +77,9 @@ def _load(model: nn.Module, weights: Weights, may_be_unused: tuple[str, ...], ma
         value = state.pop(name, None)
         shape = list(parameter.shape)
         optional = name.startswith(may_be_fresh)
-        if value is None or (optional and value.shape != parameter.shape):
+        if parameter.is_meta:
+            problems.append(f"{name} of the model is on the meta device; give it memory first (model.to_empty)")
+        elif value is None or (optional and value.shape != parameter.shape):
             unused += [name] if value is not None else []
             fresh.append(name) if optional else problems.append(f"{where}: missing {name} {shape}")
         elif value.shape != parameter.shape:
