@@ -84,7 +84,8 @@ def write_mmearth(state: State, config: ExportConfig, folder: Path) -> None:
         raise CheckpointError(
             "--to mmearth needs the whole pretraining model, decoder and heads too; these weights lack them"
         )
-    torch.save({"model": to_mmearth(_part(state, PRETRAINING))}, folder / MMEARTH_NAME)
+    sparse = config.stem_padding == "same"  # else it is of the dense code, which has another geometry
+    torch.save({"model": to_mmearth(_part(state, PRETRAINING), sparse=sparse)}, folder / MMEARTH_NAME)
     (folder / CONFIG_NAME).write_text(config.dump())
 
 

@@ -268,3 +268,15 @@ def test_output_is_the_empty_working_folder_or_a_link(make_source, tmp_path, mon
     monkeypatch.chdir(tmp_path / "here")
     for folder in (export(make_source()[0], "hub", ".").folder, tmp_path / "empty"):
         assert (folder / "hubconf.py").is_file()
+
+
+def test_the_dense_layout_of_mmearth_stays_dense(tmp_path):
+    source = schemes.mmearth(variant="S2", sparse=False, decoder_dim=16)
+    torch.save({"model": source}, tmp_path / "w.pth")
+    export(tmp_path / "w.pth", "mmearth", tmp_path / "out")
+    content = torch.load(tmp_path / "out" / "checkpoint.pth")["model"]
+    assert set(source) - set(content) == {
+        f"encoder.{part}.{leaf}" for part in ("norm", "head") for leaf in ("weight", "bias")
+    }
+    for name, value in content.items():
+        assert torch.equal(value, source[name]), name

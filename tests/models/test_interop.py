@@ -318,3 +318,13 @@ def test_a_model_without_memory_takes_no_weights():
         model = mpmae.create_model("mpmae_atto", modalities_out=("sentinel2",), decoder_dim=16)
     with pytest.raises(CheckpointError, match="on the meta device"):
         load_reference(model, schemes.mmearth(variant="S2", decoder_dim=16))
+
+
+@pytest.mark.parametrize("quirks", [False, True])
+def test_a_run_with_the_dense_encoder_keeps_its_geometry(quirks):
+    options = {"img_size": 48, "patch_size": 16, "encoder": "dense", "reference_quirks": quirks, "decoder_dim": 16}
+    model = mpmae.create_model("mpmae_atto", **options)
+    meta = {"files": {}, "config": {"model": options}}
+    weights = Weights(read_weights(model.state_dict()).state, "mpmae", "step-1", meta)
+    encoder, image = mpmae.create_encoder("convnextv2_atto", checkpoint=weights), torch.randn(1, 12, 48, 48)
+    assert torch.equal(encoder.forward_features(image), model.encoder.forward_features(image))

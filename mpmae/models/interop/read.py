@@ -60,12 +60,18 @@ class Weights:
     @property
     def stem_padding(self) -> str:
         """With which the dense model computes what these weights were trained for: see `mpmae.models.dense.Backbone`."""
-        return self.recorded("stem_padding") or ("reference" if self.scheme == "mmearth-dense" else "same")
+        return self.recorded("stem_padding") or ("reference" if self._as_published else "same")
 
     @property
     def grn_eps(self) -> float:
         """As `stem_padding`, for the epsilon of GRN."""
-        return self.recorded("grn_eps") or (REFERENCE_GRN_EPS if self.scheme == "mmearth-dense" else SPARSE_GRN_EPS)
+        return self.recorded("grn_eps") or (REFERENCE_GRN_EPS if self._as_published else SPARSE_GRN_EPS)
+
+    @property
+    def _as_published(self) -> bool:
+        """Whether these were trained as the published dense model, by its own code or by a run of ours with its quirks."""
+        run = (self.recorded("config") or {}).get("model") or {}
+        return self.scheme == "mmearth-dense" or (run.get("encoder") == "dense" and run.get("reference_quirks") is True)
 
 
 def read_weights(source: Mapping[str, Tensor] | str | Path) -> Weights:
