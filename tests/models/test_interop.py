@@ -328,3 +328,12 @@ def test_a_run_with_the_dense_encoder_keeps_its_geometry(quirks):
     weights = Weights(read_weights(model.state_dict()).state, "mpmae", "step-1", meta)
     encoder, image = mpmae.create_encoder("convnextv2_atto", checkpoint=weights), torch.randn(1, 12, 48, 48)
     assert torch.equal(encoder.forward_features(image), model.encoder.forward_features(image))
+
+
+def test_bands_in_another_order():
+    options = {"modalities_out": ("sentinel2",), "decoder_dim": 16}
+    state = mpmae.create_model("mpmae_atto", bands_in=("B4", "B3", "B2"), **options).state_dict()
+    weights = Weights(read_weights(state).state, "mpmae", "w", {"bands_in": ["B4", "B3", "B2"]})
+    with pytest.raises(CheckpointError, match="w was trained on B4, B3, B2, in this order; the model reads B2, B3, B4"):
+        load_reference(mpmae.create_model("mpmae_atto", bands_in=("B2", "B3", "B4"), **options), weights)
+    load_reference(mpmae.create_model("mpmae_atto", bands_in=("B4", "B3", "B2"), **options), weights)
