@@ -91,6 +91,9 @@ def test_deepspeed_files_of_something_else(state, tmp_path):
         torch.save(content, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
         with pytest.raises(CheckpointError, match="the ZeRO partitions do not fit"):
             read_weights(tmp_path)
+    torch.save({}, tmp_path / "zero_pp_rank_2_mp_rank_00_optim_states.pt")
+    with pytest.raises(CheckpointError, match=r"of ranks \[0, 2\], expected 0 to 1"):
+        read_weights(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,11 @@ def read_deepspeed(folder: Path) -> dict[str, Tensor]:
         if states.get("param_shapes"):
             raise CheckpointError(f"{folder}: the files *_optim_states.pt are absent, and with them the float32 weights")
         return dict(states["module"])
+    ranks = [_rank(path) for path in paths]
+    if ranks != list(range(len(ranks))):
+        raise CheckpointError(
+            f"{folder}: files *_optim_states.pt of ranks {ranks}, expected 0 to {len(ranks) - 1}, each once"
+        )
     loaded = [load_pickle(path) for path in paths]
     try:
         partitions = [content["optimizer_state_dict"] for content in loaded]

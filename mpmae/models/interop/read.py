@@ -104,7 +104,7 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None
     tag = folder / "latest"
     candidates = [folder, folder / ENGINE_FOLDER / "deepspeed"]
     if tag.is_file():  # DeepSpeed's own pointer to the newest of several
-        candidates.append(folder / tag.read_text().strip())
+        candidates.append(folder / tag.read_text(errors="replace").strip())
     for candidate in candidates:
         if folders.is_deepspeed(candidate):
             return folders.read_deepspeed(candidate), None, candidate
