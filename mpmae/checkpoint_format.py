@@ -21,6 +21,7 @@ from mpmae.errors import CheckpointError
 FORMAT_VERSION = 1
 META_NAME = "checkpoint.json"
 MODEL_NAME = "model.safetensors"
+MMEARTH_NAME = "checkpoint.pth"  # of an export in MMEarth-train's layout
 ENGINE_FOLDER = "engine"
 LATEST_NAME = "latest"
 _LOG = logging.getLogger(__name__)

@@ -38,7 +38,7 @@ def export(
     """
     if target not in get_args(Target):
         raise ConfigError(f"export: target {target!r}, expected one of {', '.join(get_args(Target))}")
-    output = Path(output)
+    output = Path(output).resolve()  # a link or `.` is what it points to
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         what = "is not empty" if output.is_dir() else "is a file"
         raise CheckpointError(f"{output} {what}; give a new folder")

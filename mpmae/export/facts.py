@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import mpmae
+from mpmae.checkpoint_format import MMEARTH_NAME, MODEL_NAME
 from mpmae.errors import CheckpointError
 from mpmae.export.config import ArchitectureEntry, BandStatistics, ExportConfig, Provenance, Target, parse_config
 from mpmae.modalities import spec_of
@@ -180,9 +181,9 @@ def _source_file(path: Path) -> tuple[str, str | None]:
     """Name and SHA-256 of the file with the weights; of a folder of many, over their names and hashes."""
     if not path.exists():
         return str(path), None
-    if (path / "model.safetensors").is_file():
-        path = path / "model.safetensors"
-        return f"{path.parent.name}/{path.name}", _sha256(path)
+    for name in (MODEL_NAME, MMEARTH_NAME):
+        if (path / name).is_file():
+            return f"{path.name}/{name}", _sha256(path / name)
     if path.is_file():
         return path.name, _sha256(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mpmae.checkpoint_format import MMEARTH_NAME
 from mpmae.errors import CheckpointError
 from mpmae.export.card import model_card
 from mpmae.export.config import CONFIG_NAME, WEIGHTS_NAME, ExportConfig
@@ -43,7 +44,7 @@ def write_timm(state: State, config: ExportConfig, folder: Path) -> None:
     problems = timm_problems(config)
     if problems:
         raise CheckpointError([f"{problem}; use --to hub, which keeps the model as it is" for problem in problems])
-    _save(to_timm(_with_norm(_part(state, DENSE))), folder / WEIGHTS_NAME)
+    _save(to_timm(_with_norm(_dense_part(state))), folder / WEIGHTS_NAME)
     (folder / CONFIG_NAME).write_text(json.dumps(_timm_config(config), indent=1) + "\n")
 
 
@@ -64,7 +65,7 @@ def timm_problems(config: ExportConfig) -> list[str]:
 
 def write_hub(state: State, config: ExportConfig, folder: Path) -> None:
     """Encoder and classifier with the code that runs them, free of mpmae."""
-    _save({name.removeprefix("encoder."): value for name, value in _part(state, DENSE).items()}, folder / WEIGHTS_NAME)
+    _save({name.removeprefix("encoder."): value for name, value in _dense_part(state).items()}, folder / WEIGHTS_NAME)
     (folder / CONFIG_NAME).write_text(config.dump())
     (folder / DENSE_MODULE).write_bytes(Path(dense.__file__).read_bytes())
     (folder / "hubconf.py").write_bytes(Path(__file__).with_name("hubconf.py").read_bytes())
@@ -83,7 +84,8 @@ def write_mmearth(state: State, config: ExportConfig, folder: Path) -> None:
         raise CheckpointError(
             "--to mmearth needs the whole pretraining model, decoder and heads too; these weights lack them"
         )
-    torch.save({"model": to_mmearth(_part(state, PRETRAINING))}, folder / "checkpoint.pth")
+    sparse = config.stem_padding == "same"  # else it is of the dense code, which has another geometry
+    torch.save({"model": to_mmearth(_part(state, PRETRAINING), sparse=sparse)}, folder / MMEARTH_NAME)
     (folder / CONFIG_NAME).write_text(config.dump())
 
 
@@ -98,6 +100,12 @@ WRITERS: dict[str, Callable[[State, ExportConfig, Path], None]] = {
 
 def _part(state: State, kept: tuple[str, ...]) -> State:
     return {name: value for name, value in state.items() if name.startswith(kept)}
+
+
+def _dense_part(state: State) -> State:
+    if any(name.startswith("upsamples.") for name in state):
+        raise CheckpointError("these weights are of a U-Net; use --to safetensors, which keeps it whole")
+    return _part(state, DENSE)
 
 
 def _with_norm(state: State) -> State:

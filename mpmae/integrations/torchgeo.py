@@ -8,7 +8,6 @@ The weights are downloaded when a model is built with them, into torch.hub's fol
 Source of names and addresses: MMEarth-train, `hubconf.py`.
 """
 
-import argparse
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torchvision.models._api import Weights, WeightsEnum
 from mpmae.errors import CheckpointError
 from mpmae.modalities import spec_of
 from mpmae.models import ConvNeXtV2, create_encoder
+from mpmae.models.interop.pickles import HARMLESS
 
 _PUBLISHED = "https://sid.erda.dk/share_redirect/g23YOnaaTp"
 
@@ -72,8 +72,8 @@ def convnextv2_atto(weights: ConvNeXtV2_Atto_Weights | None = None, *args: Any, 
     weights = ConvNeXtV2_Atto_Weights.verify(weights)
     if weights is None:
         return create_encoder("convnextv2_atto", *args, **kwargs)
-    # All files are named alike, so the name in the cache is the folder's. They hold their command line as a Namespace.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    # All files are named alike, so the name in the cache is the folder's. They hold their command line too.
+    with torch.serialization.safe_globals(HARMLESS):
         content = weights.get_state_dict(
             progress=True, map_location="cpu", weights_only=True, file_name=f"{weights.meta['checkpoint']}.pth"
         )

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import mpmae
 from mpmae.errors import CheckpointError, ConfigError
 from mpmae.export import export, layouts, load_config
 from mpmae.export.cli import main
@@ -34,8 +35,7 @@ WHOLE = ("safetensors", "mmearth")
 def test_bits_survive_the_way_out_and_back(target, stem, patch_size, make_source, tmp_path):
     source, state = make_source(stem=stem, patch_size=patch_size)
     done = export(source, target, tmp_path / "out")
-    path = done.folder / "checkpoint.pth" if target == "mmearth" else done.folder
-    back = read_weights(path).state
+    back = read_weights(done.folder).state
     kept = {name: value for name, value in state.items() if target in WHOLE or name.startswith("encoder.")}
     assert set(back) - set(kept) <= {"norm.weight", "norm.bias"}
     assert set(kept) <= set(back)
@@ -227,3 +227,56 @@ def test_command(make_source, tmp_path, capsys):
     assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(state)
     assert main([str(tmp_path / "absent"), "--to", "hub", "--output", str(tmp_path / "no")]) == 2
     assert "error: no checkpoint" in capsys.readouterr().err
+
+
+def test_the_layout_of_mmearth_keeps_what_the_config_says(make_source, tmp_path):
+    source, _ = make_source(bands_in=("B4", "B3", "B2"))
+    config = export(source, "safetensors", tmp_path / "a", licence="MIT").config.model_copy(
+        update={"bands_in": ("B4", "B3", "B2")}
+    )
+    (tmp_path / "a" / "config.json").write_text(config.dump())
+    export(tmp_path / "a", "mmearth", tmp_path / "b")
+    for source in (tmp_path / "b", tmp_path / "b" / "checkpoint.pth"):
+        back = export(source, "hub", tmp_path / f"to {source.name}").config
+        assert (back.bands_in, back.licence) == (("B4", "B3", "B2"), "MIT")
+
+
+@pytest.mark.parametrize("content", ["[1]", '"x"', '{"mpmae": "x"}', "null"])
+def test_a_config_of_another_program_says_nothing(content, make_source, tmp_path):
+    folder = export(make_source()[0], "safetensors", tmp_path / "a").folder
+    (folder / "config.json").write_text(content)
+    assert read_weights(folder).stem_padding == "same"
+
+
+@pytest.mark.parametrize("target", ["timm", "hub", "hf", "mmearth"])
+def test_a_unet_goes_out_whole_only(target, tmp_path):
+    state = mpmae.create_unet("convnextv2_atto", num_classes=3, stem="convnext").state_dict()
+    save_file(state, tmp_path / "unet.safetensors")
+    with pytest.raises(CheckpointError, match=r"U-Net; use --to safetensors|whole pretraining model"):
+        export(tmp_path / "unet.safetensors", target, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    done = export(tmp_path / "unet.safetensors", "safetensors", tmp_path / "out")
+    back = mpmae.create_unet("convnextv2_atto", num_classes=3, checkpoint=done.folder).state_dict()
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+
+
+def test_output_is_the_empty_working_folder_or_a_link(make_source, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    export(make_source()[0], "hub", tmp_path / "link")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in (export(make_source()[0], "hub", ".").folder, tmp_path / "empty"):
+        assert (folder / "hubconf.py").is_file()
+
+
+def test_the_dense_layout_of_mmearth_stays_dense(tmp_path):
+    source = schemes.mmearth(variant="S2", sparse=False, decoder_dim=16)
+    torch.save({"model": source}, tmp_path / "w.pth")
+    export(tmp_path / "w.pth", "mmearth", tmp_path / "out")
+    content = torch.load(tmp_path / "out" / "checkpoint.pth")["model"]
+    assert set(source) - set(content) == {
+        f"encoder.{part}.{leaf}" for part in ("norm", "head") for leaf in ("weight", "bias")
+    }
+    for name, value in content.items():
+        assert torch.equal(value, source[name]), name

@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def published(tmp_path, monkeypatch):
             state["encoder.initial_conv.0.bias"] += 1  # else its encoder would be another one's
         path = tmp_path / folder / "checkpoint-199.pth"
         path.parent.mkdir()
-        torch.save({"model": state, "epoch": 199, "args": argparse.Namespace(model="convnextv2_atto")}, path)
+        torch.save({"model": state, "epoch": 199, "args": argparse.Namespace(data_dir=Path("data"))}, path)
         monkeypatch.setattr(weights.value, "url", path.as_uri())
         states[weights] = state
     return states

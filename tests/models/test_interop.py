@@ -268,3 +268,72 @@ def test_a_fine_tuned_dense_model_keeps_its_geometry():
     assert mpmae.create_encoder("convnextv2_atto", checkpoint=source, stem_padding="same").stages[0][0].grn.eps == 1e-6
     assert mpmae.create_unet("convnextv2_atto", num_classes=2, checkpoint=source).encoder.stages[0][0].grn.eps == 1e-4
     assert mpmae.create_encoder("convnextv2_atto", checkpoint=schemes.mmearth()).stem_padding == "same"
+
+
+GAMMA, BIAS = "encoder.stages.0.0.grn.gamma", "encoder.stages.0.0.dwconv.bias"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "problem"),
+    [
+        (GAMMA, lambda v: v.reshape(2, -1), "expected a vector"),
+        (BIAS, lambda v: v.reshape(2, -1), "expected a vector"),
+        ("mask_token", lambda v: v.reshape(1, 4, 4, 1), "expected a vector"),
+        ("loss_fn.log_vars", lambda v: v[0], "a single number"),
+        ("encoder.stages.0.0.norm.ln.weight", lambda v: v[0], "a single number"),
+        ("proj.weight", lambda v: v[0, 0, 0, 0], "a single number"),
+        ("proj.weight", lambda v: v.to_sparse(), "torch.sparse_coo"),
+        ("proj.weight", lambda v: v.to("meta"), "on the meta device"),
+        ("proj.weight", lambda v: v.to(torch.float8_e4m3fn), "was it quantised"),
+        ("proj.weight", lambda v: v.numpy(), "is a ndarray, no tensor"),
+        (
+            "module.proj.weight",
+            lambda v: torch.zeros(16, 320, 1, 1),
+            "module.proj.weight and proj.weight are the same weight",
+        ),
+        (3, lambda v: torch.zeros(1), "key 3 is no name"),
+    ],
+)
+def test_no_weight_of_this_scheme(name, change, problem):
+    state = schemes.mmearth(variant="S2", decoder_dim=16)
+    state[name] = change(state.get(name))
+    with pytest.raises(CheckpointError, match=problem):
+        read_weights(state)
+
+
+@pytest.mark.parametrize("name", ["downsample_layers.9.0.weight", "downsample_layers.0.5.bias"])
+def test_a_layer_that_no_convnext_has_is_listed(name):
+    assert read_weights(schemes.facebook() | {name: torch.zeros(3)}).unknown == (name,)
+
+
+def test_copies_of_the_decoder_of_another_dtype():
+    state = schemes.mmearth(variant="img_mod", decoder_dim=16)
+    name = "decoder_dict.biome.0.pwconv1.weight"
+    with pytest.raises(CheckpointError, match=f"{name} differs from"):
+        read_weights(state | {name: state[name].double()})
+
+
+def test_a_model_without_memory_takes_no_weights():
+    with torch.device("meta"):
+        model = mpmae.create_model("mpmae_atto", modalities_out=("sentinel2",), decoder_dim=16)
+    with pytest.raises(CheckpointError, match="on the meta device"):
+        load_reference(model, schemes.mmearth(variant="S2", decoder_dim=16))
+
+
+@pytest.mark.parametrize("quirks", [False, True])
+def test_a_run_with_the_dense_encoder_keeps_its_geometry(quirks):
+    options = {"img_size": 48, "patch_size": 16, "encoder": "dense", "reference_quirks": quirks, "decoder_dim": 16}
+    model = mpmae.create_model("mpmae_atto", **options)
+    meta = {"files": {}, "config": {"model": options}}
+    weights = Weights(read_weights(model.state_dict()).state, "mpmae", "step-1", meta)
+    encoder, image = mpmae.create_encoder("convnextv2_atto", checkpoint=weights), torch.randn(1, 12, 48, 48)
+    assert torch.equal(encoder.forward_features(image), model.encoder.forward_features(image))
+
+
+def test_bands_in_another_order():
+    options = {"modalities_out": ("sentinel2",), "decoder_dim": 16}
+    state = mpmae.create_model("mpmae_atto", bands_in=("B4", "B3", "B2"), **options).state_dict()
+    weights = Weights(read_weights(state).state, "mpmae", "w", {"bands_in": ["B4", "B3", "B2"]})
+    with pytest.raises(CheckpointError, match="w was trained on B4, B3, B2, in this order; the model reads B2, B3, B4"):
+        load_reference(mpmae.create_model("mpmae_atto", bands_in=("B2", "B3", "B4"), **options), weights)
+    load_reference(mpmae.create_model("mpmae_atto", bands_in=("B4", "B3", "B2"), **options), weights)

@@ -5,6 +5,7 @@ import json
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,15 +71,29 @@ def test_a_plain_pickle_that_torch_did_not_write(tmp_path, capfd):
     assert "ran" not in capfd.readouterr().out
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("kept", [0, 3, 500, 0.5, 0.999])
+@pytest.mark.parametrize("suffix", [".pth", ".legacy.pth", ".safetensors"])
+@pytest.mark.parametrize("kept", [0, 3, 500, *range(501, 540), 0.5, 0.999])
 def test_a_truncated_file(state, tmp_path, suffix, kept):
     path = tmp_path / f"w{suffix}"
-    save_file(state, path) if suffix == ".safetensors" else torch.save({"model": state}, path)
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save({"model": state}, path, _use_new_zipfile_serialization=suffix == ".pth")
     content = path.read_bytes()
     path.write_bytes(content[: int(kept * len(content)) if isinstance(kept, float) else kept])
     with pytest.raises(CheckpointError, match=f"w{suffix}"):
         read_weights(path)
+
+
+def test_deepspeed_files_of_something_else(state, tmp_path):
+    torch.save({"module": state}, tmp_path / "mp_rank_00_model_states.pt")
+    for content in ([3], {}, {"optimizer_state_dict": {}}, {"optimizer_state_dict": {"partition_count": 1}}):
+        torch.save(content, tmp_path / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+        with pytest.raises(CheckpointError, match="the ZeRO partitions do not fit"):
+            read_weights(tmp_path)
+    torch.save({}, tmp_path / "zero_pp_rank_2_mp_rank_00_optim_states.pt")
+    with pytest.raises(CheckpointError, match=r"of ranks \[0, 2\], expected 0 to 1"):
+        read_weights(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -191,7 +206,7 @@ def test_a_published_pickle_end_to_end(tmp_path):
     source = schemes.mmearth(variant="S2")
     optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.95)}]}
     scaler = {"scale": 65536.0, "growth_factor": 2.0}
-    command_line = argparse.Namespace(patch_size=8, out_modalities={"sentinel2": ["B2"]}, distributed=False)
+    command_line = argparse.Namespace(patch_size=8, out_modalities={"sentinel2": ["B2"]}, data_dir=Path("data"))
     content = {"model": source, "optimizer": optimizer, "epoch": 199, "scaler": scaler, "args": command_line}
     torch.save(content, tmp_path / "checkpoint-199.pth")
     model = mpmae.create_model("mpmae_atto", modalities_out=("sentinel2",))

@@ -45,13 +45,19 @@ def read_deepspeed(folder: Path) -> dict[str, Tensor]:
         if states.get("param_shapes"):
             raise CheckpointError(f"{folder}: the files *_optim_states.pt are absent, and with them the float32 weights")
         return dict(states["module"])
-    partitions = [load_pickle(path)["optimizer_state_dict"] for path in paths]
-    _check_complete(folder, partitions)
-    shapes = {name: shape for group in states["param_shapes"] for name, shape in group.items()}
-    join = _join_flat_groups if "fp32_flat_groups" in partitions[0] else _join_fragments
+    ranks = [_rank(path) for path in paths]
+    if ranks != list(range(len(ranks))):
+        raise CheckpointError(
+            f"{folder}: files *_optim_states.pt of ranks {ranks}, expected 0 to {len(ranks) - 1}, each once"
+        )
+    loaded = [load_pickle(path) for path in paths]
     try:
+        partitions = [content["optimizer_state_dict"] for content in loaded]
+        _check_complete(folder, partitions)
+        shapes = {name: shape for group in states["param_shapes"] for name, shape in group.items()}
+        join = _join_flat_groups if "fp32_flat_groups" in partitions[0] else _join_fragments
         weights = join(partitions, states["param_shapes"])
-    except (KeyError, IndexError, RuntimeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, RuntimeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: the ZeRO partitions do not fit each other: {error}") from error
     wrong = [name for name, shape in shapes.items() if name not in weights or weights[name].shape != torch.Size(shape)]
     if wrong:
@@ -112,15 +118,12 @@ class _Reader(FileSystemReader):
 
 def read_dcp(folder: Path) -> dict[str, Tensor]:
     """Name -> whole weight of a DCP folder: the tensors of its model, without optimizer state. Raises CheckpointError."""
-    found = {
-        name: entry
-        for name, entry in load_dcp_index(folder / _DCP_INDEX).state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    prefix = next((p for p in _MODEL_PREFIXES if any(name.startswith(p) for name in found)), "")
-    chosen = {name: entry for name, entry in found.items() if name.startswith(prefix)}
-    state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in chosen.items()}
+    index = load_dcp_index(folder / _DCP_INDEX)
     try:
+        found = {n: entry for n, entry in index.state_dict_metadata.items() if isinstance(entry, TensorStorageMetadata)}
+        prefix = next((p for p in _MODEL_PREFIXES if any(name.startswith(p) for name in found)), "")
+        chosen = {name: entry for name, entry in found.items() if name.startswith(prefix)}
+        state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in chosen.items()}
         load(state, storage_reader=_Reader(folder), no_dist=True)
     except (CheckpointException, Exception) as error:  # DCP's own is not a subclass of Exception
         raise CheckpointError(f"{folder} cannot be read: {error}") from error

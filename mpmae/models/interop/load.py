@@ -51,7 +51,13 @@ def load_reference(model: nn.Module, source: Mapping[str, Tensor] | str | Path |
     unused classifier (`norm`, `head`) of a dense encoder. Logs a warning when something stays unused.
     Raises CheckpointError with every missing, unexpected, misshapen or unsuitable weight; the model is then unchanged.
     """
-    return _load(model, _weights(source), may_be_unused=("norm.", "head."), may_be_fresh=())
+    weights = _weights(source)
+    recorded, bands = weights.recorded("bands_in"), getattr(model, "bands_in", None)
+    if recorded and bands and tuple(recorded) != tuple(bands):
+        raise CheckpointError(
+            f"{weights.source} was trained on {', '.join(recorded)}, in this order; the model reads {', '.join(bands)}"
+        )
+    return _load(model, weights, may_be_unused=("norm.", "head."), may_be_fresh=())
 
 
 def load_encoder(encoder: nn.Module, source: Mapping[str, Tensor] | str | Path | Weights) -> LoadReport:
@@ -77,7 +83,9 @@ def _load(model: nn.Module, weights: Weights, may_be_unused: tuple[str, ...], ma
         value = state.pop(name, None)
         shape = list(parameter.shape)
         optional = name.startswith(may_be_fresh)
-        if value is None or (optional and value.shape != parameter.shape):
+        if parameter.is_meta:
+            problems.append(f"{name} of the model is on the meta device; give it memory first (model.to_empty)")
+        elif value is None or (optional and value.shape != parameter.shape):
             unused += [name] if value is not None else []
             fresh.append(name) if optional else problems.append(f"{where}: missing {name} {shape}")
         elif value.shape != parameter.shape:

@@ -92,16 +92,18 @@ def _from_facebook(name: str) -> str | None:
     if not match:
         return _from_trunk(name)
     layer, part, leaf = int(match[1]), int(match[2]), match[3]
+    if layer > 3 or part > 1:
+        return None
     if layer == 0:  # the stem: convolution, then norm
         return f"stem.{('conv', 'norm')[part]}.{leaf}"
     return f"downsamples.{layer - 1}.{('norm', 'conv')[part]}.{leaf}"
 
 
-def _from_unet(name: str) -> str:
+def _from_unet(name: str) -> str | None:
     if name.startswith("upsample_layers."):
         return name.replace("upsample_layers.", "upsamples.")
-    _, part, leaf = name.split(".", 2)
-    return f"upsamples.4.{('conv', 'norm')[int(part)]}.{leaf}"
+    match = re.match(r"initial_conv_upsample\.([01])\.(.+)", name)
+    return f"upsamples.4.{('conv', 'norm')[int(match[1])]}.{match[2]}" if match else None
 
 
 def _from_trunk(name: str) -> str | None:
@@ -160,15 +162,22 @@ def canonical_layout(name: str, value: Tensor, sparse_kernel: bool) -> Tensor:
     if sparse_kernel:
         return _from_kernel(value, is_depthwise(name))
     if name.endswith((".grn.gamma", ".grn.beta")):
-        return value.reshape(1, -1)
+        return _vector(value)[None]
     if name == "decoder.mask_token":
-        return value.reshape(1, 1, -1)
+        return _vector(value)[None, None]
     if name.endswith(".bias") or name == "log_vars":
-        return value.reshape(-1)
+        return _vector(value)
     linear = re.search(r"\.pwconv[12]\.weight$|^decoder\.proj\.weight$|^heads\.", name)
     if linear and value.ndim == 4 and value.shape[2:] == (1, 1):
         return value.flatten(1)
     return value
+
+
+def _vector(value: Tensor) -> Tensor:
+    """[C] from a tensor whose other sides are 1."""
+    if value.ndim == 0 or max(value.shape) != value.numel():
+        raise ValueError("expected a vector: one side longer than 1")
+    return value.reshape(-1)
 
 
 def _from_kernel(value: Tensor, depthwise: bool) -> Tensor:

@@ -29,9 +29,12 @@ class _Ignored:
     """Stand-in of an object whose content nobody reads."""
 
 
-# what the published checkpoints (their command line) and DeepSpeed's files hold; source: the files of DeepSpeed 0.19.8
-_HARMLESS = [
+# what the published checkpoints (their command line, whose data_dir MMEarth-train's main_pretrain.py makes a Path) and
+# DeepSpeed's files hold; source: that code and the files of DeepSpeed 0.19.8. Python 3.13 calls the module of Path otherwise
+HARMLESS = [
     argparse.Namespace,
+    *((pathlib.PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local")),
+    *((pathlib.PureWindowsPath, f"{module}.WindowsPath") for module in ("pathlib", "pathlib._local")),
     (Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
     (_Ignored, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (_Ignored, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
@@ -64,7 +67,7 @@ def load_pickle(path: Path) -> Any:
     Raises CheckpointError for a file that is damaged or holds anything else; no code of it is run.
     """
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
+        with torch.serialization.safe_globals(HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -72,7 +75,7 @@ def load_pickle(path: Path) -> Any:
             f"{_first_line(error)}. If you trust its author, take the weights out of it where nothing can be harmed: "
             "torch.save(torch.load(FILE, weights_only=False)['model'], 'weights.pth')"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # a damaged file fails anywhere: struct.error, IndexError, AssertionError, MemoryError, ...
         raise CheckpointError(
             f"{path} cannot be read as a pickle of tensors: {_first_line(error)}; it is cut off, damaged or no such file"
         ) from error
@@ -96,7 +99,7 @@ def load_dcp_index(path: Path) -> dcp.Metadata:
     try:
         with path.open("rb") as file:
             index = _PlainUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except Exception as error:  # a damaged file fails anywhere
         raise CheckpointError(f"{path} is not a readable DCP index, and was not run: {_first_line(error)}") from error
     if not isinstance(index, dcp.Metadata):
         raise CheckpointError(f"{path} holds a {type(index).__name__}, expected the index of a DCP checkpoint")

@@ -3,7 +3,7 @@
 | source                                           | how it is told                                             |
 |--------------------------------------------------|------------------------------------------------------------|
 | our checkpoint (`step-N`), a run folder          | checkpoint.json, `checkpoints/`; of a run the newest one   |
-| an exported folder                               | config.json and model.safetensors                          |
+| an exported folder                               | config.json, model.safetensors or checkpoint.pth           |
 | DeepSpeed, any ZeRO stage and number of ranks    | `*mp_rank_00_model_states.pt`                              |
 | torch.distributed.checkpoint                     | `.metadata`                                                |
 | file: safetensors                                | its suffix                                                 |
@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mpmae.checkpoint_format import ENGINE_FOLDER, META_NAME, MODEL_NAME, load_meta, newest_checkpoint
+from mpmae.checkpoint_format import ENGINE_FOLDER, META_NAME, MMEARTH_NAME, MODEL_NAME, load_meta, newest_checkpoint
 from mpmae.errors import CheckpointError
 from mpmae.models.dense import REFERENCE_GRN_EPS, SPARSE_GRN_EPS
 from mpmae.models.interop import folders
@@ -32,6 +32,7 @@ from mpmae.models.interop.pickles import load_pickle
 
 CONFIG_NAME = "config.json"
 _WRAPPED = ("model", "state_dict", "module")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,24 @@ class Weights:
     def recorded(self, key: str) -> Any:
         """What `config` says of `key`: at its top, or in our part of a config.json that another program owns; else None."""
         config = self.config or {}
-        return config.get(key, (config.get("mpmae") or {}).get(key))
+        ours = config.get("mpmae")
+        return config.get(key, ours.get(key) if isinstance(ours, dict) else None)
 
     @property
     def stem_padding(self) -> str:
         """With which the dense model computes what these weights were trained for: see `mpmae.models.dense.Backbone`."""
-        return self.recorded("stem_padding") or ("reference" if self.scheme == "mmearth-dense" else "same")
+        return self.recorded("stem_padding") or ("reference" if self._as_published else "same")
 
     @property
     def grn_eps(self) -> float:
         """As `stem_padding`, for the epsilon of GRN."""
-        return self.recorded("grn_eps") or (REFERENCE_GRN_EPS if self.scheme == "mmearth-dense" else SPARSE_GRN_EPS)
+        return self.recorded("grn_eps") or (REFERENCE_GRN_EPS if self._as_published else SPARSE_GRN_EPS)
+
+    @property
+    def _as_published(self) -> bool:
+        """Whether these were trained as the published dense model, by its own code or by a run of ours with its quirks."""
+        run = (self.recorded("config") or {}).get("model") or {}
+        return self.scheme == "mmearth-dense" or (run.get("encoder") == "dense" and run.get("reference_quirks") is True)
 
 
 def read_weights(source: Mapping[str, Tensor] | str | Path) -> Weights:
@@ -90,12 +98,13 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None
         folder = newest
     if (folder / META_NAME).is_file():
         return _read_file(folder / MODEL_NAME), load_meta(folder), folder
-    if (folder / MODEL_NAME).is_file():
-        return _read_file(folder / MODEL_NAME), _config_beside(folder / MODEL_NAME), folder
+    for name in (MODEL_NAME, MMEARTH_NAME):
+        if (folder / name).is_file():
+            return _read_file(folder / name), _config_beside(folder / name), folder
     tag = folder / "latest"
     candidates = [folder, folder / ENGINE_FOLDER / "deepspeed"]
     if tag.is_file():  # DeepSpeed's own pointer to the newest of several
-        candidates.append(folder / tag.read_text().strip())
+        candidates.append(folder / tag.read_text(errors="replace").strip())
     for candidate in candidates:
         if folders.is_deepspeed(candidate):
             return folders.read_deepspeed(candidate), None, candidate
@@ -127,15 +136,30 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 def _config_beside(path: Path) -> dict[str, Any] | None:
     config = path.with_name(CONFIG_NAME)
-    if path.suffix != ".safetensors" or not config.is_file():
+    if not (path.suffix == ".safetensors" or path.name == MMEARTH_NAME) or not config.is_file():
         return None
     try:
-        return json.loads(config.read_text())
+        content = json.loads(config.read_text())
     except ValueError as error:
         raise CheckpointError(f"{config} is not JSON: {error}") from error
+    return content if isinstance(content, dict) else None
+
+
+def _raw_problems(raw: dict[Any, Any], where: str) -> list[str]:
+    """What is no name, no tensor, or twice there once `strip_wrappers` has gone over the names."""
+    problems = [f"{where}: key {name!r} is no name of a weight" for name in raw if not isinstance(name, str)]
+    problems += [f"{where}: {name} is a {type(v).__name__}, no tensor" for name, v in raw.items() if not torch.is_tensor(v)]
+    first: dict[str, str] = {}
+    for name in raw:
+        if isinstance(name, str) and first.setdefault(strip_wrappers(name), name) != name:
+            problems.append(f"{where}: {name} and {first[strip_wrappers(name)]} are the same weight; take one of them out")
+    return problems
 
 
 def _canonical(raw: dict[str, Tensor], where: str, config: dict[str, Any] | None) -> Weights:
+    problems = _raw_problems(raw, where)
+    if problems:
+        raise CheckpointError(problems)
     names = {strip_wrappers(name): value for name, value in raw.items()}
     scheme = scheme_of(names)
     if scheme is None:
@@ -145,14 +169,21 @@ def _canonical(raw: dict[str, Tensor], where: str, config: dict[str, Any] | None
             "MMEarth-train, facebookresearch/ConvNeXt-V2, timm or this project"
         )
     original_stem = any("stem_orig." in name for name in names)
-    state, unknown, reshaped, problems, origin = {}, [], [], [], {}
+    state, unknown, reshaped, origin = {}, [], [], {}
     for name, value in names.items():
         new = canonical_name(name, scheme, original_stem)
         if new is None:
             unknown.append(name)
             continue
-        if not value.is_floating_point():
+        if value.dtype not in _FLOATS:
             problems.append(f"{where}: {name} is {value.dtype}, expected floating-point weights; was it quantised?")
+            continue
+        if value.is_meta or value.layout != torch.strided:
+            kind = "on the meta device" if value.is_meta else f"stored as {value.layout}"
+            problems.append(f"{where}: {name} is {kind}; expected a dense tensor with values")
+            continue
+        if value.ndim == 0:
+            problems.append(f"{where}: {name} is a single number; no weight has shape []")
             continue
         try:
             moved = canonical_layout(new, value, name.endswith(".kernel"))
@@ -160,8 +191,9 @@ def _canonical(raw: dict[str, Tensor], where: str, config: dict[str, Any] | None
             problems.append(f"{where}: {name} has shape {list(value.shape)}: {error}")
             continue
         if new in state:
-            if not torch.equal(state[new], moved):
-                problems.append(f"{where}: {name} differs from {origin[new]}; expected one decoder shared by all modalities")
+            if state[new].dtype != moved.dtype or not torch.equal(state[new], moved):
+                why = "one decoder shared by all modalities" if new.startswith("decoder.") else f"one {new}"
+                problems.append(f"{where}: {name} differs from {origin[new]}; expected {why}")
             continue
         if not bool(moved.isfinite().all()):
             problems.append(f"{where}: {name} holds NaN or inf; the run that wrote it had diverged")
