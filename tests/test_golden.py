@@ -1,13 +1,19 @@
 """Our models against the golden numbers of the published code."""
 
+import json
 import os
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from tests.golden_cases import read_manifest
+import mpmae
+from mpmae.loader.batch import Batch
+from mpmae.masking import draw_visible, visible_bool
+from mpmae.models.interop import load_reference, reference_parameters
+from tests.golden_cases import fill, read_manifest
 from tests.golden_check import cases, check, kind_of, main
 
 HERE = Path(__file__).resolve().parent
@@ -48,6 +54,49 @@ def test_a_wrong_epsilon_is_found(monkeypatch, name, epsilon, what):
     monkeypatch.setattr(epsilon, 1e-6)
     failures = check(GOLDEN, name, torch.float64, trajectory=False).failures
     assert any(what in failure for failure in failures)
+
+
+def write_case(folder, name, model, config, seed=7):
+    """A case of the golden format whose numbers are our own: 2 samples of 56 px, Sentinel-2 alone."""
+    twins = reference_parameters(model)
+    params = [[twin.name, list(twin.shape), float("norm.weight" in own), 0.1] for own, twin in twins.items()]
+    load_reference(model, {ref: fill(seed, ref, *rest) for ref, *rest in params})
+    image = torch.randn(2, len(model.bands_in), 56, 56)
+    visible = draw_visible(0, 0, [0, 1], 49, model.num_visible)
+    values, valid = {"sentinel2": image}, {"sentinel2": torch.ones_like(image, dtype=torch.bool)}
+    out = model.double()(Batch(values, valid, torch.arange(2), {"sentinel2": 2}, 2), visible, return_predictions=True)
+    out.loss.backward()
+    norms = {twin.name: model.get_parameter(own).grad.norm().item() for own, twin in twins.items()}
+    entry = {
+        "config": {"B": 2, "img": 56, "patch": 8, "orig": False, "ratio": 0.9, "weight_seed": seed, **config},
+        "params": params,
+        "loss": {"sentinel2": out.loss.item()},
+        "loss_total": out.loss.item(),
+        "loss_order": ["sentinel2"],
+        "grad_norm": norms,
+        "grad_norm_total": sum(norm**2 for norm in norms.values()) ** 0.5,
+        "file": f"{name}.safetensors",
+    }
+    mask = 1 - visible_bool(visible, 49).to(torch.uint8)
+    arrays = {
+        "in.sentinel2": image,
+        "mask": mask,
+        "pred.sentinel2": out.predictions["sentinel2"].detach().float().contiguous(),
+    }
+    save_file(arrays, folder / entry["file"])
+    (folder / "manifest.json").write_text(json.dumps({"cases": {name: entry}}))
+
+
+def test_the_model_is_read_off_the_case(tmp_path):
+    """Size, decoder, bands, ratio and losses need not be those of our own cases."""
+    options = {"reference_quirks": True, "loss_weighting": "unweighted", "norm_pix_loss": False, "mask_ratio": 0.9}
+    options |= {"modalities_out": ("sentinel2",), "bands_available": {"sentinel2": ("B2", "B3", "B4", "B5")}}
+    model = mpmae.create_model("mpmae_femto", decoder_dim=24, decoder_depth=2, **options)
+    write_case(tmp_path, "fcmae_other", model, {"loss": "unweighted", "norm_pix": False})
+    assert check(tmp_path, "fcmae_other", torch.float64).failures == []
+    manifest = tmp_path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"norm_pix": false', '"norm_pix": true'))
+    assert any("total loss" in failure for failure in check(tmp_path, "fcmae_other", torch.float64).failures)
 
 
 def test_command(tmp_path, capsys, monkeypatch):

@@ -215,32 +215,32 @@ class Backbone(nn.Module):
                 x = block(x)
         return x
 
-    def forward_features(self, image: Tensor) -> Tensor:
-        """The last stage's map [N, C, h, w] for `image` [N, B, H, W]: neither pooled nor normalised."""
-        x = self.forward_stem(image)[-1]
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last stage's map [N, C, h, w] for images [N, B, H, W]: neither pooled nor normalised."""
+        x = self.forward_stem(x)[-1]
         for stage in range(NUM_STAGES):
             x = self.forward_stage(stage, x)
         return x
 
     def forward_intermediates(
         self,
-        image: Tensor,
+        x: Tensor,
         indices: int | Sequence[int] | None = None,
         norm: bool = False,
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """(last map, maps of the wanted stages in their order), or the latter alone with `intermediates_only`.
+        """(last map, maps of the wanted stages in their order) for images [N, B, H, W].
 
-        indices: None for all four stages, a number for the last so many, or stages (negative: from the end). stop_early:
-        leave out the stages after the last wanted one; the first item is then that one's map. norm changes nothing: as in
-        timm's ConvNeXt, the final norm comes after the pooling. Raises ValueError for other indices or another format.
+        indices: None for all four stages, a number for the last so many, or stages (negative: from the end). stop_early: end
+        with the last wanted stage, whose map then comes first. intermediates_only: the list alone. norm changes nothing: as
+        in timm's ConvNeXt, the final norm follows the pooling. Raises ValueError for other indices or another format.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt = {output_fmt!r}: a convolutional model gives NCHW only")
         wanted = _stages(indices)
-        x, maps = self.forward_stem(image)[-1], []
+        x, maps = self.forward_stem(x)[-1], []
         for stage in range(max(wanted) + 1 if stop_early else NUM_STAGES):
             x = self.forward_stage(stage, x)
             if stage in wanted:
@@ -294,9 +294,9 @@ class ConvNeXtV2(Backbone):
         x = self.norm(x.mean((2, 3)))
         return x if pre_logits else self.head(x)
 
-    def forward(self, image: Tensor) -> Tensor:
-        """Logits [N, num_classes], or features [N, C] without classes, for `image` [N, B, H, W]."""
-        return self.forward_head(self.forward_features(image))
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits [N, num_classes], or normed features [N, C] without classes, for images [N, B, H, W]."""
+        return self.forward_head(self.forward_features(x))
 
 
 def _stages(indices: int | Sequence[int] | None) -> set[int]:
