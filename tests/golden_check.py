@@ -52,7 +52,12 @@ def main(arguments: list[str]) -> int:
         return 2
     logging.getLogger("mpmae").setLevel(logging.ERROR)  # a line per case and no more
     status = 0
-    for name in names or cases(folder):
+    present = cases(folder)
+    for name in names or entries:
+        if name not in present:
+            print(f"{name}: absent: no file {entries[name]['file']}")
+            status |= bool(names)
+            continue
         if kind_of(entries[name]) is None:
             print(f"{name}: skipped: this project has no model of that kind")
             continue

@@ -23,7 +23,7 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
         if parameter.requires_grad:
             (exempt if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
     if not decayed and not exempt:
-        raise ConfigError(f"{type(module).__name__} has no parameter that trains: all have requires_grad=False")
+        raise ConfigError(_nothing_trains(module))
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
@@ -39,8 +39,11 @@ def layer_decay_groups(
     weight decay are parameters of ndim <= 1 and those named `*.bias`, `*.gamma` or `*.beta`: GRN too, unlike in pretraining.
     reference_quirks: depths of the published code, which renamed the layers but not its rule: the stem counts among the rest
     (scale 1), a downsampling as the first block of the stage before it.
-    Source: MMEarth-train `optim_factory.py`, layer_decay_type "single". Raises ConfigError for a module without stages.
+    Source: MMEarth-train `optim_factory.py`, layer_decay_type "single". Raises ConfigError for a module without
+    stages or without parameters that train, and for a layer_decay outside (0, 1].
     """
+    if not 0 < layer_decay <= 1:
+        raise ConfigError(f"layer_decay_groups: layer_decay = {layer_decay}, expected a factor in (0, 1]")
     stages = getattr(module, "stages", None)
     if stages is None:
         name = type(module).__name__
@@ -56,7 +59,13 @@ def layer_decay_groups(
         decayed = parameter.ndim > 1 and not name.endswith((".bias", ".gamma", ".beta"))
         settings = {"weight_decay": weight_decay if decayed else 0.0, "lr_scale": layer_decay ** (first_block[-1] - depth)}
         groups.setdefault((depth, decayed), {"params": [], **settings})["params"].append(parameter)
+    if not groups:
+        raise ConfigError(_nothing_trains(module))
     return [groups[key] for key in sorted(groups)]
+
+
+def _nothing_trains(module: nn.Module) -> str:
+    return f"{type(module).__name__} has no parameter that trains: all have requires_grad=False"
 
 
 def _depth(name: list[str], first_block: list[int], reference_quirks: bool) -> int:

@@ -12,16 +12,12 @@ import mpmae
 from mpmae.checkpoint_format import MMEARTH_NAME, MODEL_NAME
 from mpmae.errors import CheckpointError
 from mpmae.export.config import ArchitectureEntry, BandStatistics, ExportConfig, Provenance, Target, parse_config
-from mpmae.modalities import spec_of
 from mpmae.models.interop import Architecture, Weights
 from mpmae.shard_format import load_manifest
 from mpmae.train.record import commit
 
 # The FCMAE weights that facebookresearch/ConvNeXt-V2 publishes, also as timm's convnextv2_*.fcmae
 FACEBOOK_LICENCE = "CC-BY-NC-4.0"
-_IMAGENET_PATCH_SIZE = 32  # of the one published MMEarth checkpoint that was trained on photographs
-# Input of the others by number of bands (MMEarth-train, MODALITIES.py); its rgb is blue, green, red
-_MMEARTH_BANDS = {12: spec_of("sentinel2").model_bands, 3: ("B2", "B3", "B4")}
 # What of a model goes into each layout, by the beginning of our names; into the others everything does
 DENSE = ("encoder.", "norm.", "head.")
 PRETRAINING = ("encoder.", "decoder.", "heads.", "log_vars")
@@ -91,16 +87,11 @@ class Facts:
         return {key: value for key, value in self._meta.get("config", {}).items() if key in _RUN_SECTIONS}
 
     def _bands(self) -> tuple[str, ...] | None:
-        number = self._found.in_chans
-        if self._earlier:
-            bands = self._earlier.bands_in
-        elif self._meta:  # older checkpoints hold the configured bands alone
-            bands = self._meta.get("bands_in") or self._run_config().get("model", {}).get("bands_in")
-            bands = bands or self._assumed({number: spec_of("sentinel2").model_bands}, "those that mpmae reads by default")
-        elif self._weights.scheme.startswith("mmearth") and self._found.patch_size != _IMAGENET_PATCH_SIZE:
-            bands = self._assumed(_MMEARTH_BANDS, "those of the published MMEarth checkpoints")
-        else:
-            bands = None
+        number, bands = self._found.in_chans, self._weights.bands_in
+        if bands is not None and bands == self._weights.bands_by_convention and not self._weights.recorded("bands_in"):
+            self._note(
+                f"bands_in is assumed to be {', '.join(bands)}: what the published checkpoints and runs that name none read"
+            )
         if bands is not None and len(bands) != number:
             raise CheckpointError(
                 f"{self._weights.source}: its config names {len(bands)} input bands ({', '.join(bands)}), its stem reads "
@@ -108,13 +99,6 @@ class Facts:
             )
         if bands is None:
             self.notices.append(f"bands_in is null: nothing says which {number} bands these are, or in which order")
-        return None if bands is None else tuple(bands)
-
-    def _assumed(self, table: Mapping[int, tuple[str, ...]], origin: str) -> tuple[str, ...] | None:
-        bands = table.get(self._found.in_chans)
-        if bands is None or len(bands) != self._found.in_chans:
-            return None
-        self._note(f"bands_in is assumed to be {', '.join(bands)}: {origin}")
         return bands
 
     def _statistics(self, bands: tuple[str, ...] | None) -> dict[str, BandStatistics] | None:

@@ -5,14 +5,23 @@
 Needs torch and safetensors. Everything about the model stands in config.json.
 """
 
+import importlib.util
 import json
+import sys
+import zlib
 from pathlib import Path
 
-from mpmae_convnextv2 import ConvNeXtV2
 from safetensors.torch import load_file
 
 dependencies = ["torch", "safetensors"]
 _FOLDER = Path(__file__).resolve().parent
+_CODE = _FOLDER / "mpmae_convnextv2.py"
+# by its path: an import by name would find the code of another such folder that this process has loaded before
+_spec = importlib.util.spec_from_file_location(f"{_CODE.stem}_{zlib.crc32(str(_CODE).encode()):08x}", _CODE)
+_code = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = _code  # where pickle looks for the class
+_spec.loader.exec_module(_code)
+ConvNeXtV2 = _code.ConvNeXtV2
 _ADDED = ("norm.", "head.")  # what a pretrained encoder has no weights of
 
 

@@ -48,8 +48,11 @@ class PyramidBackbone(nn.Module):
     def __init__(self, encoder: ConvNeXtV2, out_indices: Sequence[int] | None = None):
         super().__init__()
         self.encoder = encoder
-        wanted = range(len(encoder.feature_info)) if out_indices is None else out_indices
-        self.out_indices = sorted({index % len(encoder.feature_info) for index in wanted})
+        num_stages = len(encoder.feature_info)
+        wanted = range(num_stages) if out_indices is None else out_indices
+        if not wanted or not all(-num_stages <= index < num_stages for index in wanted):
+            raise ConfigError(f"out_indices = {list(wanted)}: expected stages within -{num_stages}..{num_stages - 1}")
+        self.out_indices = sorted({index % num_stages for index in wanted})
         self.out_channels = [encoder.feature_info[index]["num_chs"] for index in self.out_indices]
         self.patch_size = encoder.patch_size  # TerraTorch pads images to multiples of it
 

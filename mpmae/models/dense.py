@@ -175,7 +175,7 @@ class Backbone(nn.Module):
                 raise ValueError(f"{key} = {value!r}: expected one of {', '.join(known)}")
         if grn_eps is None:
             grn_eps = REFERENCE_GRN_EPS if stem_padding == "reference" else SPARSE_GRN_EPS
-        self.in_chans, self.patch_size, self.stem_padding = in_chans, patch_size, stem_padding
+        self.in_chans, self.patch_size, self.stem_padding, self.grn_eps = in_chans, patch_size, stem_padding, grn_eps
         self.grad_checkpointing = False
         self.stem = STEMS[stem](in_chans, dims[0], patch_size // FIRST_TILE_SIDE, stem_padding)
         self.downsamples = nn.ModuleList(Downsample(*pair) for pair in pairwise(dims))

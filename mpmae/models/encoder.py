@@ -73,6 +73,7 @@ class SparseEncoder(nn.Module):
     ):
         super().__init__()
         self.num_patches_side, self.patch_size = img_size // patch_size, patch_size
+        self.stem_padding, self.grn_eps = "same", ENCODER_GRN_EPS  # what `mpmae.models.dense` calls this geometry
         self.stem_stride = patch_size // FIRST_TILE_SIDE
         self.stem = STEMS[stem](num_bands, dims[0], self.stem_stride)
         self.downsamples = nn.ModuleList(Downsample(*pair) for pair in pairwise(dims))

@@ -142,8 +142,8 @@ def _contradictions(
         if value is not None and value != getattr(found, key)
     ]
     problems = [f"{', '.join(other)}: {weights.source} holds {found}; leave out what it decides"] if other else []
-    recorded = weights.recorded("bands_in")
-    if bands_in is not None and recorded is not None and tuple(bands_in) != tuple(recorded):
+    recorded = weights.bands_in
+    if bands_in is not None and recorded is not None and tuple(bands_in) != recorded:
         problems.append(
             f"bands_in = {', '.join(bands_in)}, but {weights.source} was trained on {', '.join(recorded)}, in this order"
         )

@@ -230,6 +230,8 @@ class MPMAE(nn.Module):
             return noise.argsort(1)[:, : self.num_visible].sort(1).values
         problems = []
         expected = (len(batch), self.num_visible)
+        if not torch.is_tensor(visible):
+            raise ConfigError(f"visible: a {type(visible).__name__}, expected an int64 tensor of shape {list(expected)}")
         if visible.dtype != torch.int64:
             problems.append(
                 f"visible: dtype {visible.dtype}, expected torch.int64 patch numbers (see mpmae.masking.visible_index)"
@@ -248,7 +250,7 @@ class MPMAE(nn.Module):
         return visible.to(device, non_blocking=True)
 
     def _check_batch(self, batch: Batch) -> None:
-        problems = []
+        problems = [] if len(batch) else ["batch: no samples in it"]
         for name in dict.fromkeys((INPUT, *self.modalities_out)):
             if name not in batch.values or name not in batch.valid:
                 problems.append(
@@ -258,6 +260,7 @@ class MPMAE(nn.Module):
             if name in self.bands_out and name not in batch.num_present:
                 problems.append(f"batch.num_present: no {name}; expected its number of tiles in the global batch")
             expected = self._expected_shape(name, len(batch))
+            problems += _dtype_problems(batch, name)
             shape, valid_shape = tuple(batch.values[name].shape), tuple(batch.valid[name].shape)
             if shape != expected:
                 problems.append(f"batch.values[{name!r}]: shape {list(shape)}, expected {list(expected)}")
@@ -274,6 +277,25 @@ class MPMAE(nn.Module):
             return (num_samples,)
         channels = 1 if spec.kind == "categorical" else len(self.bands_available[name])
         return (num_samples, channels, self.img_size, self.img_size) if spec.scope == "pixel" else (num_samples, channels)
+
+
+def _dtype_problems(batch: Batch, name: str) -> list[str]:
+    """What is wrong with the types of a modality and, where looking is cheap (on the CPU), with its class ids."""
+    values, valid, spec = batch.values[name], batch.valid[name], spec_of(name)
+    problems = []
+    if valid.dtype != torch.bool:
+        problems.append(f"batch.valid[{name!r}]: dtype {valid.dtype}, expected torch.bool")
+    if spec.kind != "categorical":
+        if not values.is_floating_point():
+            problems.append(f"batch.values[{name!r}]: dtype {values.dtype}, expected floating-point numbers")
+        return problems
+    if values.dtype != torch.int64:
+        problems.append(f"batch.values[{name!r}]: dtype {values.dtype}, expected torch.int64 class ids")
+    elif values.device.type == "cpu" and values.numel() and not torch.compiler.is_compiling():
+        largest = int(values.max())
+        if largest >= spec.num_classes:
+            problems.append(f"batch.values[{name!r}]: class id {largest}, expected at most {spec.num_classes - 1}")
+    return problems
 
 
 def _as_map(x: Tensor, side: int) -> Tensor:

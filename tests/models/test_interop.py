@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 import mpmae
 from mpmae.errors import CheckpointError, ConfigError
+from mpmae.modalities import MODALITIES
 from mpmae.models.interop import Weights, describe, load_encoder, load_reference, read_weights, to_mmearth, to_timm
 from tests.models import schemes
 from tests.models.schemes import VARIANTS
@@ -337,3 +338,23 @@ def test_bands_in_another_order():
     with pytest.raises(CheckpointError, match="w was trained on B4, B3, B2, in this order; the model reads B2, B3, B4"):
         load_reference(mpmae.create_model("mpmae_atto", bands_in=("B2", "B3", "B4"), **options), weights)
     load_reference(mpmae.create_model("mpmae_atto", bands_in=("B4", "B3", "B2"), **options), weights)
+
+
+def test_another_geometry_is_said(caplog):
+    """The published dense pretraining computes otherwise than the sparse encoder that its weights also fit."""
+    model = mpmae.create_model("mpmae_atto", img_size=64)
+    report = load_reference(model, schemes.mmearth(sparse=False))
+    assert report.other_geometry == ("stem_padding = reference, here same", "grn_eps = 0.0001, here 1e-06")
+    assert "trained with stem_padding = reference, here same" in caplog.text
+    assert load_reference(model, schemes.mmearth()).other_geometry == ()
+
+
+def test_bands_of_published_weights_are_known():
+    """12 bands are all but B10, three are blue, green, red; of photographs nothing is known."""
+    assert read_weights(schemes.mmearth()).bands_in == MODALITIES["sentinel2"].model_bands
+    rgb = read_weights(schemes.mmearth(bands=3, variant="S2"))
+    assert rgb.bands_in == ("B2", "B3", "B4")
+    assert read_weights(schemes.mmearth(bands=3, variant="S2", patch=32)).bands_in is None
+    assert read_weights(schemes.facebook()).bands_in is None
+    with pytest.raises(ConfigError, match="was trained on B2, B3, B4, in this order"):
+        mpmae.create_encoder("convnextv2_atto", bands_in=("B4", "B3", "B2"), checkpoint=rgb)

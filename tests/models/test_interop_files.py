@@ -64,6 +64,14 @@ def test_a_malicious_pickle_is_refused_with_advice(tmp_path, content, legacy, ca
     assert "ran" not in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("content", [b"", b"<!DOCTYPE html><html>404", b"cbuiltins\nprint\n(S'ran'\ntR."])
+def test_a_file_that_is_no_checkpoint(tmp_path, content, capfd):
+    (tmp_path / "w.pth").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"w\.pth is no file of torch.save: it starts with"):
+        read_weights(tmp_path / "w.pth")
+    assert "ran" not in capfd.readouterr().out
+
+
 def test_a_plain_pickle_that_torch_did_not_write(tmp_path, capfd):
     (tmp_path / "w.pkl").write_bytes(pickle.dumps({"model": Trap()}))
     with pytest.raises(CheckpointError, match=r"w\.pkl"):
@@ -133,6 +141,9 @@ def test_a_malicious_or_torn_distributed_checkpoint(state, tmp_path, capfd):
     with pytest.raises(CheckpointError, match="print is not part of a DCP index"):
         read_weights(tmp_path / "dcp")
     assert "ran" not in capfd.readouterr().out
+    index.write_bytes(good.replace(b"__0_0.distcp", b"../../e.disc"))
+    with pytest.raises(CheckpointError, match="outside of the checkpoint's folder"):
+        read_weights(tmp_path / "dcp")
     index.write_bytes(good[: len(good) // 2])
     with pytest.raises(CheckpointError, match="not a readable DCP index"):
         read_weights(tmp_path / "dcp")
@@ -192,7 +203,7 @@ def test_our_checkpoint_folder_and_a_torn_one(state, tmp_path):
     save_file(state, folder / "model.safetensors")
     files = {"model.safetensors": (folder / "model.safetensors").stat().st_size}
     (folder / "checkpoint.json").write_text(json.dumps({"format_version": 1, "step": 3, "files": files}))
-    for source in (tmp_path, folder, folder / "model.safetensors"):
+    for source in (tmp_path, folder.parent, folder, folder / "model.safetensors"):
         assert_same(read_weights(source).state, state)
     assert read_weights(tmp_path).config["step"] == 3
     files["model.safetensors"] += 1

@@ -195,6 +195,31 @@ def test_compiles_without_a_break_but_the_fast_path(make_batch):
     assert broken.graph_break_count == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("esa_worldcover", lambda v: v.int(), "dtype torch.int32, expected torch.int64 class ids"),
+        ("esa_worldcover", lambda v: v.clamp(min=11), "class id 11, expected at most 10"),
+        ("biome", lambda v: v + 14, "class id"),
+        ("lat", lambda v: v.long(), "dtype torch.int64, expected floating-point numbers"),
+    ],
+)
+def test_values_of_another_type_or_class(make_batch, name, change, message):
+    model, batch = build(), make_batch(2, SIZE)
+    batch.values[name] = change(batch.values[name])
+    with pytest.raises(ConfigError, match=rf"batch\.values\['{name}'\]: {message}"):
+        model(batch)
+
+
+def test_validity_and_index_of_another_type(make_batch):
+    model, batch = build(), make_batch(2, SIZE)
+    with pytest.raises(ConfigError, match="visible: a list, expected an int64 tensor"):
+        model(batch, [[0, 1, 2]])
+    batch.valid["lat"] = batch.valid["lat"].float()
+    with pytest.raises(ConfigError, match=r"batch\.valid\['lat'\]: dtype torch.float32, expected torch.bool"):
+        model(batch)
+
+
 def test_weight_decay_rule():
     """Exempt are parameters of ndim <= 1 or named *.bias: GRN and the mask token are decayed, log_vars is not."""
     parameters = dict(build().named_parameters())

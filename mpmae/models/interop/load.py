@@ -24,6 +24,7 @@ class LoadReport:
 
     loaded: our names. unused: names of the source that this model has no place for. fresh: parameters of the model that
     the source does not have and that keep their initial values. reshaped: see `Weights`. cast: "name: from -> to" dtypes.
+    other_geometry: where the model computes otherwise than what the weights were trained in (see `Weights.stem_padding`).
     """
 
     source: str
@@ -33,12 +34,14 @@ class LoadReport:
     fresh: tuple[str, ...]
     reshaped: tuple[str, ...]
     cast: tuple[str, ...]
+    other_geometry: tuple[str, ...]
 
     def __str__(self) -> str:
         parts = [f"{self.source} ({self.scheme}): {len(self.loaded)} weights loaded"]
         parts += [f"not used: {_short(self.unused)}"] if self.unused else []
         parts += [f"not in the checkpoint, initial values kept: {_short(self.fresh)}"] if self.fresh else []
         parts += [f"{len(self.reshaped)} reshaped"] if self.reshaped else []
+        parts += [f"trained with {', '.join(self.other_geometry)}: features will differ"] if self.other_geometry else []
         parts += [f"cast: {len(self.cast)} from {self.cast[0].split()[1]}"] if self.cast else []
         return "; ".join(parts)
 
@@ -52,10 +55,10 @@ def load_reference(model: nn.Module, source: Mapping[str, Tensor] | str | Path |
     Raises CheckpointError with every missing, unexpected, misshapen or unsuitable weight; the model is then unchanged.
     """
     weights = _weights(source)
-    recorded, bands = weights.recorded("bands_in"), getattr(model, "bands_in", None)
-    if recorded and bands and tuple(recorded) != tuple(bands):
+    trained, bands = weights.bands_in, getattr(model, "bands_in", None)
+    if trained and bands and trained != tuple(bands) and len(trained) == len(bands):
         raise CheckpointError(
-            f"{weights.source} was trained on {', '.join(recorded)}, in this order; the model reads {', '.join(bands)}"
+            f"{weights.source} was trained on {', '.join(trained)}, in this order; the model reads {', '.join(bands)}"
         )
     return _load(model, weights, may_be_unused=("norm.", "head."), may_be_fresh=())
 
@@ -105,9 +108,22 @@ def _load(model: nn.Module, weights: Weights, may_be_unused: tuple[str, ...], ma
     with torch.no_grad():
         for name, value in values.items():
             own[name].copy_(value)
-    report = LoadReport(where, weights.scheme, tuple(values), tuple(unused), tuple(fresh), weights.reshaped, tuple(cast))
-    _LOG.log(logging.WARNING if unused or fresh else logging.INFO, "%s", report)
+    other = _other_geometry(model, weights)
+    report = LoadReport(
+        where, weights.scheme, tuple(values), tuple(unused), tuple(fresh), weights.reshaped, tuple(cast), other
+    )
+    _LOG.log(logging.WARNING if unused or fresh or other else logging.INFO, "%s", report)
     return report
+
+
+def _other_geometry(model: nn.Module, weights: Weights) -> tuple[str, ...]:
+    encoder = getattr(model, "encoder", model)
+    trained = {"stem_padding": weights.stem_padding, "grn_eps": weights.grn_eps}
+    if "encoder.stem.pool.weight" not in weights.state:
+        del trained["stem_padding"]  # it changes this one stem only
+    return tuple(
+        f"{key} = {value}, here {getattr(encoder, key)}" for key, value in trained.items() if value != getattr(encoder, key)
+    )
 
 
 def _widens(source: torch.dtype, target: torch.dtype) -> bool:

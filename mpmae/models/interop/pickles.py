@@ -67,6 +67,13 @@ def load_pickle(path: Path) -> Any:
     Raises CheckpointError for a file that is damaged or holds anything else; no code of it is run.
     """
     try:
+        with path.open("rb") as file:
+            start = file.read(16)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if not start.startswith((b"PK", b"\x80")):  # a zip archive, or a pickle of protocol 2 and later
+        raise CheckpointError(f"{path} is no file of torch.save: it starts with {start!r}; was the download complete?")
+    try:
         with torch.serialization.safe_globals(HARMLESS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -103,6 +110,10 @@ def load_dcp_index(path: Path) -> dcp.Metadata:
         raise CheckpointError(f"{path} is not a readable DCP index, and was not run: {_first_line(error)}") from error
     if not isinstance(index, dcp.Metadata):
         raise CheckpointError(f"{path} holds a {type(index).__name__}, expected the index of a DCP checkpoint")
+    for place in (getattr(index, "storage_data", None) or {}).values():
+        file = pathlib.PurePosixPath(str(getattr(place, "relative_path", "")))
+        if file.is_absolute() or ".." in file.parts:
+            raise CheckpointError(f"{path} names {file}, which is outside of the checkpoint's folder")
     return index
 
 

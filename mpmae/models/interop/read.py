@@ -2,7 +2,7 @@
 
 | source                                           | how it is told                                             |
 |--------------------------------------------------|------------------------------------------------------------|
-| our checkpoint (`step-N`), a run folder          | checkpoint.json, `checkpoints/`; of a run the newest one   |
+| our checkpoint (`step-N`), a run folder          | checkpoint.json, `checkpoints/`: the newest one            |
 | an exported folder                               | config.json, model.safetensors or checkpoint.pth           |
 | DeepSpeed, any ZeRO stage and number of ranks    | `*mp_rank_00_model_states.pt`                              |
 | torch.distributed.checkpoint                     | `.metadata`                                                |
@@ -23,15 +23,29 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mpmae.checkpoint_format import ENGINE_FOLDER, META_NAME, MMEARTH_NAME, MODEL_NAME, load_meta, newest_checkpoint
+from mpmae.checkpoint_format import (
+    ENGINE_FOLDER,
+    META_NAME,
+    MMEARTH_NAME,
+    MODEL_NAME,
+    all_checkpoints,
+    load_meta,
+    newest_checkpoint,
+)
 from mpmae.errors import CheckpointError
-from mpmae.models.dense import REFERENCE_GRN_EPS, SPARSE_GRN_EPS
+from mpmae.modalities import spec_of
+from mpmae.models.dense import FIRST_TILE_SIDE, REFERENCE_GRN_EPS, SPARSE_GRN_EPS
 from mpmae.models.interop import folders
 from mpmae.models.interop.names_in import canonical_layout, canonical_name, scheme_of, strip_wrappers
 from mpmae.models.interop.pickles import load_pickle
 
 CONFIG_NAME = "config.json"
 _WRAPPED = ("model", "state_dict", "module")
+# Input of the published MMEarth checkpoints by number of bands (MMEarth-train, MODALITIES.py); its rgb is blue, green, red.
+# The one of patch size 32 among them was trained on photographs.
+_DEFAULT_BANDS = spec_of("sentinel2").model_bands
+_MMEARTH_BANDS = {12: _DEFAULT_BANDS, 3: ("B2", "B3", "B4")}
+_IMAGENET_PATCH_SIZE = 32
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -53,14 +67,46 @@ class Weights:
 
     def recorded(self, key: str) -> Any:
         """What `config` says of `key`: at its top, or in our part of a config.json that another program owns; else None."""
+        return self._own_config().get(key)
+
+    def _own_config(self) -> dict[str, Any]:
         config = self.config or {}
         ours = config.get("mpmae")
-        return config.get(key, ours.get(key) if isinstance(ours, dict) else None)
+        return config | ours if isinstance(ours, dict) else config
+
+    @property
+    def bands_in(self) -> tuple[str, ...] | None:
+        """Sentinel-2 bands that the stem reads, in the order of its channels; None where nothing says.
+
+        Those recorded beside the weights, else `bands_by_convention`.
+        """
+        if "bands_in" in self._own_config():
+            bands = self.recorded("bands_in")
+        else:  # a checkpoint of an earlier version holds the configuration alone
+            run = (self.recorded("config") or {}).get("model") or {}
+            bands = run.get("bands_in") or self.bands_by_convention
+        return None if bands is None else tuple(bands)
+
+    @property
+    def bands_by_convention(self) -> tuple[str, ...] | None:
+        """The bands of a stem like this in MMEarth's published checkpoints, or in a run of ours that names none."""
+        conv = self.state.get("encoder.stem.conv.weight")
+        if conv is None or conv.ndim != 4:
+            return None
+        pool = self.state.get("encoder.stem.pool.weight", conv)
+        if self.recorded("config"):
+            table = {len(_DEFAULT_BANDS): _DEFAULT_BANDS}
+        elif self.scheme.startswith("mmearth") and pool.shape[-1] * FIRST_TILE_SIDE != _IMAGENET_PATCH_SIZE:
+            table = _MMEARTH_BANDS
+        else:
+            table = {}
+        return table.get(conv.shape[1])
 
     @property
     def stem_padding(self) -> str:
         """With which the dense model computes what these weights were trained for: see `mpmae.models.dense.Backbone`."""
-        return self.recorded("stem_padding") or ("reference" if self._as_published else "same")
+        unet = any(name.startswith("upsamples.") for name in self.state)  # the published one pads as ours does
+        return self.recorded("stem_padding") or ("reference" if self._as_published and not unet else "same")
 
     @property
     def grn_eps(self) -> float:
@@ -96,6 +142,8 @@ def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None
         if newest is None:
             raise CheckpointError(f"run folder {folder} has no complete checkpoint in {folder / 'checkpoints'}")
         folder = newest
+    elif all_checkpoints(folder):
+        folder = newest_checkpoint(folder) or folder
     if (folder / META_NAME).is_file():
         return _read_file(folder / MODEL_NAME), load_meta(folder), folder
     for name in (MODEL_NAME, MMEARTH_NAME):
