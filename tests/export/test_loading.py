@@ -1,5 +1,6 @@
 """Exported folders load where mpmae is not, and compute what our dense model computes."""
 
+import pickle
 import subprocess
 import sys
 
@@ -86,3 +87,14 @@ def test_torch_hub_without_mpmae(make_source, tmp_path):
         with torch.no_grad():
             expected = twin.forward_features(images(16))
         assert torch.equal(load_file(f"{folder}.features.safetensors")["features"], expected)
+
+
+def test_two_hub_folders_run_their_own_code(make_source, tmp_path):
+    """Folders of different versions in one process: the module of the first is not taken for the second."""
+    source, _ = make_source()
+    folders = [export(source, "hub", tmp_path / name).folder for name in ("old", "new")]
+    code = folders[1] / "mpmae_convnextv2.py"
+    code.write_text(code.read_text().replace("NORM_EPS = 1e-6", "NORM_EPS = 0.5"))
+    old, new = (torch.hub.load(str(folder), "encoder", source="local") for folder in folders)
+    assert (old.norm.eps, new.norm.eps) == (1e-6, 0.5)
+    assert torch.equal(pickle.loads(pickle.dumps(new)).stem.conv.weight, new.stem.conv.weight)
