@@ -97,7 +97,7 @@ def step_section(record: dict[str, Any]) -> str:
 def init_plot(record: dict[str, Any]) -> str:
     """SVG: training loss and relative validation loss by step, mean and range over the seeds; the lesser rate dashed."""
     results = record["results"]
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2))
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
     for init, colour in INITS.items():
         for lr in results["by_init"][init]:
             runs = [run for run in results["runs"] if run["init"] == init and f"{run['lr']:g}" == lr]
@@ -118,6 +118,8 @@ def init_plot(record: dict[str, Any]) -> str:
     panels[1].axhline(1, color="#8a8f98", lw=0.8)
     for axes in panels:
         axes.set_xlabel("step")
+        for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            ticks("{x:g}")
         axes.spines[["top", "right"]].set_visible(False)
     panels[1].legend(frameon=False, fontsize=9)
     text = io.StringIO()
