@@ -50,7 +50,6 @@ def main(arguments: list[str]) -> int:
     if unknown:
         print(f"{folder} has no case {', '.join(unknown)}; it has {', '.join(entries)}", file=sys.stderr)
         return 2
-    logging.getLogger("mpmae").setLevel(logging.ERROR)  # a line per case and no more
     status = 0
     present = cases(folder)
     for name in names or entries:
@@ -86,4 +85,5 @@ def _verdict(what: str, failures: list[str], detail: str = "") -> bool:
 
 
 if __name__ == "__main__":
+    logging.getLogger("mpmae").setLevel(logging.ERROR)  # a line per case and no more
     sys.exit(main(sys.argv[1:]))

@@ -126,7 +126,7 @@ def test_all_visible_both_encoders_agree(make_batch):
 
 def test_the_dense_encoder_s_initialisation():
     """The published code fills all convolutions of a dense encoder with spread 1, the linear layers with 0.02."""
-    model = mpmae.create_model("mpmae_atto", encoder="dense")
+    model = mpmae.create_model("mpmae_atto", encoder="dense", init="reference")
     for name, module in model.encoder.named_modules():
         if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
             spread = 0.88 if isinstance(module, torch.nn.Conv2d) else 0.02

@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 import mpmae
 from mpmae.errors import CheckpointError, ConfigError
-from mpmae.modalities import MODALITIES
+from mpmae.modalities import MODALITIES, TARGETS
 from mpmae.models.interop import Weights, describe, load_encoder, load_reference, read_weights, to_mmearth, to_timm
 from tests.models import schemes
 from tests.models.schemes import VARIANTS
@@ -358,3 +358,26 @@ def test_bands_of_published_weights_are_known():
     assert read_weights(schemes.facebook()).bands_in is None
     with pytest.raises(ConfigError, match="was trained on B2, B3, B4, in this order"):
         mpmae.create_encoder("convnextv2_atto", bands_in=("B4", "B3", "B2"), checkpoint=rgb)
+
+
+def test_log_variances_follow_the_heads():
+    """Whoever trained with the modalities in another order has the log variances in that order too."""
+    usual = schemes.mmearth(variant="pix_mod")
+    heads = [name for name in usual if name.startswith("pred_dict.")]
+    other = {name: value for name, value in usual.items() if name not in heads}
+    other |= {name: usual[name] for name in reversed(heads)}
+    other["loss_fn.log_vars"] = usual["loss_fn.log_vars"].flip(0)
+    assert_same(read_weights(other).state, read_weights(usual).state)
+    as_a_file_sorts = {name: usual[name] for name in sorted(usual)}
+    assert_same(read_weights(as_a_file_sorts).state, read_weights(usual).state)
+    only_encoder = {name: value for name, value in usual.items() if name.startswith(("encoder.", "loss_fn."))}
+    assert torch.equal(read_weights(only_encoder).state["log_vars"], usual["loss_fn.log_vars"])
+    with pytest.raises(CheckpointError, match="5 log variances for 6 heads"):
+        read_weights(usual | {"loss_fn.log_vars": torch.zeros(5)})
+
+
+def test_heads_leave_in_the_order_of_the_losses():
+    state = state_of(build())
+    written = to_mmearth({name: state[name] for name in sorted(state)})
+    heads = [name.split(".")[1] for name in written if name.startswith("pred_dict.") and name.endswith(".bias")]
+    assert heads == list(TARGETS)

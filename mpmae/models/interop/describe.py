@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from mpmae.errors import CheckpointError
-from mpmae.modalities import TARGETS
 from mpmae.models.encoder import FIRST_TILE_SIDE
+from mpmae.models.interop.names_in import loss_order
 from mpmae.models.presets import SIZES
 
 
@@ -98,5 +98,4 @@ def _modalities(state: dict[str, Tensor], patch_size: int) -> dict[str, int]:
         match = re.fullmatch(r"heads\.(pixel|tile)\.([^.]+)\.weight", name)
         if match:
             found[match[2]] = value.shape[0] // (patch_size**2 if match[1] == "pixel" else 1)
-    order = [name for name in TARGETS if name in found]
-    return {name: found[name] for name in [*order, *sorted(found.keys() - set(order))]}
+    return {name: found[name] for name in loss_order(sorted(found))}

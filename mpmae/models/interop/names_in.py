@@ -24,7 +24,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from mpmae.modalities import MODALITIES
+from mpmae.modalities import MODALITIES, TARGETS
 
 SCHEMES = ("mpmae", "mmearth-sparse", "mmearth-dense", "facebook-sparse", "facebook-dense", "timm")
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -150,6 +150,31 @@ def _from_timm(name: str) -> str | None:
         if name.startswith(old):
             return new + name.removeprefix(old)
     return None
+
+
+def loss_order(modalities: Iterable[str]) -> list[str]:
+    """Modalities in the order of our losses and log variances; those that we have no spec of come last."""
+    return sorted(modalities, key=lambda name: TARGETS.index(name) if name in TARGETS else len(TARGETS))
+
+
+def heads_of(names: Iterable[str]) -> list[str]:
+    """The modalities that have a head among canonical `names`, in their order there."""
+    found = (re.match(r"heads\.(?:pixel|tile)\.([^.]+)\.", name) for name in names)
+    return list(dict.fromkeys(match[1] for match in found if match))
+
+
+def in_our_order(log_vars: Tensor, names: Iterable[str]) -> tuple[Tensor, str | None]:
+    """`log_vars` of MMEarth-train in our order, and what is wrong with them.
+
+    They follow its list of output modalities, which anyone may write in another order; the heads are registered in that
+    order, and so they stand in the file (unless it is one that sorts its names). names: canonical, in the file's order.
+    """
+    heads = heads_of(names)
+    if not heads:  # taken out of the file to keep its encoder
+        return log_vars, None
+    if len(heads) != len(log_vars):
+        return log_vars, f"{len(log_vars)} log variances for {len(heads)} heads ({', '.join(heads)})"
+    return log_vars[[heads.index(name) for name in loss_order(heads)]], None
 
 
 def is_depthwise(name: str) -> bool:

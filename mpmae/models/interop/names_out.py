@@ -4,7 +4,7 @@ import re
 
 from torch import Tensor
 
-from mpmae.models.interop.names_in import BLOCK, TIMM_BLOCK, TIMM_GRN, is_depthwise
+from mpmae.models.interop.names_in import BLOCK, TIMM_BLOCK, TIMM_GRN, heads_of, is_depthwise, loss_order
 
 # timm's models up to nano use 1x1 convolutions for the pointwise layers, the larger ones linear layers
 _TIMM_CONV_WIDTHS = (40, 48, 64, 80)
@@ -41,9 +41,12 @@ def to_mmearth(state: dict[str, Tensor], *, sparse: bool = True) -> dict[str, Te
     sparse: the pretraining code's sparse encoder; else its dense one.
     """
     original_stem = "encoder.stem.pool.weight" not in state
-    modalities = list(dict.fromkeys(name.split(".")[2] for name in state if re.match(r"heads\.(?:pixel|tile)\.", name)))
+    modalities = loss_order(heads_of(state))
+    # the heads in the order of the log variances, which is how that code registers them
+    heads = [name for modality in modalities for name in state if re.match(rf"heads\.(?:pixel|tile)\.{modality}\.", name)]
     result = {}
-    for name, value in state.items():
+    for name in [*(name for name in state if name not in heads), *heads]:
+        value = state[name]
         block = name.removeprefix("decoder.blocks.")
         if block != name:
             shaped = value.reshape(1, 1, 1, -1) if ".grn." in name else value

@@ -36,7 +36,7 @@ from mpmae.errors import CheckpointError
 from mpmae.modalities import spec_of
 from mpmae.models.dense import FIRST_TILE_SIDE, REFERENCE_GRN_EPS, SPARSE_GRN_EPS
 from mpmae.models.interop import folders
-from mpmae.models.interop.names_in import canonical_layout, canonical_name, scheme_of, strip_wrappers
+from mpmae.models.interop.names_in import canonical_layout, canonical_name, in_our_order, scheme_of, strip_wrappers
 from mpmae.models.interop.pickles import load_pickle
 
 CONFIG_NAME = "config.json"
@@ -248,6 +248,9 @@ def _canonical(raw: dict[str, Tensor], where: str, config: dict[str, Any] | None
         if moved.shape != value.shape:
             reshaped.append(f"{name} {list(value.shape)} -> {new} {list(moved.shape)}")
         state[new], origin[new] = moved, name
+    if scheme.startswith("mmearth") and "log_vars" in state and list(names) != sorted(names):
+        state["log_vars"], problem = in_our_order(state["log_vars"], state)
+        problems += [f"{where}: {problem}"] if problem else []
     if problems:
         raise CheckpointError(problems)
     return Weights(state, scheme, where, config, tuple(unknown), tuple(reshaped))
