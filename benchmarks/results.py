@@ -17,6 +17,7 @@ from record import load_records
 mpl.use("svg")
 mpl.rcParams["svg.hashsalt"] = "mpmae"  # the same bytes every time
 from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.ticker import LogLocator  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / "README.md"
@@ -118,8 +119,9 @@ def init_plot(record: dict[str, Any]) -> str:
     panels[1].axhline(1, color="#8a8f98", lw=0.8)
     for axes in panels:
         axes.set_xlabel("step")
-        for ticks in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            ticks("{x:g}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
         axes.spines[["top", "right"]].set_visible(False)
     panels[1].legend(frameon=False, fontsize=9)
     text = io.StringIO()

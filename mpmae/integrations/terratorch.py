@@ -106,7 +106,7 @@ def _sentinel_name(band: str | Enum) -> str:
 
 def _chosen_bands(weights: Weights, chosen: tuple[str, ...]) -> Tensor:
     """The stem's weight [C, B, R, R] for the chosen bands alone."""
-    weight, recorded = weights.state[_STEM_WEIGHT], weights.recorded("bands_in")
+    weight, recorded = weights.state[_STEM_WEIGHT], weights.bands_in
     if recorded is None:
         if len(chosen) == weight.shape[1]:
             return weight
@@ -117,7 +117,7 @@ def _chosen_bands(weights: Weights, chosen: tuple[str, ...]) -> Tensor:
     missing = [band for band in chosen if band not in recorded]
     if missing:
         raise CheckpointError(f"{weights.source}: no weights for {', '.join(missing)}; it reads {', '.join(recorded)}")
-    return weight[:, [list(recorded).index(band) for band in chosen]]
+    return weight[:, [recorded.index(band) for band in chosen]]
 
 
 def _register(name: str) -> Callable[..., PyramidBackbone]:

@@ -104,3 +104,14 @@ def test_layer_decay(quirks, depths):
 def test_layer_decay_needs_stages():
     with pytest.raises(ConfigError, match="Linear has no stages"):
         layer_decay_groups(nn.Linear(2, 2), 0.3, 0.9)
+
+
+@pytest.mark.parametrize("layer_decay", [0, -0.9, 1.1])
+def test_layer_decay_is_a_factor(layer_decay):
+    with pytest.raises(ConfigError, match=r"expected a factor in \(0, 1\]"):
+        layer_decay_groups(Dense(), 0.3, layer_decay)
+
+
+def test_layer_decay_of_nothing():
+    with pytest.raises(ConfigError, match="Dense has no parameter that trains"):
+        layer_decay_groups(Dense().requires_grad_(False), 0.3, 0.9)

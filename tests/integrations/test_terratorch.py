@@ -42,6 +42,12 @@ def test_the_registry_builds_a_pyramid(name):
     ]
 
 
+@pytest.mark.parametrize("indices", [[7], [-9], []])
+def test_stages_that_do_not_exist(indices):
+    with pytest.raises(ConfigError, match=r"out_indices = .*: expected stages within -4\.\.3"):
+        BACKBONE_REGISTRY.build("mpmae_convnextv2_atto", out_indices=indices)
+
+
 def test_all_sizes_are_registered():
     assert [f"mpmae_{name}" for name in mpmae.list_encoders()] == list(BACKBONES)
     assert all(name in BACKBONE_REGISTRY.find_registry(name) for name in BACKBONES)

@@ -381,3 +381,10 @@ def test_heads_leave_in_the_order_of_the_losses():
     written = to_mmearth({name: state[name] for name in sorted(state)})
     heads = [name.split(".")[1] for name in written if name.startswith("pred_dict.") and name.endswith(".bias")]
     assert heads == list(TARGETS)
+
+
+@pytest.mark.parametrize("config", [{"stem_padding": 5}, {"grn_eps": "a"}, {"mpmae": {"grn_eps": -1}}])
+def test_a_config_that_makes_no_sense(config):
+    weights = Weights(read_weights(schemes.mmearth()).state, "mpmae", "w", config)
+    with pytest.raises(CheckpointError, match=r"w: its config has (stem_padding 5|grn_eps ('a'|-1)), expected"):
+        mpmae.create_encoder("convnextv2_atto", checkpoint=weights)

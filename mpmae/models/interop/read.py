@@ -34,7 +34,7 @@ from mpmae.checkpoint_format import (
 )
 from mpmae.errors import CheckpointError
 from mpmae.modalities import spec_of
-from mpmae.models.dense import FIRST_TILE_SIDE, REFERENCE_GRN_EPS, SPARSE_GRN_EPS
+from mpmae.models.dense import FIRST_TILE_SIDE, REFERENCE_GRN_EPS, SPARSE_GRN_EPS, STEM_PADDINGS
 from mpmae.models.interop import folders
 from mpmae.models.interop.names_in import canonical_layout, canonical_name, in_our_order, scheme_of, strip_wrappers
 from mpmae.models.interop.pickles import load_pickle
@@ -106,12 +106,20 @@ class Weights:
     def stem_padding(self) -> str:
         """With which the dense model computes what these weights were trained for: see `mpmae.models.dense.Backbone`."""
         unet = any(name.startswith("upsamples.") for name in self.state)  # the published one pads as ours does
-        return self.recorded("stem_padding") or ("reference" if self._as_published and not unet else "same")
+        recorded = self.recorded("stem_padding")
+        if recorded not in (None, *STEM_PADDINGS):
+            raise CheckpointError(
+                f"{self.source}: its config has stem_padding {recorded!r}, expected one of {', '.join(STEM_PADDINGS)}"
+            )
+        return recorded or ("reference" if self._as_published and not unet else "same")
 
     @property
     def grn_eps(self) -> float:
         """As `stem_padding`, for the epsilon of GRN."""
-        return self.recorded("grn_eps") or (REFERENCE_GRN_EPS if self._as_published else SPARSE_GRN_EPS)
+        recorded = self.recorded("grn_eps")
+        if recorded is not None and not (isinstance(recorded, int | float) and recorded > 0):
+            raise CheckpointError(f"{self.source}: its config has grn_eps {recorded!r}, expected a small positive number")
+        return recorded or (REFERENCE_GRN_EPS if self._as_published else SPARSE_GRN_EPS)
 
     @property
     def _as_published(self) -> bool:
