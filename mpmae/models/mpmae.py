@@ -291,8 +291,8 @@ def _dtype_problems(batch: Batch, name: str) -> list[str]:
         return problems
     if values.dtype != torch.int64:
         problems.append(f"batch.values[{name!r}]: dtype {values.dtype}, expected torch.int64 class ids")
-    elif values.device.type == "cpu" and values.numel() and not torch.compiler.is_compiling():
-        largest = int(values.max())
+    elif not problems and values.shape == valid.shape and values.device.type == "cpu" and not torch.compiler.is_compiling():
+        largest = int(torch.where(valid, values, -1).max()) if values.numel() else -1
         if largest >= spec.num_classes:
             problems.append(f"batch.values[{name!r}]: class id {largest}, expected at most {spec.num_classes - 1}")
     return problems
