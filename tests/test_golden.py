@@ -115,13 +115,18 @@ def test_command(tmp_path, capsys, monkeypatch):
     )
     assert main([str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" (")[0] for line in lines] == [
+    absent = [
+        f"{name}: absent: no file {name}.safetensors" for name in read_manifest(GOLDEN)["cases"] if name != "dense_p8_56"
+    ]
+    assert [line for line in lines if "absent" in line] == absent
+    assert [line.split(" (")[0] for line in lines if "absent" not in line] == [
         "multimae_x: skipped: this project has no model of that kind",
         "dense_p8_56 float64: ok",
         "dense_p8_56 float32: ok",
         *(f"{table}: ok" for table in check_tables(GOLDEN)),
     ]
     assert main([str(tmp_path), "dense_p9"]) == 2
+    assert main([str(tmp_path), "unet_p8_56"]) == 1
     monkeypatch.setattr("tests.golden_dense.REFERENCE_GRN_EPS", 1e-2)
     assert main([str(tmp_path), "dense_p8_56"]) == 1
     assert "dense_p8_56 float64: FAILED" in capsys.readouterr().out
