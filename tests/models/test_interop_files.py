@@ -45,6 +45,8 @@ def test_files(state, tmp_path, form):
         torch.save(published if form == "bare" else {form: published, "args": command_line, "epoch": 3}, path)
     assert_same(read_weights(path).state, state)
     assert_same(read_weights(str(path)).state, state)
+    if form != "safetensors":
+        assert_same(read_weights(torch.load(path, weights_only=False)).state, state)
 
 
 class Trap:

@@ -135,7 +135,7 @@ def read_weights(source: Mapping[str, Tensor] | str | Path) -> Weights:
     shared decoder that differ, weights that are no numbers.
     """
     if isinstance(source, Mapping):
-        return _canonical(dict(source), "the state dict", None)
+        return _canonical(dict(_unwrapped(source)), "the state dict", None)
     path = Path(source)
     if not path.exists():
         raise CheckpointError(f"no checkpoint {path}")
@@ -178,16 +178,18 @@ def _read_file(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
-    content = load_pickle(path)
-    for key in _WRAPPED:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
+    content = _unwrapped(load_pickle(path))
     if not isinstance(content, Mapping) or not content or not all(torch.is_tensor(value) for value in content.values()):
         raise CheckpointError(
             f"{path}: no state dict in it; expected one at the top level or under {', '.join(map(repr, _WRAPPED))}"
         )
     return dict(content)
+
+
+def _unwrapped(content: Any) -> Any:
+    """The state dict in what a training program saved beside its optimizer, command line, ...; else `content`."""
+    inside = (content[key] for key in _WRAPPED if isinstance(content, Mapping) and isinstance(content.get(key), Mapping))
+    return next(inside, content)
 
 
 def _config_beside(path: Path) -> dict[str, Any] | None:
