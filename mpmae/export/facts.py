@@ -20,7 +20,7 @@ from mpmae.train.record import commit
 FACEBOOK_LICENCE = "CC-BY-NC-4.0"
 # What of a model goes into each layout, by the beginning of our names; into the others everything does
 DENSE = ("encoder.", "norm.", "head.")
-PRETRAINING = ("encoder.", "decoder.", "heads.", "log_vars")
+PRETRAINING = ("encoder.", "decoder.", "heads.", "log_vars", "norm.", "head.")
 KEPT = {"timm": DENSE, "hub": DENSE, "hf": DENSE, "mmearth": PRETRAINING}
 _RUN_SECTIONS = ("model", "train", "optim")  # the rest of a run's configuration is about places on one machine
 

@@ -376,6 +376,12 @@ def test_log_variances_follow_the_heads():
         read_weights(usual | {"loss_fn.log_vars": torch.zeros(5)})
 
 
+@pytest.mark.parametrize("sparse", [True, False])
+def test_published_names_come_back_whole(sparse):
+    source = schemes.mmearth(variant="img_mod", sparse=sparse)
+    assert_same(to_mmearth(read_weights(source).state, sparse=sparse), source)
+
+
 def test_heads_leave_in_the_order_of_the_losses():
     state = state_of(build())
     written = to_mmearth({name: state[name] for name in sorted(state)})

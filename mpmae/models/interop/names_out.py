@@ -51,6 +51,8 @@ def to_mmearth(state: dict[str, Tensor], *, sparse: bool = True) -> dict[str, Te
         if block != name:
             shaped = value.reshape(1, 1, 1, -1) if ".grn." in name else value
             result |= {f"decoder_dict.{modality}.{block}": shaped for modality in modalities}
+        elif name.startswith(("norm.", "head.")) and "decoder.proj.weight" in state:
+            result[f"encoder.{name}"] = value  # the dense encoder's classifier, which its pretraining carries along
         elif name.startswith("encoder."):
             result |= dict([_mmearth_encoder(name, value, sparse, original_stem)])
         else:
