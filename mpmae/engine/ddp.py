@@ -87,3 +87,8 @@ class DDPEngine(Engine):
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
         """See Engine."""
         return as_float32(self._module.state_dict()) if self.rank == 0 else None
+
+    def close(self) -> None:
+        """See Engine. What reduces the gradients holds the process group, and must not be the last to do so."""
+        self._ddp = None
+        super().close()

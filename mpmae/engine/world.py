@@ -3,6 +3,7 @@
 import atexit
 import os
 import socket
+import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -25,6 +26,7 @@ _LOST_PEER_WORDS = (
     "broken pipe",
 )
 
+_SETTLE_S = 0.1
 _held: list[str] = []
 
 
@@ -146,6 +148,10 @@ def is_lost_peer(error: RuntimeError) -> bool:
 
 def _leave_process_group() -> None:
     if dist.is_initialized():
+        # A gloo thread drops what it holds of a collective after that has returned: under the group's lock, and with the
+        # GIL. A group that is torn down with the GIL held at that moment waits for ever, and an interpreter that ends then
+        # aborts ("terminate called without an active exception"; torch 2.13). Asleep, this thread leaves the GIL to it.
+        time.sleep(_SETTLE_S)
         dist.destroy_process_group()
 
 
