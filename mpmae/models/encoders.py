@@ -9,7 +9,7 @@ from torch import Tensor
 from mpmae.errors import ConfigError
 from mpmae.modalities import MODALITIES
 from mpmae.models.dense import STEM_PADDINGS, STEMS, ConvNeXtV2
-from mpmae.models.interop import Architecture, Weights, describe, load_encoder, read_weights
+from mpmae.models.interop import Architecture, Weights, as_weights, describe, load_encoder
 from mpmae.models.mpmae import INPUT
 from mpmae.models.presets import SIZES, band_problems, name_problems, patch_size_problems
 from mpmae.models.unet import UNet
@@ -117,7 +117,7 @@ def _resolve(
         in_chans = len(bands_in)
     weights = None
     if checkpoint is not None:
-        weights = checkpoint if isinstance(checkpoint, Weights) else read_weights(checkpoint)
+        weights = as_weights(checkpoint)
         found = describe(weights.state, weights.source)
         asked = {"size": name.removeprefix(_PREFIX), "patch_size": patch_size, "stem": stem, "in_chans": in_chans}
         problems += _contradictions(weights, found, asked, bands_in)

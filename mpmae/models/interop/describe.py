@@ -16,9 +16,9 @@ class Architecture:
     """The facts of a model that its weights show.
 
     dims, depths: channels and blocks of the four stages. patch_size: pixels, by the stem's stride. in_chans: bands that the
-    stem reads. modalities: name -> output channels of its head (for a pixel
-    modality bands or classes, without the factor patch_size**2), in the order of the losses. decoder_dim, decoder_depth: 0
-    without a decoder. num_classes: of the dense classifier, 0 without one.
+    stem reads. modalities: name -> output channels of its head (for a pixel modality bands or classes, without the factor
+    patch_size**2), in the order of the losses. decoder_dim, decoder_depth: 0 without a decoder. num_classes: of the dense
+    classifier, 0 without one.
     """
 
     dims: tuple[int, ...]

@@ -107,10 +107,14 @@ def _join_flat_groups(partitions: list[dict], param_shapes: list[dict]) -> dict[
 
 
 class _Reader(FileSystemReader):
-    """DCP's own reader, with an index that is read without unpickling arbitrary objects."""
+    """DCP's own reader, given the index, which it would itself unpickle with whatever is in it."""
+
+    def __init__(self, folder: Path, index: Metadata):
+        super().__init__(folder)
+        self._index = index
 
     def read_metadata(self, *args, **kwargs) -> Metadata:
-        index = load_dcp_index(Path(self.path) / _DCP_INDEX)
+        index = self._index
         index.storage_meta = getattr(index, "storage_meta", None) or StorageMeta()
         index.storage_meta.load_id = self.load_id
         return index
@@ -124,7 +128,7 @@ def read_dcp(folder: Path) -> dict[str, Tensor]:
         prefix = next((p for p in _MODEL_PREFIXES if any(name.startswith(p) for name in found)), "")
         chosen = {name: entry for name, entry in found.items() if name.startswith(prefix)}
         state = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in chosen.items()}
-        load(state, storage_reader=_Reader(folder), no_dist=True)
+        load(state, storage_reader=_Reader(folder, index), no_dist=True)
     except (CheckpointException, Exception) as error:  # DCP's own is not a subclass of Exception
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
     return {strip_wrappers(name.removeprefix(prefix)): value for name, value in state.items()}

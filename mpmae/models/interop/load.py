@@ -54,7 +54,7 @@ def load_reference(model: nn.Module, source: Mapping[str, Tensor] | str | Path |
     unused classifier (`norm`, `head`) of a dense encoder. Logs a warning when something stays unused.
     Raises CheckpointError with every missing, unexpected, misshapen or unsuitable weight; the model is then unchanged.
     """
-    weights = _weights(source)
+    weights = as_weights(source)
     trained, bands = weights.bands_in, getattr(model, "bands_in", None)
     if trained and bands and trained != tuple(bands) and len(trained) == len(bands):
         raise CheckpointError(
@@ -71,10 +71,11 @@ def load_encoder(encoder: nn.Module, source: Mapping[str, Tensor] | str | Path |
     Raises CheckpointError as `load_reference`.
     """
     unused = ("decoder.", "heads.", "log_vars", "norm.", "head.", "upsamples.")
-    return _load(encoder, _weights(source), may_be_unused=unused, may_be_fresh=("norm.", "head.", "upsamples."))
+    return _load(encoder, as_weights(source), may_be_unused=unused, may_be_fresh=("norm.", "head.", "upsamples."))
 
 
-def _weights(source: Mapping[str, Tensor] | str | Path | Weights) -> Weights:
+def as_weights(source: Mapping[str, Tensor] | str | Path | Weights) -> Weights:
+    """`source` if it has been read already, else what `read_weights` makes of it."""
     return source if isinstance(source, Weights) else read_weights(source)
 
 
