@@ -16,7 +16,7 @@ install: $(VENV)/installed
 $(VENV)/installed: pyproject.toml setup.py requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install -c requirements/constraints.txt torch $(TORCH_ARGS)
-	$(PIP) install -c requirements/constraints.txt -e '.[deepspeed,tracking,test]'
+	$(PIP) install -c requirements/constraints.txt -e '.[deepspeed,tracking,dali,remote,sources,test]'
 	@touch $@
 	@echo "installed into $(VENV)"
 

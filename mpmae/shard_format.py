@@ -21,7 +21,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
-import lz4.block
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
@@ -30,10 +29,11 @@ from mpmae.manifest_checks import manifest_problems
 from mpmae.modalities import PRODUCT_LEVELS, Kind, NoData, band_indices, no_data_rule
 
 FORMAT_NAME = "mpmae-shards"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, 2)
 MANIFEST_NAME = "manifest.json"
 SCALARS_MEMBER = "scalars"
-Codec = Literal["raw", "lz4"]
+Codec = Literal["raw", "lz4", "zstd"]
 Filter = Literal["none", "delta-planes"]
 
 
@@ -41,8 +41,21 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+class Quantisation(_Strict):
+    """A float modality stored as int16 counts of `step`: the only lossy codec, and only on request.
+
+    max_error: the largest |decoded - source| over finite values, in the modality's unit: half a step and float32's rounding.
+    """
+
+    step: float
+    max_error: float
+
+
 class PixelEntry(_Strict):
-    """A pixel modality of the set: one tar member [C, P, P] per sample."""
+    """A pixel modality of the set: one tar member [C, P, P] per sample.
+
+    dtype is that of the source and of what a reader gets; with `quantisation` the stored words are int16.
+    """
 
     name: str
     kind: Kind
@@ -52,6 +65,7 @@ class PixelEntry(_Strict):
     codec: Codec
     filter: Filter
     no_data: NoData
+    quantisation: Quantisation | None = None
 
 
 class ScalarEntry(_Strict):
@@ -183,10 +197,10 @@ def load_manifest(shards_dir: str | Path) -> Manifest:
         raise ShardError(f"{path} is not JSON ({error}); rebuild the set or restore the file") from error
     if not isinstance(raw, Mapping) or raw.get("format") != FORMAT_NAME:
         raise ShardError(f"{path} is not a manifest of an mpmae shard set (its `format` is not {FORMAT_NAME!r})")
-    if raw.get("format_version") != FORMAT_VERSION:
+    if raw.get("format_version") not in READABLE_VERSIONS:
         raise ShardError(
-            f"{path}: format_version {raw.get('format_version')}, this version reads {FORMAT_VERSION}; "
-            "update mpmae or rebuild the set"
+            f"{path}: format_version {raw.get('format_version')}, this version of mpmae reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}; update mpmae or rebuild the set"
         )
     try:
         return Manifest.model_validate(raw)
@@ -211,7 +225,7 @@ def dali_index_name(shard_name: str) -> str:
 def pixel_entry(name: str, kind: Kind, array_dtype: np.dtype, shape, bands, codec: Codec) -> PixelEntry:
     """The manifest entry of a pixel modality: filter and no-data rule follow the dtype."""
     dtype = np.dtype(array_dtype).newbyteorder("<")
-    use_filter = codec == "lz4" and dtype.itemsize > 1
+    use_filter = codec != "raw" and dtype.itemsize > 1
     return PixelEntry(
         name=name,
         kind=kind,
@@ -222,90 +236,6 @@ def pixel_entry(name: str, kind: Kind, array_dtype: np.dtype, shape, bands, code
         filter="delta-planes" if use_filter else "none",
         no_data=no_data_rule(name, dtype),
     )
-
-
-# --- pixel members -----------------------------------------------------------------------------------------------------
-
-
-def encode_pixels(entry: PixelEntry, values: np.ndarray) -> bytes:
-    """The bytes of a member for `values` [C, P, P] of the entry's dtype (lossless, bit patterns kept)."""
-    values = np.ascontiguousarray(values, entry.dtype)
-    data = _delta_planes(values) if entry.filter == "delta-planes" else values
-    return data.tobytes() if entry.codec == "raw" else lz4.block.compress(data.tobytes(), store_size=False)
-
-
-def decode_pixels(entry: PixelEntry, data: bytes | memoryview) -> np.ndarray:
-    """The array [C, P, P] of a member; ShardError when the bytes do not give exactly that array."""
-    dtype = np.dtype(entry.dtype)
-    num_bytes = int(np.prod(entry.shape)) * dtype.itemsize
-    if entry.codec == "lz4":
-        try:
-            data = lz4.block.decompress(data, uncompressed_size=num_bytes)
-        except lz4.block.LZ4BlockError as error:
-            raise ShardError(f"{entry.name}: corrupt LZ4 block of {len(data)} bytes ({error})") from error
-    if len(data) != num_bytes:
-        raise ShardError(f"{entry.name}: {len(data)} bytes, expected {num_bytes} for {entry.shape} {entry.dtype}")
-    if entry.filter == "delta-planes":
-        return _undo_delta_planes(np.frombuffer(data, np.uint8), dtype, entry.shape)
-    return np.frombuffer(data, dtype).reshape(entry.shape)
-
-
-def _delta_planes(values: np.ndarray) -> np.ndarray:
-    """Horizontal difference, zigzag, then one plane per byte of the word: uint8 [itemsize, C*P*P]."""
-    bits = values.view(f"<u{values.itemsize}")
-    delta = bits.copy()
-    delta[..., 1:] -= bits[..., :-1]
-    signed = delta.view(f"<i{values.itemsize}")
-    zigzag = (signed << 1) ^ (signed >> (8 * values.itemsize - 1))
-    return np.ascontiguousarray(zigzag.view(np.uint8).reshape(-1, values.itemsize).T)
-
-
-def _undo_delta_planes(planes: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    unsigned = np.dtype(f"<u{dtype.itemsize}")
-    words = np.ascontiguousarray(planes.reshape(dtype.itemsize, -1).T).view(unsigned).reshape(shape)
-    delta = (words >> unsigned.type(1)) ^ (~(words & unsigned.type(1)) + unsigned.type(1))
-    return np.cumsum(delta, axis=-1, dtype=unsigned).view(dtype)
-
-
-# --- scalars -----------------------------------------------------------------------------------------------------------
-
-ALL_ZERO, ALL_NO_DATA = -1, -2
-
-
-def pack_one_hot(row: np.ndarray) -> int:
-    """Class id of a one-hot row [K]; ALL_ZERO or ALL_NO_DATA (every value the dtype's maximum) for rows without a class.
-
-    Raises ValueError for any other row.
-    """
-    if (row == 0).all():
-        return ALL_ZERO
-    if (row == np.iinfo(row.dtype).max).all():
-        return ALL_NO_DATA
-    hot = np.flatnonzero(row)
-    if len(hot) != 1 or row[hot[0]] != 1:
-        raise ValueError(f"{len(hot)} non-zero values, expected one 1")
-    return int(hot[0])
-
-
-def unpack_one_hot(class_id: int, dtype: np.dtype | str, length: int) -> np.ndarray:
-    """The row [K] that `pack_one_hot` was given."""
-    if class_id == ALL_NO_DATA:
-        return np.full(length, np.iinfo(dtype).max, dtype)
-    row = np.zeros(length, dtype)
-    if class_id >= 0:
-        row[class_id] = 1
-    return row
-
-
-def decode_scalars(manifest: Manifest, data: bytes | memoryview) -> np.void:
-    """The record of a `scalars` member (`manifest.scalars_dtype`); ShardError for a wrong size."""
-    dtype = manifest.scalars_dtype
-    if len(data) != dtype.itemsize:
-        raise ShardError(f"{SCALARS_MEMBER}: {len(data)} bytes, expected {dtype.itemsize}")
-    return np.frombuffer(data, dtype)[0]
-
-
-# --- tar members ---------------------------------------------------------------------------------------------------------
 
 
 def sample_key(ordinal: int) -> str:

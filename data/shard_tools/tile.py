@@ -9,15 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpmae.errors import ShardError
-from mpmae.shard_format import (
-    ALL_NO_DATA,
-    Manifest,
-    decode_pixels,
-    decode_scalars,
-    encode_pixels,
-    pack_one_hot,
-    unpack_one_hot,
-)
+from mpmae.shard_codecs import ALL_NO_DATA, decode_pixels, decode_scalars, encode_pixels, pack_one_hot, unpack_one_hot
+from mpmae.shard_format import Manifest
 
 
 @dataclass(frozen=True)

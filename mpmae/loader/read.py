@@ -14,16 +14,8 @@ import numpy as np
 
 from mpmae.errors import ShardError
 from mpmae.loader.open_files import OpenFiles
-from mpmae.shard_format import (
-    SCALARS_MEMBER,
-    Manifest,
-    decode_pixels,
-    decode_scalars,
-    index_name,
-    load_index,
-    load_manifest,
-    unpack_one_hot,
-)
+from mpmae.shard_codecs import decode_pixels, decode_scalars, unpack_one_hot
+from mpmae.shard_format import SCALARS_MEMBER, Manifest, index_name, load_index, load_manifest
 
 _T = TypeVar("_T")
 
@@ -102,20 +94,41 @@ class ShardReader:
     def _shard_of(self, sample_id: int) -> int:
         return int(np.searchsorted(self._first, sample_id, side="right")) - 1
 
-    def _decoded(self, sample_id: int, member: str, decode: Callable[[bytes], _T]) -> _T:
-        """`decode` of a member's bytes; every failure becomes a ShardError naming shard and sample."""
-        row, position = self.index[sample_id], self._member_position[member]
-        size, offset = int(row["size"][position]), int(row["offset"][position])
+    def spans(self, sample_ids: np.ndarray) -> list[np.ndarray]:
+        """The stored bytes of samples (int [N]), uint8 each, from the first member's data to the last one's end.
+
+        Members of a sample are adjacent in the tar, so this is one read each; member j of sample i lies at
+        `index["offset"][i, j] - index["offset"][i, 0]`. Raises ShardError naming shard and sample.
+        """
+        return [np.frombuffer(self._span(int(sample_id)), np.uint8) for sample_id in sample_ids]
+
+    def _span(self, sample_id: int) -> bytes:
+        row = self.index[sample_id]
+        start, end = int(row["offset"][0]), int(row["offset"][-1]) + int(row["size"][-1])
+        return self._read(sample_id, "the sample", start, end - start)
+
+    def _read(self, sample_id: int, what: str, offset: int, size: int) -> bytes:
+        """`size` bytes of the sample's shard; every failure becomes a ShardError naming shard and sample."""
         try:
             data = self._files.read(self._shard_of(sample_id), size, offset)
-            if len(data) != size:
-                raise ShardError(f"{member}: {len(data)} of {size} bytes; the tar is shorter now")
-            return decode(data)
         except OSError as error:
             too_many = error.errno in (errno.EMFILE, errno.ENFILE)
             hint = "raise the limit of open files (`ulimit -n`)" if too_many else "check the disk and the permissions"
-            problem = f"{member}: cannot be read ({error.strerror or error}); {hint}"
+            problem = f"{what}: cannot be read ({error.strerror or error}); {hint}"
             raise ShardError(f"{self._where(sample_id)}: {problem}") from error
+        if len(data) != size:
+            raise ShardError(
+                f"{self._where(sample_id)}: {what}: {len(data)} of {size} bytes; the tar is shorter now; "
+                f"run `mpmae-shards verify {self.folder}`"
+            )
+        return data
+
+    def _decoded(self, sample_id: int, member: str, decode: Callable[[bytes], _T]) -> _T:
+        """`decode` of a member's bytes; every failure becomes a ShardError naming shard and sample."""
+        row, position = self.index[sample_id], self._member_position[member]
+        data = self._read(sample_id, member, int(row["offset"][position]), int(row["size"][position]))
+        try:
+            return decode(data)
         except ShardError as error:
             raise ShardError(f"{self._where(sample_id)}: {error}; run `mpmae-shards verify {self.folder}`") from error
 

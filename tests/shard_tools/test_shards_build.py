@@ -15,7 +15,8 @@ import webdataset
 from mpmae.errors import ShardError, SourceError
 from mpmae.files import TEMP_SUFFIX
 from mpmae.modalities import MODALITIES, no_data_rule
-from mpmae.shard_format import decode_pixels, load_manifest
+from mpmae.shard_codecs import decode_pixels
+from mpmae.shard_format import load_manifest
 from mpmae.shard_tools import output
 from mpmae.shard_tools.build import build
 from mpmae.shard_tools.shard_set import ShardSet

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mpmae.errors import ShardError
-from mpmae.shard_format import decode_pixels, encode_pixels, pack_one_hot, pixel_entry, unpack_one_hot
+from mpmae.shard_codecs import decode_pixels, encode_pixels, pack_one_hot, unpack_one_hot
+from mpmae.shard_format import pixel_entry
 
 DTYPES = ("u1", "i1", "<u2", "<i2", "<f2", "<u4", "<i4", "<f4", ">u2", ">f4")
 
