@@ -300,7 +300,8 @@ _BLANK_SUM = sum(_BLANK_HEADER)
 def tar_header(name: str, size: int) -> bytes:
     """Header block of a USTAR member with fixed owner, mode and time; `name` is ASCII, of at most 100 characters."""
     header, encoded, digits = bytearray(_BLANK_HEADER), name.encode("ascii"), b"%011o\0" % size
-    assert len(encoded) <= _NAME_BYTES and len(digits) == 12, (name, size)
+    assert len(encoded) <= _NAME_BYTES, name
+    assert len(digits) == 12, size
     header[: len(encoded)], header[_SIZE] = encoded, digits
     header[_CHECKSUM] = b"%06o\0 " % (_BLANK_SUM + sum(encoded) + sum(digits))
     return bytes(header)

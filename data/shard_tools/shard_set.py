@@ -138,7 +138,7 @@ class ShardSet:
         return memoryview(data)
 
     def decode(self, sample: Sample, stored: memoryview, names: Collection[str] | None = None) -> Tile:
-        """The tile in the bytes of a sample, with the modalities `names` (None: all); ShardError naming sample and member."""
+        """The tile in the bytes of a sample, with the modalities `names` (None: all); ShardError naming sample, member."""
         try:
             return decode_members(self.manifest, int(sample.index_row["row"]), sample.members(stored), names)
         except ShardError as error:
