@@ -104,13 +104,14 @@ class ShardSet:
                 if sample.shard is not open_shard:
                     if file is not None:
                         file.close()
-                    file, open_shard = self._open(sample.shard), sample.shard
+                    file, open_shard = self.open_tar(sample.shard), sample.shard
                 yield self._read(file, sample)
         finally:
             if file is not None:
                 file.close()
 
-    def _open(self, shard: ShardEntry) -> BinaryIO:
+    def open_tar(self, shard: ShardEntry) -> BinaryIO:
+        """The tar of a shard, unbuffered; ShardError when it is absent, no file or not of the size in the manifest."""
         path = self.path(shard)
         try:
             if path.exists() and not path.is_file():

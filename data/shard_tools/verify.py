@@ -15,6 +15,7 @@ import numpy as np
 
 from mpmae.errors import MpmaeError, ShardError
 from mpmae.files import TEMP_SUFFIX
+from mpmae.modalities import PRODUCT_LEVELS
 from mpmae.shard_format import (
     SCALARS_MEMBER,
     TAR_END,
@@ -277,6 +278,9 @@ class _Check:
             found.problems.append(f"{label}: the index is wrong about the presence of {', '.join(wrong)}")
         elif bits != presence:
             found.problems.append(f"{label}: the index sets presence bits of no modality ({presence:#x})")
+        if tile.product_level.decode(errors="replace") not in PRODUCT_LEVELS:
+            expected = " or ".join(PRODUCT_LEVELS)
+            found.problems.append(f"{label}: {SCALARS_MEMBER}: product level {tile.product_level!r}, expected {expected}")
         if self.source is not None and tile.row < self.source.num_tiles:
             self._compare(label, tile, found)
 
