@@ -11,9 +11,11 @@ from rich.console import Console
 from mpmae.errors import MpmaeError
 from mpmae.files import write_whole
 from mpmae.shard_format import MANIFEST_NAME
-from mpmae.shard_tools.build import MB, build
+from mpmae.shard_tools.build_cli import add_build
+from mpmae.shard_tools.cli_parts import add_command
 from mpmae.shard_tools.inspect import print_summary, summarise
 from mpmae.shard_tools.output import disk_errors
+from mpmae.shard_tools.progress import MB
 from mpmae.shard_tools.shard_set import ShardSet
 from mpmae.shard_tools.source import MMEarthSource
 from mpmae.shard_tools.stats import band_stats
@@ -39,20 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_INTERRUPTED
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the defaults that say something: neither None nor a switch that is off."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mpmae-shards",
         description="Turn an MMEarth HDF5 folder into a shard set, and check, describe or imitate one.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_build(commands)
+    add_build(commands)
     _add_verify(commands)
     _add_stats(commands)
     _add_inspect(commands)
@@ -60,65 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands, name: str, run, help_text: str, description: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=help_text, description=description, formatter_class=_HelpFormatter)
-    command.set_defaults(run=run)
-    return command
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _add_build(commands) -> None:
-    command = _command(
-        commands,
-        "build",
-        _run_build,
-        "MMEarth folder -> shard set",
-        "Write the shard set of an MMEarth folder (NAME.h5, NAME_splits.json, NAME_tile_info.json, NAME_band_stats.json). "
-        "The same source and options give the same bytes.",
-    )
-    command.add_argument("source", type=Path, metavar="SOURCE", help="MMEarth folder")
-    command.add_argument("output", type=Path, metavar="OUTPUT", help="folder for the shard set; absent or empty")
-    command.add_argument(
-        "--codec", choices=("lz4", "raw"), default="lz4", help="lz4: lossless filter and LZ4; raw: plain arrays"
-    )
-    command.add_argument(
-        "--modalities", type=_names, metavar="A,B", help="take only these, sentinel2 among them; all if not given"
-    )
-    command.add_argument("--splits", type=_names, metavar="A,B", help="take only these; all if not given")
-    command.add_argument("--seed", type=int, default=0, help="seed of the shuffle within each split")
-    command.add_argument(
-        "--shard-size-mb", type=float, default=256, help="a tar is cut before it exceeds this many 10^6 bytes"
-    )
-    command.add_argument("--max-samples-per-shard", type=int, metavar="N", help="a tar is cut after this many samples")
-    command.add_argument(
-        "--overwrite", action="store_true", help="replace the shard set in OUTPUT; other files there are never removed"
-    )
-
-
-def _run_build(args: argparse.Namespace) -> int:
-    manifest = build(
-        args.source,
-        args.output,
-        codec=args.codec,
-        modalities=args.modalities,
-        splits=args.splits,
-        seed=args.seed,
-        shard_size_mb=args.shard_size_mb,
-        max_samples_per_shard=args.max_samples_per_shard,
-        overwrite=args.overwrite,
-    )
-    for split, shards in manifest.splits.items():
-        num_bytes = sum(shard.num_bytes for shard in shards)
-        print(f"{split}: {manifest.num_samples(split):,} samples in {len(shards):,} shards, {num_bytes / MB:,.1f} MB")
-    print(f"shard set of {manifest.source.name} ({len(manifest.modalities)} modalities, {args.codec}): {args.output}")
-    return 0
-
-
 def _add_verify(commands) -> None:
-    command = _command(
+    command = add_command(
         commands,
         "verify",
         _run_verify,
@@ -141,7 +79,7 @@ def _run_verify(args: argparse.Namespace) -> int:
 
 
 def _add_stats(commands) -> None:
-    command = _command(
+    command = add_command(
         commands,
         "stats",
         _run_stats,
@@ -172,7 +110,7 @@ def _run_stats(args: argparse.Namespace) -> int:
 
 
 def _add_inspect(commands) -> None:
-    command = _command(
+    command = add_command(
         commands,
         "inspect",
         _run_inspect,
@@ -197,7 +135,7 @@ def _run_inspect(args: argparse.Namespace) -> int:
 
 
 def _add_synth(commands) -> None:
-    command = _command(
+    command = add_command(
         commands,
         "synth",
         _run_synth,

@@ -4,10 +4,8 @@ Reading, inflating, filtering and compressing all let go of Python's lock, so th
 about a tenth of a millisecond a tile.
 """
 
-import itertools
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +13,12 @@ import numpy as np
 
 from mpmae.errors import SourceError
 from mpmae.shard_format import Manifest
-from mpmae.shard_tools.stats import BandMoments, StatsPass
+from mpmae.shard_tools.in_order import in_order
+from mpmae.shard_tools.stats import StatsPass
 from mpmae.shard_tools.tile import ModalityError, SampleEncoder, TileError
 from mpmae.shard_tools.tile_source import TileSource
 
 TILES_PER_TASK = 4
-TASKS_PER_WORKER = 2
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Sample:
     row: int
     presence: int
     members: list[bytes]
-    moments: dict[str, BandMoments]
+    moments: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -71,24 +69,15 @@ class TileEncoder:
                 ) from error
         except SourceError as error:
             return BadTile(row, error)
-        moments = self._stats.moments_of(tile) if self._stats else {}
+        moments = self._stats.of_chunk([tile]) if self._stats else {}
         return Sample(row, self._encoder.presence(tile), members, moments)
 
     def ordered(self, rows: np.ndarray, num_workers: int) -> Iterator[Sample | BadTile]:
-        """The samples of `rows` in their order, made by `num_workers` threads, at most 8 tiles of each in flight."""
-        tasks = iter(np.array_split(rows, range(TILES_PER_TASK, len(rows), TILES_PER_TASK)))
-        executor = ThreadPoolExecutor(num_workers, "encode")
-        in_flight: deque[Future] = deque()
-        try:
-            for task in itertools.islice(tasks, TASKS_PER_WORKER * num_workers):
-                in_flight.append(executor.submit(self._several, task))
-            while in_flight:
-                samples = in_flight.popleft().result()
-                for task in itertools.islice(tasks, 1):
-                    in_flight.append(executor.submit(self._several, task))
+        """The samples of `rows` in their order, made by `num_workers` threads, at most 12 tiles a thread in flight."""
+        tasks = np.array_split(rows, range(TILES_PER_TASK, len(rows), TILES_PER_TASK))
+        with closing(in_order(self._several, tasks, num_workers)) as results:
+            for samples in results:
                 yield from samples
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
 
     def _several(self, rows: np.ndarray) -> list[Sample | BadTile]:
         return [self.one(row) for row in rows.tolist()]

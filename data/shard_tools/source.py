@@ -38,7 +38,8 @@ class MMEarthSource:
     Memory: about 0.3 KB a tile once it is open, up to 0.5 KB while it is opened (1.2 million tiles: 0.6 GB).
 
     pixels, scalars: names of the pixel and of the tile modalities, in the order of `mpmae.modalities`.
-    bands: per pixel modality its C band names. shapes, dtypes: per modality, of one tile: (C, P, P) or (K,); dtypes are little-endian.
+    bands: per pixel modality its C band names.
+    shapes, dtypes: per modality, of one tile: (C, P, P) or (K,); dtypes are little-endian.
     tile_ids, product_levels: bytes arrays [N].
     splits: per split, its rows in ascending order, int64.
     band_stats: per continuous modality (sentinel2 by product level) that has usable statistics.
@@ -197,7 +198,7 @@ class MMEarthSource:
         return trees
 
     def _check_tile_info(self, problems: list[str]) -> None:
-        """Read tile_info.json entry by entry: a set of a million tiles has over a gigabyte of it, one value per tile is kept."""
+        """Check tile_info.json entry by entry: a million tiles have over a gigabyte of it, one value each counts."""
         path = self._json_path("tile_info")
         stream = ObjectStream(path)
         try:

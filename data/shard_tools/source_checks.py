@@ -200,7 +200,8 @@ def check_tile_info(
         problems.append(f"{where}: {len(absent)} of {len(tile_ids)} tiles of metadata are missing ({which})")
     if len(different):
         which = listing(
-            different, lambda row, key: f"{key}: {found[numbers[row]].decode(errors='replace')}, metadata {levels[row].decode()}"
+            different,
+            lambda row, key: f"{key}: {found[numbers[row]].decode(errors='replace')}, metadata {levels[row].decode()}",
         )
         problems.append(f"{where}: S2_type of {len(different)} tiles differs from metadata ({which})")
 

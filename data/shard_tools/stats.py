@@ -8,7 +8,7 @@ MMEarth's own statistics (MMEarth-data `utils/normalization.py`).
 Shapes: C bands, P tile side in pixels, K length of a tile vector (its bands).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,10 +93,30 @@ class StatsPass:
 
     def add(self, tile: Tile) -> None:
         """Take the values of `tile` in."""
-        for name, rule in self._no_data.items():
-            key = f"{name}_{tile.product_level.decode()}" if name == "sentinel2" else name
-            moments = BandMoments.of(tile.values[name], rule.valid(tile.values[name]))
+        self.merge(self.of_chunk([tile]))
+
+    def of_chunk(self, tiles: Iterable[Tile]) -> dict[str, BandMoments]:
+        """What `merge` takes, of some tiles; safe to call from many threads."""
+        chunk: dict[str, BandMoments] = {}
+        for tile in tiles:
+            for name, rule in self._no_data.items():
+                key = f"{name}_{tile.product_level.decode()}" if name == "sentinel2" else name
+                moments = BandMoments.of(tile.values[name], rule.valid(tile.values[name]))
+                chunk[key] = chunk[key].merge(moments) if key in chunk else moments
+        return chunk
+
+    def merge(self, chunk: Mapping[str, BandMoments]) -> None:
+        """Take in the moments of some tiles; the order of merging decides the last digit."""
+        for key, moments in chunk.items():
             self._moments[key] = self._moments[key].merge(moments) if key in self._moments else moments
+
+    def state(self) -> dict[str, list]:
+        """All that was taken in, for `json`, exactly."""
+        return {key: [array.tolist() for array in vars(moments).values()] for key, moments in self._moments.items()}
+
+    def restore(self, state: Mapping[str, list]) -> None:
+        """Go on from what `state` gave."""
+        self._moments = {key: BandMoments(*map(np.array, arrays)) for key, arrays in state.items()}
 
     def result(self) -> dict[str, dict[str, list[float]]]:
         """The content of band_stats.json."""

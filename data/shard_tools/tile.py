@@ -29,7 +29,7 @@ class Tile:
 
 
 class TileError(SourceError):
-    """A tile that its source cannot give, or that no shard can hold; other tiles may be fine. `modality` is the one at fault."""
+    """A tile that its source cannot give, or that no shard can hold, where others may be fine; `modality` is at fault."""
 
     def __init__(self, problems: str | Sequence[str], modality: str | None = None):
         super().__init__(problems)
@@ -43,7 +43,7 @@ class ModalityError(ValueError):
     """Values that a shard cannot hold; `modality` is whose they are."""
 
     def __init__(self, modality: str, problem: str):
-        super().__init__(f"{modality} {problem}")
+        super().__init__(problem)
         self.modality = modality
 
 
@@ -82,7 +82,7 @@ class SampleEncoder:
             try:
                 members.append(encode_pixels(entry, tile.values[entry.name]))
             except ValueError as error:
-                raise ModalityError(entry.name, f"cannot be encoded: {error}") from error
+                raise ModalityError(entry.name, str(error)) from error
         values = [tile.tile_id, tile.product_level]
         for entry in self._scalars:
             value = tile.values[entry.name]
@@ -90,7 +90,7 @@ class SampleEncoder:
                 try:
                     value = pack_one_hot(value)
                 except ValueError as error:
-                    raise ModalityError(entry.name, f"is not one-hot: {error}") from error
+                    raise ModalityError(entry.name, f"{entry.name} is not one-hot: {error}") from error
             values.append(value)
         return [*members, np.array(tuple(values), self._record_dtype).tobytes()]
 
