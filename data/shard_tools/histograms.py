@@ -46,8 +46,8 @@ class _Panel:
 def histograms(shards_dir: str | Path, png: str | Path, split: str | None = None, num_tiles: int = NUM_TILES) -> Path:
     """Draw the values of `num_tiles` samples of a split (None: the first with samples), drawn by the set's seed, to `png`.
 
-    Only valid values count; each panel says how many percent of all they are. ShardError for an unknown or empty split, a damaged
-    set, or a file that cannot be written.
+    Only valid values count; each panel says how many percent of all they are. ShardError for an unknown or empty split, a
+    damaged set, or a file that cannot be written.
     """
     shard_set, png = ShardSet(shards_dir), Path(png)
     if num_tiles < 1:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,14 +29,14 @@ from mpmae.shard_format import (
 )
 from mpmae.shard_tools import output
 from mpmae.shard_tools.in_order import in_order, num_cores
-from mpmae.shard_tools.progress import track
+from mpmae.shard_tools.lock import locked
+from mpmae.shard_tools.progress import MB, say, track
 from mpmae.shard_tools.scan import ScannedSet
 from mpmae.shard_tools.shard_set import CHUNK_SAMPLES, Sample
 from mpmae.shard_tools.stats import Accumulator, StatsPass
 from mpmae.shard_tools.tar_walk import header_problem
 from mpmae.shard_tools.tile import Tile
 
-MB = 10**6
 MAX_CHUNK_BYTES = 10**9
 STATS_SPLIT = "train"
 _PLACE = np.dtype([("part", "<u4"), ("position", "<u4"), ("row", "<u8")])
@@ -116,13 +117,25 @@ def rewrite(
     splits = selection.shuffled(options.seed)
     if not any(map(len, splits.values())):
         raise ShardError(f"{output_dir}: no samples are left to write")
+    with ExitStack() as stack:
+        with output.disk_errors(str(output_dir), output_dir):
+            stack.enter_context(locked(output_dir, say if options.progress else lambda text: None))
+        return _write(output_dir, manifest, parts, splits, options)
+
+
+def _write(
+    output_dir: Path,
+    manifest: Manifest,
+    parts: Sequence[ScannedSet],
+    splits: dict[str, np.ndarray],
+    options: RewriteOptions,
+) -> Manifest:
     copier = _Copier(manifest, parts)
     num_bytes = copier.num_bytes(splits.values())
     workers = _workers(options.workers, num_bytes // sum(map(len, splits.values())))
     old_files, old_bytes = output.prepare(output_dir, options.overwrite)
     _check_space(output_dir, num_bytes, old_bytes)
-    with output.disk_errors(str(output_dir), output_dir, output.BUILD_AGAIN):
-        output_dir.mkdir(parents=True, exist_ok=True)
+    with output.disk_errors(str(output_dir), output_dir):
         for path in old_files:
             path.unlink()
     shards: dict[str, tuple[ShardEntry, ...]] = {}
@@ -137,7 +150,7 @@ def rewrite(
     found = {key: BandStats.model_validate(values) for key, values in copier.stats.result().items()}
     band_stats = dict(sorted((manifest.band_stats | found).items()))
     manifest = manifest.model_copy(update={"splits": shards, "band_stats": band_stats})
-    with output.disk_errors(str(output_dir / MANIFEST_NAME), output_dir, output.BUILD_AGAIN):
+    with output.disk_errors(str(output_dir / MANIFEST_NAME), output_dir):
         sync(output_dir)
         write_whole(output_dir / MANIFEST_NAME, manifest.dump())
         sync(output_dir)

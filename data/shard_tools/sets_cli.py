@@ -6,11 +6,17 @@ from pathlib import Path
 from mpmae.errors import ShardError
 from mpmae.modalities import PRODUCT_LEVELS
 from mpmae.shard_format import Manifest
-from mpmae.shard_tools.cli_parts import add_command, add_workers, names
+from mpmae.shard_tools.cli_parts import add_command, names
 from mpmae.shard_tools.index import rebuild_indices
 from mpmae.shard_tools.merge import merge
-from mpmae.shard_tools.rewrite import MB, RewriteOptions
+from mpmae.shard_tools.progress import MB
+from mpmae.shard_tools.rewrite import RewriteOptions
 from mpmae.shard_tools.subset import Wanted, subset
+
+
+def add_workers(command: argparse.ArgumentParser) -> None:
+    """The option `--workers`."""
+    command.add_argument("--workers", type=int, metavar="N", help="threads; one per core if not given")
 
 
 def _add_output_options(command: argparse.ArgumentParser) -> None:
@@ -43,7 +49,7 @@ def _print_written(manifest: Manifest, output: Path) -> None:
     print(f"shard set of {manifest.source.name} ({len(manifest.modalities)} modalities, {manifest.codec}): {output}")
 
 
-def add_merge(commands: argparse._SubParsersAction) -> None:
+def add_merge(commands) -> None:
     """The command `merge`."""
     command = add_command(
         commands,
@@ -74,7 +80,7 @@ def _renames(text: str) -> dict[str, str]:
     return {old: new for old, _, new in pairs}
 
 
-def add_subset(commands: argparse._SubParsersAction) -> None:
+def add_subset(commands) -> None:
     """The command `subset`."""
     command = add_command(
         commands,
@@ -103,9 +109,9 @@ def add_subset(commands: argparse._SubParsersAction) -> None:
 
 def _run_subset(args: argparse.Namespace) -> int:
     wanted = Wanted(
-        splits=args.splits,
-        modalities=args.modalities,
-        require=args.require,
+        splits=None if args.splits is None else tuple(args.splits),
+        modalities=None if args.modalities is None else tuple(args.modalities),
+        require=tuple(args.require),
         product_level=args.product_level,
         tile_ids=None if args.tile_ids is None else _lines(args.tile_ids),
         num_samples=args.num_samples,
@@ -125,7 +131,7 @@ def _lines(path: Path) -> tuple[str, ...]:
         ) from error
 
 
-def add_index(commands: argparse._SubParsersAction) -> None:
+def add_index(commands) -> None:
     """The command `index`."""
     command = add_command(
         commands,

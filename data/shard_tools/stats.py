@@ -11,11 +11,12 @@ Shapes: C bands, P tile side in pixels, K length of a tile vector (its bands).
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
+from mpmae.errors import SourceError
 from mpmae.modalities import MODALITIES, NoData
 from mpmae.shard_tools.in_order import in_order
 from mpmae.shard_tools.progress import track
@@ -45,6 +46,17 @@ class IntegerSums:
         self._add_sums(other.sums)
         self._limits[0] = np.minimum(self._limits[0], other._limits[0])
         self._limits[1] = np.maximum(self._limits[1], other._limits[1])
+
+    def state(self) -> dict[str, list]:
+        """All of it as lists of numbers, exactly."""
+        return {"sums": self.sums, "limits": self._limits.tolist()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, list]) -> "IntegerSums":
+        """What `state` was taken of."""
+        sums = cls(len(state["sums"][0]))
+        sums.sums, sums._limits = [list(row) for row in state["sums"]], np.array(state["limits"], np.int64)
+        return sums
 
     def _add_sums(self, sums: list[list[int]]) -> None:
         for own, new in zip(self.sums, sums, strict=True):
@@ -87,6 +99,17 @@ class BandMoments:
         self._moments[3] = np.maximum(self._moments[3], other._moments[3])
         self.num = num
 
+    def state(self) -> dict[str, list]:
+        """All of it as lists of numbers, exactly."""
+        return {"num": self.num.tolist(), "moments": self._moments.tolist()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, list]) -> "BandMoments":
+        """What `state` was taken of."""
+        moments = cls(len(state["num"]))
+        moments.num, moments._moments = np.array(state["num"], np.int64), np.array(state["moments"], np.float64)
+        return moments
+
     def describe(self) -> dict[str, list[float]]:
         """mean, std, min and max as MMEarth's band_stats.json lists them.
 
@@ -106,6 +129,7 @@ class BandMoments:
 
 
 Accumulator = IntegerSums | BandMoments
+_KINDS = {"integers": IntegerSums, "floats": BandMoments}
 
 
 class StatsPass:
@@ -160,6 +184,16 @@ class StatsPass:
         self.merge(self._chunk)
         self._chunk, self._num_in_chunk = {}, 0
 
+    def state(self) -> dict[str, dict]:
+        """All that was taken in, for `json`, exactly."""
+        self._end_chunk()
+        kinds = {kind: name for name, kind in _KINDS.items()}
+        return {key: {"kind": kinds[type(moments)], **moments.state()} for key, moments in self._total.items()}
+
+    def restore(self, state: Mapping[str, Mapping]) -> None:
+        """Go on from what `state` gave."""
+        self._total = {key: _KINDS[moments["kind"]].from_state(moments) for key, moments in state.items()}
+
     def result(self) -> Stats:
         """The content of band_stats.json."""
         self._end_chunk()
@@ -174,25 +208,35 @@ def band_stats(
     workers: threads (None: one per core); the result does not depend on it. Raises SourceError or ShardError for an unknown
     split or a tile that cannot be read.
     """
-    stats = StatsPass({name: source.no_data(name) for name in source.modalities})
-    chunks, read = _chunks(source, split)
-    num_tiles = source.num_tiles(split) if isinstance(source, ShardSet) else len(source.rows(split))
+    is_set = isinstance(source, ShardSet)
+    modalities = source.modalities if is_set else (*source.pixels, *source.scalars)
+    stats = StatsPass({name: source.no_data(name) for name in modalities})
+    if is_set:
+        num_tiles, chunks, read = source.num_tiles(split), source.chunks(split), source.read
+    else:
+        rows = _rows(source, split)
+        num_tiles, chunks = len(rows), (rows[i : i + CHUNK_SAMPLES].tolist() for i in range(0, len(rows), CHUNK_SAMPLES))
+        read = partial(_read_tiles, source)
     results = in_order(lambda chunk: (len(chunk), stats.of_chunk(read(chunk, stats.names))), chunks, workers)
 
-    def merged() -> Iterator[None]:
+    def merge_all() -> Iterator[None]:
         for num, moments in results:
             stats.merge(moments)
             yield from [None] * num
 
-    for _ in track(merged(), num_tiles, "stats", enabled=progress):
+    for _ in track(merge_all(), num_tiles, "stats", enabled=progress):
         pass
     return stats.result()
 
 
-def _chunks(source: TileSource | ShardSet, split: str | None) -> tuple[Iterator[list], Callable[..., Iterable[Tile]]]:
-    """The chunks of a split, and what reads the tiles of one."""
-    if isinstance(source, ShardSet):
-        return source.chunks(split), source.read
-    rows = iter(source.rows(split).tolist())
-    chunks = iter(lambda: list(islice(rows, CHUNK_SAMPLES)), [])
-    return chunks, lambda chunk, names: (source.read_tile(row, names) for row in chunk)
+def _rows(source: TileSource, split: str | None) -> np.ndarray:
+    if split is None:
+        return np.arange(source.num_tiles)
+    if split not in source.splits:
+        raise SourceError(f"{source.folder} has no split {split!r}; it has {', '.join(source.splits)}")
+    return source.splits[split]
+
+
+def _read_tiles(source: TileSource, rows: list[int], names: Sequence[str]) -> Iterator[Tile]:
+    for row in rows:
+        yield source.read_tile(row, names)

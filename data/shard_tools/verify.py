@@ -284,6 +284,17 @@ class _Check:
         if self.source is not None and tile.row < self.source.num_tiles:
             self._compare(label, tile, found)
 
+    def _same(self, name: str, values: np.ndarray, original: np.ndarray) -> bool:
+        """Whether the bits are equal; for a quantised modality, whether the values are within its stated error."""
+        entry = next((entry for entry in self.manifest.pixels if entry.name == name), None)
+        if entry is None or entry.quantisation is None:
+            return values.tobytes() == original.tobytes()
+        valid = np.isfinite(original)
+        if (np.isfinite(values) != valid).any():
+            return False
+        error = np.abs(values[valid].astype(np.float64) - original[valid].astype(np.float64))
+        return not error.size or error.max() <= entry.quantisation.max_error
+
     def _compare(self, label: str, tile: Tile, found: _Found) -> None:
         found.count("num_compared")
         try:
@@ -296,7 +307,7 @@ class _Check:
                 f"{label}: {SCALARS_MEMBER} say tile {tile.tile_id!r} {tile.product_level!r}, row {tile.row} of the source "
                 f"is {original.tile_id!r} {original.product_level!r}"
             )
-        different = [name for name, values in original.values.items() if tile.values[name].tobytes() != values.tobytes()]
+        different = [name for name, values in original.values.items() if not self._same(name, tile.values[name], values)]
         if different:
             where = self.source.describe(tile.row)
             found.problems.append(f"{label}: {', '.join(different)} not equal to {where} of the source")
