@@ -1,10 +1,12 @@
 """Whether the samples of a set are the tiles they should be, once each, from the rows of its indices."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 
 from mpmae.shard_format import Manifest, ShardEntry, sample_key
+from mpmae.shard_tools.output import SKIPPED_NAME
 from mpmae.shard_tools.tile_source import TileSource
 
 
@@ -35,9 +37,21 @@ class SeenRows:
             first, second = (self._label(order[j], ends) for j in (i, i + 1))
             found.append(f"{second}: row {rows[order[i]]} is in the set twice, first as {first}")
         if source is not None:
+            skipped = self._skipped(found)
             for split in self._manifest.splits:
-                found += self._compare(split, rows, ends, source)
+                found += self._compare(split, rows, ends, source, skipped)
         return found
+
+    def _skipped(self, problems: list[str]) -> np.ndarray:
+        """Rows that the build left out because they could not be read, as its report lists them."""
+        path = self._folder / SKIPPED_NAME
+        if not path.is_file():
+            return np.zeros(0, np.uint64)
+        try:
+            return np.array([int(tile["row"]) for tile in json.loads(path.read_bytes())["tiles"]], np.uint64)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            problems.append(f"{path}: cannot be read as a list of skipped tiles ({error!r}); restore the file")
+            return np.zeros(0, np.uint64)
 
     def _label(self, position: int, ends: np.ndarray) -> str:
         number = int(np.searchsorted(ends, position, side="right"))
@@ -45,7 +59,7 @@ class SeenRows:
         start = int(ends[number]) - len(self._rows[number])
         return f"{self._folder / shard.name}, sample {sample_key(first_ordinal + int(position) - start)}"
 
-    def _compare(self, split: str, rows: np.ndarray, ends: np.ndarray, source: TileSource) -> list[str]:
+    def _compare(self, split: str, rows: np.ndarray, ends: np.ndarray, source: TileSource, skipped: np.ndarray) -> list[str]:
         if split not in source.splits:
             return [f"{source.folder} has no split {split!r}"]
         numbers = [i for i, (name, _, _) in enumerate(self._shards) if name == split]
@@ -56,7 +70,7 @@ class SeenRows:
         own, found = rows[positions], []
         # The rows of a shard without a good index are unknown, and that is told already.
         if len(own) == self._manifest.num_samples(split):
-            for row in np.setdiff1d(expected, own):
+            for row in np.setdiff1d(expected, np.concatenate([own, skipped])):
                 found.append(f"split {split} lacks {source.describe(int(row))} of the source")
         for position in positions[~np.isin(own, expected)]:
             found.append(f"{self._label(position, ends)}: row {rows[position]} is not in split {split} of the source")

@@ -14,6 +14,8 @@ from mpmae.files import TEMP_SUFFIX
 from mpmae.shard_format import index_bytes, index_name, load_manifest
 from mpmae.shard_tools import output
 from mpmae.shard_tools.build import build
+from mpmae.shard_tools.shard_set import ShardSet
+from mpmae.shard_tools.subset import Wanted, subset
 from mpmae.shard_tools.verify import verify
 
 SHARD = "train-00001.tar"
@@ -177,6 +179,17 @@ def test_a_row_twice_and_a_row_missing(own_shards, source_32):
     problems = verify(own_shards, source_32).problems
     assert any(f"split train lacks tile synth_{lost:08d} (row {lost})" in p for p in problems)
     assert any("scalars say tile" in p for p in problems)
+
+
+def test_tiles_that_the_build_left_out_are_not_missed(built_32, source_32, tmp_path):
+    build(source_32, tmp_path / "set", splits=["train"], progress=False)
+    subset(tmp_path / "set", tmp_path / "few", Wanted(num_samples=6))
+    rows = {t.row for t in ShardSet(tmp_path / "set").tiles(None)} - {t.row for t in ShardSet(tmp_path / "few").tiles(None)}
+    assert len([p for p in verify(tmp_path / "few", source_32).problems if "lacks tile" in p]) == 2
+    (tmp_path / "few/skipped.json").write_text(json.dumps({"tiles": [{"row": row} for row in rows]}))
+    assert not any("lacks tile" in p for p in verify(tmp_path / "few", source_32).problems)
+    (tmp_path / "few/skipped.json").write_text("[]")
+    assert any("cannot be read as a list of skipped tiles" in p for p in verify(tmp_path / "few", source_32).problems)
 
 
 def test_a_sample_in_the_wrong_split(own_shards, own_source):
