@@ -61,7 +61,7 @@ class TileEncoder:
         try:
             tile = self._source.read_tile(row, self._names)
             try:
-                members = self._encoder.members(tile)
+                presence, members = self._encoder.encode(tile)
             except ModalityError as error:
                 raise TileError(
                     f"{self._source.where}: {self._source.describe(row)}: {error}; mend it or take it out of the splits",
@@ -70,7 +70,7 @@ class TileEncoder:
         except SourceError as error:
             return BadTile(row, error)
         moments = self._stats.of_chunk([tile]) if self._stats else {}
-        return Sample(row, self._encoder.presence(tile), members, moments)
+        return Sample(row, presence, members, moments)
 
     def ordered(self, rows: np.ndarray, num_workers: int) -> Iterator[Sample | BadTile]:
         """The samples of `rows` in their order, made by `num_workers` threads, at most 12 tiles a thread in flight."""

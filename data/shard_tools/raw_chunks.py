@@ -23,6 +23,7 @@ except ImportError:  # no wheel for this processor
 
 READ_ERRORS = (OSError, RuntimeError, KeyError, ValueError)
 NUM_CHECKED_ROWS = 3
+MAX_KEPT_BYTES = 256
 
 
 class ChunkError(Exception):
@@ -43,6 +44,7 @@ class DatasetReader:
         self._native = dataset.dtype.newbyteorder("<")
         self._lock = threading.Lock()
         self._is_loaded = False
+        self._kept: tuple[bytes, np.ndarray] | None = None
         self.why_hdf5 = ""
 
     def load(self) -> None:
@@ -56,7 +58,7 @@ class DatasetReader:
             self._is_loaded = True
 
     def __getitem__(self, row: int) -> np.ndarray:
-        """The row, little-endian; it may be read-only.
+        """The row, little-endian; it may be read-only and shared.
 
         Raises ChunkError, or what h5py raises (`READ_ERRORS`), for a chunk that is damaged.
         """
@@ -75,13 +77,22 @@ class DatasetReader:
         if len(data) != size:
             raise ChunkError(f"its {size} bytes at {offset} go past the end of the file")
         left_out = self._left_out.get(row, 0)
+        # Rows of one value, such as those of an absent modality, repeat byte for byte.
+        kept = self._kept
+        if kept is not None and data == kept[0] and not left_out:
+            return kept[1]
+        stored = data
         for i, undo in self._filters:
             if not left_out >> i & 1:
                 data = undo(data, self._row_bytes)
         if len(data) != self._row_bytes:
             raise ChunkError(f"it has {len(data)} bytes, expected {self._row_bytes}")
         values = np.frombuffer(data, self._dtype).reshape(self._row_shape)
-        return values.astype(self._native, copy=False)
+        values = values.astype(self._native, copy=False)
+        values.flags.writeable = False
+        if size <= MAX_KEPT_BYTES and not left_out:
+            self._kept = stored, values
+        return values
 
     def _take_addresses(self) -> str:
         num_rows = len(self._dataset)

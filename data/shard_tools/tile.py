@@ -57,10 +57,9 @@ def presence_bits(manifest: Manifest, values: Mapping[str, np.ndarray]) -> int:
 
 def _has_valid(rule: NoData, values: np.ndarray) -> bool:
     """Whether any of `values` [C, P, P] or [K] is valid; one value seldom leaves it open."""
-    if not rule.zero_row:
-        value = values.item(values.size // 2)
-        if value not in rule.codes and (not rule.non_finite or math.isfinite(value)):
-            return True
+    value = values.item(values.size // 2)
+    if not rule.zero_row and value not in rule.codes and (not rule.non_finite or math.isfinite(value)):
+        return True
     return bool(rule.valid(values).any())
 
 
@@ -69,20 +68,17 @@ class SampleEncoder:
 
     def __init__(self, manifest: Manifest):
         self._pixels, self._scalars = manifest.pixels, manifest.scalars
-        self._manifest, self._record_dtype = manifest, manifest.scalars_dtype
+        self._record_dtype = manifest.scalars_dtype
 
-    def presence(self, tile: Tile) -> int:
-        """The presence bits of `tile`."""
-        return presence_bits(self._manifest, tile.values)
-
-    def members(self, tile: Tile) -> list[bytes]:
-        """The bytes of each of `manifest.members`; ModalityError for values that a shard cannot hold."""
-        members = []
+    def encode(self, tile: Tile) -> tuple[int, list[bytes]]:
+        """The presence bits and the bytes of each of `manifest.members`; ModalityError for what a shard cannot hold."""
+        members, present = [], []
         for entry in self._pixels:
             try:
                 members.append(encode_pixels(entry, tile.values[entry.name]))
             except ValueError as error:
                 raise ModalityError(entry.name, str(error)) from error
+            present.append(_has_valid(entry.no_data, tile.values[entry.name]))
         values = [tile.tile_id, tile.product_level]
         for entry in self._scalars:
             value = tile.values[entry.name]
@@ -91,13 +87,17 @@ class SampleEncoder:
                     value = pack_one_hot(value)
                 except ValueError as error:
                     raise ModalityError(entry.name, f"{entry.name} is not one-hot: {error}") from error
+                present.append(value >= 0)
+            else:
+                present.append(_has_valid(entry.no_data, value))
             values.append(value)
-        return [*members, np.array(tuple(values), self._record_dtype).tobytes()]
+        members.append(np.array(tuple(values), self._record_dtype).tobytes())
+        return sum(1 << i for i, is_present in enumerate(present) if is_present), members
 
 
 def encode_members(manifest: Manifest, tile: Tile) -> list[bytes]:
     """The bytes of each of `manifest.members`; ModalityError for values that a shard cannot hold."""
-    return SampleEncoder(manifest).members(tile)
+    return SampleEncoder(manifest).encode(tile)[1]
 
 
 def decode_members(manifest: Manifest, row: int, members: Sequence[bytes], names: Collection[str] | None = None) -> Tile:
