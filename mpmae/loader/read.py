@@ -97,7 +97,7 @@ class ShardReader:
         if len(data) != size:
             raise ShardError(
                 f"{self._where(sample_id)}: {what}: {len(data)} of {size} bytes; the tar is shorter now; "
-                f"run `mpmae-shards verify {self.folder}`"
+                f"{self.folder.check_hint}"
             )
         return data
 
@@ -108,7 +108,7 @@ class ShardReader:
         try:
             return decode(data)
         except ShardError as error:
-            raise ShardError(f"{self._where(sample_id)}: {error}; run `mpmae-shards verify {self.folder}`") from error
+            raise ShardError(f"{self._where(sample_id)}: {error}; {self.folder.check_hint}") from error
 
     def _where(self, sample_id: int) -> str:
         shard = self._shard_of(sample_id)
