@@ -16,8 +16,8 @@ class Faults:
     """What goes wrong next, by file name: each request takes one entry of its file's queue.
 
     Entries: an int is a status to answer with; "truncate" ends the body half way under the right Content-Length; "reset"
-    resets the connection half way; "hang" sends half and then nothing; "wrong" flips the body's first byte; "unsized" sends a
-    byte too many, without Content-Length.
+    resets the connection half way; "hang" sends half and then nothing; "wrong" flips the body's first byte; "unsized" sends
+    a byte too many, without Content-Length.
     """
 
     def __init__(self):
