@@ -19,7 +19,7 @@ import json
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -28,6 +28,7 @@ from mpmae.errors import ShardError
 from mpmae.index_checks import MAX_HEADER_BYTES, layout_problem, rows_of
 from mpmae.manifest_checks import manifest_problems
 from mpmae.modalities import PRODUCT_LEVELS, Kind, NoData, band_indices, no_data_rule
+from mpmae.remote_store import RemoteStore, is_remote, without_scheme
 
 FORMAT_NAME = "mpmae-shards"
 FORMAT_VERSION = 2
@@ -188,8 +189,15 @@ class Manifest(_Strict):
         return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
 
 
-def load_manifest(shards_dir: str | Path) -> Manifest:
-    """Read and check `manifest.json`; ShardError naming the file, the field and what to do."""
+def load_manifest(shards_dir: str | Path, storage_options: Mapping[str, Any] | None = None) -> Manifest:
+    """Read and check `manifest.json` of a folder or URL; ShardError naming the file, the field and what to do.
+
+    storage_options: those of fsspec's filesystem, for a URL.
+    """
+    if is_remote(shards_dir):
+        store = RemoteStore(str(shards_dir), storage_options)
+        return parse_manifest(store.read(MANIFEST_NAME), store.at(MANIFEST_NAME))
+    shards_dir = without_scheme(str(shards_dir))
     path = Path(shards_dir) / MANIFEST_NAME
     if not path.is_file():
         what = "has no manifest.json (an unfinished build?)" if Path(shards_dir).is_dir() else "does not exist"
