@@ -82,7 +82,7 @@ def normalise_maps(stored, plain, filtered, step, views, levels, mean, std, code
 
     stored: uint8 [N, bytes], the maps as the filter left them, if `filtered`; else `plain` [N, C * P * P] holds their words.
     step: what a stored count means, 0 for maps that are not quantised. views: int64 [N, 4], top, left, hflip, vflip.
-    levels: int64 [N], each map's row of `mean` and `std`, float32 [L, C]. codes: what stands for no data, in the maps' dtype.
+    levels: int64 [N], each map's row of `mean` and `std`, float32 [L, C]. codes: no-data codes, in the maps' dtype.
     check_finite: whether NaN and infinities do too. room: `words` [P * H] unsigned, `rows` the same memory in the stored
     dtype, `row` [P] in the maps' dtype.
     """
@@ -114,7 +114,7 @@ def normalise_maps(stored, plain, filtered, step, views, levels, mean, std, code
 
 
 @_compiled
-def class_maps(stored, plain, filtered, views, lookup, room, values, valid):
+def class_maps(stored, plain, filtered, step, views, lookup, room, values, valid):
     """Fill `values` int64 and `valid` bool [N, C, H, H] with the class ids of `lookup`, int8 [256], for the crops of N maps.
 
     What lies outside the table counts as 0. The rest as in `normalise_maps`.
@@ -135,7 +135,10 @@ def class_maps(stored, plain, filtered, views, lookup, room, values, valid):
             for y in range(size):
                 start = y * side + left
                 target = ((i * num_bands + c) * size + (size - 1 - y if vflip else y)) * size
-                if hflip:
+                if step != 0:
+                    _dequantise(block, start, size, step, hflip, row)
+                    _look_up(row, 0, size, lookup, flat_values, flat_valid, target)
+                elif hflip:
                     _reverse(block, start, size, row)
                     _look_up(row, 0, size, lookup, flat_values, flat_valid, target)
                 else:
