@@ -59,29 +59,15 @@ def decompress_into(entry: PixelEntry, data: bytes | memoryview, out: np.ndarray
             out[:] = np.frombuffer(data, np.uint8)
     else:
         try:
-            size = _lz4_into(data, out) if entry.codec == "lz4" else cramjam.zstd.decompress_into(data, out)
+            if entry.codec == "lz4":  # without `output_len` a block may be taken for one with its size in front
+                size = cramjam.lz4.decompress_block_into(data, out, output_len=len(out))
+            else:
+                size = cramjam.zstd.decompress_into(data, out)
         except cramjam.DecompressionError as error:
             name = "LZ4 block" if entry.codec == "lz4" else "zstd frame"
             raise ShardError(f"{entry.name}: corrupt {name} of {len(data)} bytes ({error})") from error
     if size != len(out):
         raise ShardError(f"{entry.name}: {size} bytes, expected {len(out)} for {entry.shape} {entry.dtype}")
-
-
-def _lz4_into(data: bytes | memoryview, out: np.ndarray) -> int:
-    """The number of bytes that a plain LZ4 block gives, at most len(out).
-
-    cramjam takes a block for one with its size in front where the first four bytes can be read so. Such a block is decoded
-    by the call that never does, which does not tell how much it wrote: all of `out`, if one byte less is too little.
-    """
-    size = len(out)
-    if len(data) < 4 or not 0 <= int.from_bytes(data[:4], "little", signed=True) <= size:
-        return cramjam.lz4.decompress_block_into(data, out)
-    out[:] = np.frombuffer(cramjam.lz4.decompress_block(data, output_len=size), np.uint8)
-    try:
-        cramjam.lz4.decompress_block(data, output_len=size - 1)
-    except cramjam.DecompressionError:
-        return size
-    raise cramjam.DecompressionError(f"it gives fewer than {size} bytes")
 
 
 def unpack_stored(entry: PixelEntry, stored: np.ndarray) -> np.ndarray:
