@@ -1,18 +1,27 @@
 """The loops over pixels, compiled: the filter of the shards, both ways, and from stored bytes to a batch.
 
-Compiled when first called with a dtype, kept in numba's cache (beside this file, or in the user's cache folder where that
-cannot be written), and run without the interpreter's lock. Slices, not sums of indices, go into the inner loops: LLVM
-vectorises only what provably starts at 0. Unsigned indices serve where a slice a row would cost more than the row.
+Compiled when first called with a dtype (about a second each), kept in numba's cache (beside this file, or in the user's
+cache folder where that cannot be written), and run without the interpreter's lock. Slices, not sums of indices, go into the
+inner loops: LLVM vectorises only what provably starts at 0. Unsigned indices serve where a slice a row would cost more than
+the row.
 
 Shapes: C bands, P tile side, H image side (pixels), B bytes of a word, W words of an array.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 from numba import njit
 
 from mpmae.shard_format import QUANTISED_MINUS_INF, QUANTISED_NAN, QUANTISED_PLUS_INF
 
-_compiled = njit(nogil=True, cache=True, error_model="numpy")
+
+def _compiled(function: Callable) -> Callable:
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder to keep it in can be written: every process compiles for itself
+        return njit(**options)(function)
 
 
 def delta_planes(values: np.ndarray) -> np.ndarray:

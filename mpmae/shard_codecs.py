@@ -59,15 +59,30 @@ def decompress_into(entry: PixelEntry, data: bytes | memoryview, out: np.ndarray
             out[:] = np.frombuffer(data, np.uint8)
     else:
         try:
-            if entry.codec == "lz4":  # without `output_len` a block may be taken for one with its size in front
-                size = cramjam.lz4.decompress_block_into(data, out, output_len=len(out))
-            else:
-                size = cramjam.zstd.decompress_into(data, out)
+            size = _lz4_into(data, out) if entry.codec == "lz4" else cramjam.zstd.decompress_into(data, out)
         except cramjam.DecompressionError as error:
             name = "LZ4 block" if entry.codec == "lz4" else "zstd frame"
             raise ShardError(f"{entry.name}: corrupt {name} of {len(data)} bytes ({error})") from error
     if size != len(out):
         raise ShardError(f"{entry.name}: {size} bytes, expected {len(out)} for {entry.shape} {entry.dtype}")
+
+
+def _lz4_into(data: bytes | memoryview, out: np.ndarray) -> int:
+    """How many bytes of `out` a plain LZ4 block fills.
+
+    cramjam takes a block that is not one for a block with its size in front. It fills `out` only if that size is len(out);
+    then a call decides that knows plain blocks alone but does not tell how much it wrote: all, if one byte less is too
+    little.
+    """
+    size = len(out)
+    if int.from_bytes(data[:4], "little") != size:
+        return cramjam.lz4.decompress_block_into(data, out, output_len=size)
+    out[:] = np.frombuffer(cramjam.lz4.decompress_block(data, output_len=size), np.uint8)
+    try:
+        cramjam.lz4.decompress_block(data, output_len=size - 1)
+    except cramjam.DecompressionError:
+        return size
+    raise cramjam.DecompressionError(f"it gives fewer than {size} bytes")
 
 
 def unpack_stored(entry: PixelEntry, stored: np.ndarray) -> np.ndarray:
