@@ -10,7 +10,7 @@ import numpy as np
 from mpmae.modalities import MODALITIES, PRODUCT_LEVELS
 
 if TYPE_CHECKING:
-    from mpmae.shard_format import Manifest
+    from mpmae.shard_format import Manifest, PixelEntry
 
 MAX_COUNT = 2**63 - 1
 # A reader allocates a tile before it decodes one, so what a manifest may ask for is bounded. MMEarth's largest is 0.4 MB.
@@ -55,13 +55,22 @@ def _modality_problems(manifest: "Manifest") -> Iterator[str]:
             yield f"{field}.shape: {list(entry.shape)}, expected sides of tile_size_px = {side}"
         if len(entry.bands) != entry.shape[0]:
             yield f"{field}.bands: {len(entry.bands)} names, expected {entry.shape[0]} as in its shape"
-        if entry.quantisation and not (
-            0 < entry.quantisation.step < math.inf and 0 <= entry.quantisation.max_error < math.inf
-        ):
-            yield f"{field}.quantisation: {entry.quantisation}, expected a finite step above 0 and a finite error"
+        if entry.no_data.zero_row:
+            yield f"{field}.no_data.zero_row: true, expected false: maps have no one-hot rows"
+        yield from _quantisation_problems(field, entry)
     for i, entry in enumerate(manifest.scalars):
         if not 1 <= entry.length <= MAX_SCALAR_LENGTH:
             yield f"scalars.{i} ({entry.name}).length: {entry.length}, expected a number from 1 to {MAX_SCALAR_LENGTH}"
+
+
+def _quantisation_problems(field: str, entry: "PixelEntry") -> Iterator[str]:
+    if entry.quantisation is None:
+        return
+    if _DTYPE_KINDS.get(entry.dtype) != "f":
+        yield f"{field}.quantisation: of {entry.dtype!r}, expected floats"
+    for quantity, value in entry.quantisation:
+        if not 0 < value < math.inf:
+            yield f"{field}.quantisation.{quantity}: {value}, expected a number above 0"
 
 
 def _stats_problems(manifest: "Manifest") -> Iterator[str]:

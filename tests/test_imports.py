@@ -14,6 +14,7 @@ CORE = {
     "mpmae.index_checks",
     "mpmae.files",
     "mpmae.modalities",
+    "mpmae.pixel_loops",
     "mpmae.shard_codecs",
     "mpmae.shard_format",
     "mpmae.manifest_checks",
