@@ -220,10 +220,10 @@ class _Copier:
             yield part.shard_set.decode(sample, stored, self.stats.names)
 
     def _check_headers(self, part: ScannedSet, sample: Sample, stored: memoryview) -> None:
-        manifest = part.shard_set.manifest
+        manifest, start = part.shard_set.manifest, sample.start
         places = zip(manifest.members, sample.index_row["offset"].tolist(), sample.index_row["size"].tolist(), strict=True)
         for member, offset, size in places:
-            header = bytes(stored[offset - TAR_HEADER_BYTES - sample.start : offset - sample.start])
+            header = bytes(stored[offset - TAR_HEADER_BYTES - start : offset - start])
             problem = header_problem(header, member_name(sample_key(sample.ordinal), member, manifest.codec), size)
             if problem:
                 raise ShardError(f"{part.shard_set.describe(sample)}: {problem}; run `mpmae-shards verify`")

@@ -36,7 +36,8 @@ class Sample(NamedTuple):
     def members(self, stored: memoryview) -> list[memoryview]:
         """The members in `stored`, the bytes of the tar from `start` to `end`."""
         places = zip(self.index_row["offset"].tolist(), self.index_row["size"].tolist(), strict=True)
-        return [stored[offset - self.start : offset - self.start + size] for offset, size in places]
+        start = self.start
+        return [stored[offset - start : offset - start + size] for offset, size in places]
 
 
 class ShardSet:

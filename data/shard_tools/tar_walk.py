@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from mpmae.errors import ShardError
-from mpmae.shard_format import TAR_END, TAR_HEADER_BYTES, Manifest, member_name, sample_key, tar_size
+from mpmae.shard_format import TAR_END, TAR_HEADER_BYTES, Manifest, member_name, sample_key, tar_header, tar_size
 
 _EMPTY_BLOCK = bytes(TAR_HEADER_BYTES)
 _MAX_NAME = 100
@@ -21,6 +21,8 @@ class WalkedSample(NamedTuple):
 
 def header_problem(header: bytes, name: str, size: int | None = None) -> str | None:
     """What a header block is instead of that of the file `name` (of `size` bytes, if given); None when it is that."""
+    if size is not None and header == tar_header(name, size):
+        return None
     if len(header) < TAR_HEADER_BYTES:
         return f"the tar is cut off in the header of {name!r}"
     if header == _EMPTY_BLOCK:
