@@ -41,6 +41,17 @@ def _as_text(value: Any) -> Any:
     return value
 
 
+def _as_location(value: Any) -> Any:
+    """A text as a path, unless it is a URL."""
+    text = _as_text(value)
+    return Path(text) if isinstance(text, str) and not is_url(text) else text
+
+
+def is_url(location: str | Path) -> bool:
+    """Whether `data.shards` names a remote place (`s3://bucket/folder`) rather than a folder."""
+    return "://" in str(location)
+
+
 def _names_or_bands(value: Any, validate_union: Any) -> Any:
     """One error instead of one for each member of the union."""
     try:
@@ -57,7 +68,12 @@ Float = Annotated[float, BeforeValidator(_no_bool)]
 Beta = Annotated[Float, Field(ge=0, lt=1)]
 Text = Annotated[str, BeforeValidator(_as_text)]
 TextPath = Annotated[Path, BeforeValidator(_as_text)]
+Location = Annotated[Path | str, BeforeValidator(_as_location)]
 Targets = Annotated[dict[str, tuple[str, ...] | None] | tuple[str, ...], WrapValidator(_names_or_bands)]
+
+
+_SECRET_WORDS = {"key", "secret", "password", "passphrase", "token", "sas", "credential", "credentials", "connection"}
+_PUBLIC_TOKENS = ("anon", "cloud", "google_default")
 
 
 class _Section(BaseModel):
@@ -72,15 +88,84 @@ class RunSection(_Section):
 
 
 class DataSection(_Section):
-    """Which samples, in which form."""
+    """Which samples, in which order and form, and how they are read."""
 
-    shards: TextPath = Path("build/demo/shards")
+    shards: Location = Field(Path("build/demo/shards"), description="a folder or a URL such as s3://bucket/folder")
+    storage_options: dict[str, Any] = Field({}, description="arguments of the URL's file system, never a secret")
+    cache_dir: TextPath | None = Field(None, description="local folder that keeps shards read from a URL")
+    cache_size_gb: Float | None = Field(None, gt=0, description="what cache_dir may grow to")
     train_split: Text = "train"
     val_split: Text = "val"
+    order: Literal["exact", "window"] = Field("exact", description="window: reads a few shards at a time, for URLs")
+    window_shards: Int | None = Field(None, ge=1, validate_default=True, description="shards mixed at a time, with window")
     hflip: bool = True
     vflip: bool = True
+    loader: Literal["cpu", "dali"] = "cpu"
     num_workers: Int = Field(2, ge=1, description="loader threads per rank")
     prefetch: Int = Field(4, ge=1, description="micro batches kept ready")
+    host_cache_gb: Float = Field(0.0, ge=0, description="stored samples kept in pinned host memory, per rank")
+    device_cache_gb: Float = Field(0.0, ge=0, description="stored samples kept in GPU memory, per rank; dali only")
+
+    @field_validator("storage_options")
+    @classmethod
+    def _nothing_secret(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+        """The run's record holds the configuration, and trackers send it away."""
+        if options and not _is_remote(info):
+            raise PydanticCustomError("options_of_a_folder", "expected none: data.shards is a folder, not a URL")
+        if secrets := sorted(_secrets(options)):
+            raise PydanticCustomError(
+                "secret_in_options",
+                "{secrets} would be written to run.json; leave secrets to the environment or the store's own file",
+                {"secrets": ", ".join(secrets)},
+            )
+        return options
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _cache_of_a_url(cls, cache_dir: Path | None, info: ValidationInfo) -> Path | None:
+        if cache_dir is not None and not _is_remote(info):
+            raise PydanticCustomError("cache_of_a_folder", "expected none: data.shards is a folder, not a URL")
+        return cache_dir
+
+    @field_validator("cache_size_gb")
+    @classmethod
+    def _size_of_a_cache(cls, size: float | None, info: ValidationInfo) -> float | None:
+        if size is not None and info.data.get("cache_dir", "") is None:
+            raise PydanticCustomError("size_without_cache", "there is no cache to limit; set data.cache_dir")
+        return size
+
+    @field_validator("window_shards")
+    @classmethod
+    def _window_of_an_order(cls, window_shards: int | None, info: ValidationInfo) -> int | None:
+        order = info.data.get("order")
+        if order == "exact" and window_shards is not None:
+            raise PydanticCustomError("window_without_order", "data.order = exact has no window; set data.order = window")
+        if order == "window" and window_shards is None:
+            raise PydanticCustomError("order_without_window", "data.order = window needs a number of shards, such as 16")
+        return window_shards
+
+    @field_validator("device_cache_gb")
+    @classmethod
+    def _device_of_dali(cls, size: float, info: ValidationInfo) -> float:
+        if size and info.data.get("loader") == "cpu":
+            raise PydanticCustomError("device_cache_of_cpu", "data.loader = cpu cannot use it; set data.loader = dali")
+        return size
+
+
+def _is_remote(info: ValidationInfo) -> bool:
+    """Whether the shards are remote; also when they are not known, being wrong themselves."""
+    return "shards" not in info.data or is_url(info.data["shards"])
+
+
+def _secrets(options: Mapping[str, Any], above: str = "") -> set[str]:
+    """Dotted names of the options that sound like a secret; the public tokens of gcsfs do not count."""
+    found = set()
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            found |= _secrets(value, f"{above}{name}.")
+        elif _SECRET_WORDS & set(str(name).lower().split("_")) and value not in _PUBLIC_TOKENS:
+            found.add(f"{above}{name}")
+    return found
 
 
 class ModelSection(_Section):

@@ -8,7 +8,7 @@ from torch import nn
 
 from mpmae.config import RunConfig
 from mpmae.engine.optim import LearningRate, peak_lr
-from mpmae.loader import BatchPlan, TrainOrder, plan_batches
+from mpmae.loader import BatchPlan, ExactOrder, TrainOrder, WindowOrder, plan_batches
 from mpmae.shard_format import Manifest
 
 
@@ -24,11 +24,21 @@ class RunPlan:
     notes: tuple[str, ...]
 
 
+def make_order(config: RunConfig, manifest: Manifest) -> TrainOrder:
+    """The order of the training split that `config` asks for; ConfigError when the split is too small for a batch."""
+    shard_sizes = tuple(shard.num_samples for shard in manifest.shards(config.data.train_split))
+    if config.data.order == "window":
+        order = WindowOrder(shard_sizes, config.data.window_shards)
+    else:
+        order = ExactOrder(sum(shard_sizes))
+    return TrainOrder(order, config.train.global_batch_size, config.train.seed)
+
+
 def make_plan(config: RunConfig, manifest: Manifest, world_size: int) -> RunPlan:
     """The plan of `config` on a shard set; ConfigError when sizes do not divide or the split is too small."""
     train = config.train
     batch = plan_batches(train.global_batch_size, train.micro_batch_size, world_size)
-    order = TrainOrder(manifest.num_samples(config.data.train_split), train.global_batch_size, train.seed)
+    order = make_order(config, manifest)
     total_steps = train.epochs * order.steps_per_epoch
     if train.max_steps is not None:
         total_steps = min(total_steps, train.max_steps)
@@ -76,6 +86,7 @@ def show_plan(console: Console, config: RunConfig, plan: RunPlan, manifest: Mani
         f"{config.data.shards}: {order.num_samples:,} training samples in {len(train_shards)} shards, "
         f"{sum(s.num_bytes for s in train_shards) / 1e6:,.1f} MB; every rank reads from all of them",
     )
+    table.add_row("order", f"window of {config.data.window_shards} shards" if config.data.order == "window" else "exact")
     table.add_row(
         "batch",
         f"{batch.global_batch_size} = {batch.micro_batch_size} per micro step x {batch.num_micro_steps} micro steps "
