@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from record import load_records
+import results_order
+from record import load_records, machine
 
 mpl.use("svg")
 mpl.rcParams["svg.hashsalt"] = "mpmae"  # the same bytes every time
@@ -31,14 +32,6 @@ DATASETS = {  # name: tile side in px, HDF5 GB (the dataset's own page)
     "MMEarth64": (64, 152),
     "MMEarth": (128, 597),
 }
-
-
-def machine(record: dict[str, Any]) -> str:
-    """One line on where a record was made."""
-    environment = record["environment"]
-    packages = environment["packages"]
-    device = environment["gpu"] or f"{environment['cores']} CPU cores"
-    return f"{device}, torch {packages['torch']}, Python {environment['python']}, commit {record['commit'][:10]}"
 
 
 def step_plot(record: dict[str, Any]) -> str:
@@ -256,6 +249,10 @@ def outputs() -> dict[Path, str]:
         sections.append(data_section(data[-1]))
         text = files.get(README, README.read_text())
         files[README] = DISK.sub(lambda m: m[1] + readme_disk(data[-1]) + m[2], text)
+    for module in (results_order,):
+        for record in load_records(module.WHAT)[-1:]:
+            sections.append(module.section(record))
+            files[HERE / "plots" / module.PLOT] = module.plot(record)
     files[HERE / "RESULTS.md"] = "\n".join(sections)
     return files
 
