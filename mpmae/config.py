@@ -9,7 +9,7 @@ import datetime
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -42,14 +42,12 @@ def _as_text(value: Any) -> Any:
 
 
 def _as_location(value: Any) -> Any:
-    """A text as a path, unless it is a URL."""
+    """A text as a path, unless it is a URL of something else than a local file: that stays a text."""
     text = _as_text(value)
-    return Path(text) if isinstance(text, str) and not is_url(text) else text
-
-
-def is_url(location: str | Path) -> bool:
-    """Whether `data.shards` names a remote place (`s3://bucket/folder`) rather than a folder."""
-    return "://" in str(location)
+    if isinstance(text, str):
+        text = text.removeprefix("file://")
+        return text if "://" in text else Path(text)
+    return text
 
 
 def _names_or_bands(value: Any, validate_union: Any) -> Any:
@@ -90,10 +88,10 @@ class RunSection(_Section):
 class DataSection(_Section):
     """Which samples, in which order and form, and how they are read."""
 
-    shards: Location = Field(Path("build/demo/shards"), description="a folder or a URL such as s3://bucket/folder")
-    storage_options: dict[str, Any] = Field({}, description="arguments of the URL's file system, never a secret")
-    cache_dir: TextPath | None = Field(None, description="local folder that keeps shards read from a URL")
-    cache_size_gb: Float | None = Field(None, gt=0, description="what cache_dir may grow to")
+    shards: Location = Field(Path("build/demo/shards"), description="a folder, or a URL such as s3://bucket/folder")
+    storage_options: dict[str, Any] = Field({}, description="arguments of the URL's file system (fsspec), never a secret")
+    cache_dir: TextPath | None = Field(None, description="where shards of a URL are kept; None: the user's cache folder")
+    cache_size_gb: Float | None = Field(None, gt=0, description="what cache_dir may grow to, in 10^9 bytes")
     train_split: Text = "train"
     val_split: Text = "val"
     order: Literal["exact", "window"] = Field("exact", description="window: reads a few shards at a time, for URLs")
@@ -106,12 +104,17 @@ class DataSection(_Section):
     host_cache_gb: Float = Field(0.0, ge=0, description="stored samples kept in pinned host memory, per rank")
     device_cache_gb: Float = Field(0.0, ge=0, description="stored samples kept in GPU memory, per rank; dali only")
 
+    @field_validator("storage_options", "cache_dir", "cache_size_gb")
+    @classmethod
+    def _for_urls(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and isinstance(info.data.get("shards"), Path):
+            raise PydanticCustomError("key_of_a_url", "expected none: data.shards is a folder, not a URL")
+        return value
+
     @field_validator("storage_options")
     @classmethod
-    def _nothing_secret(cls, options: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    def _nothing_secret(cls, options: dict[str, Any]) -> dict[str, Any]:
         """The run's record holds the configuration, and trackers send it away."""
-        if options and not _is_remote(info):
-            raise PydanticCustomError("options_of_a_folder", "expected none: data.shards is a folder, not a URL")
         if secrets := sorted(_secrets(options)):
             raise PydanticCustomError(
                 "secret_in_options",
@@ -119,20 +122,6 @@ class DataSection(_Section):
                 {"secrets": ", ".join(secrets)},
             )
         return options
-
-    @field_validator("cache_dir")
-    @classmethod
-    def _cache_of_a_url(cls, cache_dir: Path | None, info: ValidationInfo) -> Path | None:
-        if cache_dir is not None and not _is_remote(info):
-            raise PydanticCustomError("cache_of_a_folder", "expected none: data.shards is a folder, not a URL")
-        return cache_dir
-
-    @field_validator("cache_size_gb")
-    @classmethod
-    def _size_of_a_cache(cls, size: float | None, info: ValidationInfo) -> float | None:
-        if size is not None and info.data.get("cache_dir", "") is None:
-            raise PydanticCustomError("size_without_cache", "there is no cache to limit; set data.cache_dir")
-        return size
 
     @field_validator("window_shards")
     @classmethod
@@ -150,11 +139,6 @@ class DataSection(_Section):
         if size and info.data.get("loader") == "cpu":
             raise PydanticCustomError("device_cache_of_cpu", "data.loader = cpu cannot use it; set data.loader = dali")
         return size
-
-
-def _is_remote(info: ValidationInfo) -> bool:
-    """Whether the shards are remote; also when they are not known, being wrong themselves."""
-    return "shards" not in info.data or is_url(info.data["shards"])
 
 
 def _secrets(options: Mapping[str, Any], above: str = "") -> set[str]:
@@ -333,7 +317,8 @@ def _text_keys() -> set[str]:
         f"{section}.{key}"
         for section, f in RunConfig.model_fields.items()
         for key, field in f.annotation.model_fields.items()
-        if {field.annotation, *get_args(field.annotation)} & {str, Path, Text, TextPath}
+        if get_origin(field.annotation) is not dict
+        and {field.annotation, *get_args(field.annotation)} & {str, Path, Text, TextPath}
     }
 
 
@@ -345,6 +330,8 @@ def _explain(error: dict[str, Any], where: str, origins: Mapping[str, str]) -> s
         hint = f"; did you mean {close[0]}?" if close else f"; known sections: {', '.join(RunConfig.model_fields)}"
         return f"{origin[-1] if origin else where}: unknown key {key}{hint}"
     message = error["msg"][0].lower() + error["msg"][1:]
+    if error["type"] == "secret_in_options":  # the values must not reach a log
+        return f"{'override' if origin else where}: {key}: {message}"
     if not origin:
         return f"{where}: {key} = {error['input']!r}: {message}"
     part = f" at {key}" if key not in origins else ""

@@ -4,6 +4,7 @@ import pytest
 
 from mpmae.config import load_config
 from mpmae.errors import ConfigError
+from mpmae.loader import ExactOrder, TrainOrder, WindowOrder
 from mpmae.shard_format import load_manifest
 from mpmae.train.plan import make_plan, state_bytes_per_rank
 
@@ -41,6 +42,13 @@ def test_an_unknown_split(manifest):
 def test_sizes_that_do_not_divide(manifest):
     with pytest.raises(ConfigError, match="does not divide among 3 ranks"):
         plan(manifest, 3, "train.global_batch_size=16")
+
+
+@pytest.mark.parametrize("keys", [(), ("data.order=window", "data.window_shards=2")])
+def test_the_order_that_the_configuration_asks_for(manifest, keys):
+    made = plan(manifest, 1, "train.global_batch_size=16", "train.seed=4", *keys).order
+    sizes = tuple(shard.num_samples for shard in manifest.shards("train"))
+    assert made == TrainOrder(WindowOrder(sizes, 2) if keys else ExactOrder(sum(sizes)), 16, 4)
 
 
 @pytest.mark.parametrize(("stage", "num_bytes"), [(0, 1600), (1, 1200), (2, 1000), (3, 800)])
