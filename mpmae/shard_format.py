@@ -19,7 +19,7 @@ import json
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -27,6 +27,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from mpmae.errors import ShardError
 from mpmae.manifest_checks import manifest_problems
 from mpmae.modalities import PRODUCT_LEVELS, Kind, NoData, band_indices, no_data_rule
+from mpmae.remote_store import RemoteStore, is_remote, without_scheme
 
 FORMAT_NAME = "mpmae-shards"
 FORMAT_VERSION = 2
@@ -183,16 +184,30 @@ class Manifest(_Strict):
         return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
 
 
-def load_manifest(shards_dir: str | Path) -> Manifest:
-    """Read and check `manifest.json`; ShardError naming the file, the field and what to do."""
+def load_manifest(shards_dir: str | Path, storage_options: Mapping[str, Any] | None = None) -> Manifest:
+    """Read and check `manifest.json` of a folder or URL; ShardError naming the file, the field and what to do.
+
+    storage_options: those of fsspec's filesystem, for a URL.
+    """
+    if is_remote(shards_dir):
+        store = RemoteStore(str(shards_dir), storage_options)
+        return parse_manifest(store.read(MANIFEST_NAME), store.at(MANIFEST_NAME))
+    shards_dir = without_scheme(str(shards_dir))
     path = Path(shards_dir) / MANIFEST_NAME
     if not path.is_file():
         what = "has no manifest.json (an unfinished build?)" if Path(shards_dir).is_dir() else "does not exist"
         raise ShardError(f"{shards_dir} {what}; make a shard set with `mpmae-shards build SOURCE OUTPUT`")
     try:
-        raw = json.loads(path.read_text())
+        data = path.read_bytes()
     except OSError as error:
         raise ShardError(f"{path} cannot be read ({error.strerror or error}); check the disk and the permissions") from error
+    return parse_manifest(data, path)
+
+
+def parse_manifest(data: bytes, path: Path | str) -> Manifest:
+    """The manifest that `data` holds; ShardError naming `path`, the field and what to do."""
+    try:
+        raw = json.loads(data)
     except ValueError as error:
         raise ShardError(f"{path} is not JSON ({error}); rebuild the set or restore the file") from error
     if not isinstance(raw, Mapping) or raw.get("format") != FORMAT_NAME:
@@ -274,6 +289,11 @@ def load_index(path: Path, manifest: Manifest, shard: ShardEntry) -> np.ndarray:
         raise ShardError(f"{path} is missing; restore it or rebuild the set") from None
     except OSError as error:
         raise ShardError(f"{path}: cannot read the index ({error}); run `mpmae-shards verify`") from error
+    return parse_index(data, path, manifest, shard)
+
+
+def parse_index(data: bytes, path: Path | str, manifest: Manifest, shard: ShardEntry) -> np.ndarray:
+    """The index rows that `data` holds; ShardError naming `path` when they are not those of the manifest."""
     if hashlib.sha256(data).hexdigest() != shard.index_sha256:
         raise ShardError(f"{path}: its sha256 is not the manifest's: its bytes have changed; restore or rebuild it")
     try:

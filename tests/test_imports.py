@@ -17,6 +17,8 @@ CORE = {
     "mpmae.shard_format",
     "mpmae.manifest_checks",
     "mpmae.counter_rng",
+    "mpmae.remote_store",
+    "mpmae.retries",
 }
 
 
