@@ -88,9 +88,7 @@ def _unfilter_kernel(
     column = tl.arange(0, COLUMNS)
     inside = (out_row < out_side)[:, None] & (column < side)[None, :]
     word = (band * side + in_row[:, None]) * side + column[None, :]
-    words = _read_words(
-        data + tl.load(offsets + sample), word, inside, num_bands * side * side, WORD_BYTES, FILTERED
-    )
+    words = _read_words(data + tl.load(offsets + sample), word, inside, num_bands * side * side, WORD_BYTES, FILTERED)
     raw = _typed(words, WORD_BYTES, KIND, STEP)
     IS_FLOAT: tl.constexpr = KIND == "f" or KIND == "q"
 

@@ -178,6 +178,11 @@ class StagedBatch:
     sizes: np.ndarray
     scalars: np.ndarray
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the packed buffer."""
+        return len(self.found) * BLOCK_BYTES + len(self.fresh)
+
 
 class DeviceTier:
     """Packs batches on `device`, and keeps the samples that fit into `budget_bytes` of its memory, compressed.
@@ -187,9 +192,7 @@ class DeviceTier:
     the host (some 400 bytes each), where they are decoded.
     """
 
-    def __init__(
-        self, store: SampleStore, budget_bytes: int, device: torch.device | str, ids: np.ndarray | None = None
-    ):
+    def __init__(self, store: SampleStore, budget_bytes: int, device: torch.device | str, ids: np.ndarray | None = None):
         self._store, self.manifest, self.index = store, store.manifest, store.index
         check_spans(store)
         self._slots = _Slots("device tier", store.index, budget_bytes, ids)
@@ -234,9 +237,7 @@ class DeviceTier:
             scalars=self._records(ids, new, keep, target, positions[:, self._scalars_position] - start * BLOCK_BYTES),
         )
 
-    def _records(
-        self, ids: np.ndarray, new: np.ndarray, keep: np.ndarray, fresh: np.ndarray, at: np.ndarray
-    ) -> np.ndarray:
+    def _records(self, ids: np.ndarray, new: np.ndarray, keep: np.ndarray, fresh: np.ndarray, at: np.ndarray) -> np.ndarray:
         dtype = self._scalars.dtype
         records = np.empty(len(ids), dtype)
         places = at[new][:, None] + np.arange(dtype.itemsize)
