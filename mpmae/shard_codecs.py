@@ -1,53 +1,121 @@
-"""Between arrays and the bytes of a shard's members: the lossless filter, the codecs and the packed scalars.
+"""Between arrays and the bytes of a shard's members: the filter, the codecs, quantisation and the packed scalars.
 
-Format: `mpmae.shard_format`. Shapes: C bands, P tile side in pixels, K length of a tile vector.
+Format: `mpmae.shard_format`. An LZ4 member is one plain LZ4 block without its size, which nvCOMP reads as it is; a zstd
+member is one frame. Shapes: C bands, P tile side in pixels, K length of a tile vector.
 """
 
-import lz4.block
+import cramjam
 import numpy as np
 
+from mpmae import pixel_loops
 from mpmae.errors import ShardError
-from mpmae.shard_format import SCALARS_MEMBER, Manifest, PixelEntry
+from mpmae.shard_format import (
+    QUANTISED_DTYPE,
+    QUANTISED_MAX_COUNT,
+    QUANTISED_MINUS_INF,
+    QUANTISED_NAN,
+    QUANTISED_PLUS_INF,
+    SCALARS_MEMBER,
+    Manifest,
+    PixelEntry,
+)
+
+ZSTD_LEVEL = 3
 
 
 def encode_pixels(entry: PixelEntry, values: np.ndarray) -> bytes:
-    """The bytes of a member for `values` [C, P, P] of the entry's dtype (lossless, bit patterns kept)."""
+    """The bytes of a member for `values` [C, P, P] of the entry's dtype (lossless, bit patterns kept).
+
+    With `entry.quantisation` finite values change by at most its `max_error`, and a NaN loses its payload. Raises ValueError
+    naming the entry and a finite value that the stored int16 cannot hold.
+    """
     values = np.ascontiguousarray(values, entry.dtype)
-    data = _delta_planes(values) if entry.filter == "delta-planes" else values
-    return data.tobytes() if entry.codec == "raw" else lz4.block.compress(data.tobytes(), store_size=False)
+    stored = _quantise(entry, values) if entry.quantisation else values
+    if entry.filter == "delta-planes":
+        stored = pixel_loops.delta_planes(stored)
+    data = stored.tobytes()
+    if entry.codec == "lz4":
+        return bytes(cramjam.lz4.compress_block(data, store_size=False))
+    if entry.codec == "zstd":
+        return bytes(cramjam.zstd.compress(data, ZSTD_LEVEL))
+    return data
 
 
 def decode_pixels(entry: PixelEntry, data: bytes | memoryview) -> np.ndarray:
     """The array [C, P, P] of a member; ShardError when the bytes do not give exactly that array."""
-    dtype = np.dtype(entry.dtype)
-    num_bytes = int(np.prod(entry.shape)) * dtype.itemsize
-    if entry.codec == "lz4":
+    stored = np.empty(entry.stored_bytes, np.uint8)
+    decompress_into(entry, data, stored)
+    return unpack_stored(entry, stored)
+
+
+def decompress_into(entry: PixelEntry, data: bytes | memoryview, out: np.ndarray) -> None:
+    """Fill `out`, uint8 [entry.stored_bytes], with the still filtered bytes of a member.
+
+    Raises ShardError when the bytes do not give exactly that many.
+    """
+    if entry.codec == "raw":
+        size = len(data)
+        if size == len(out):
+            out[:] = np.frombuffer(data, np.uint8)
+    else:
         try:
-            data = lz4.block.decompress(data, uncompressed_size=num_bytes)
-        except lz4.block.LZ4BlockError as error:
-            raise ShardError(f"{entry.name}: corrupt LZ4 block of {len(data)} bytes ({error})") from error
-    if len(data) != num_bytes:
-        raise ShardError(f"{entry.name}: {len(data)} bytes, expected {num_bytes} for {entry.shape} {entry.dtype}")
+            size = _lz4_into(data, out) if entry.codec == "lz4" else cramjam.zstd.decompress_into(data, out)
+        except cramjam.DecompressionError as error:
+            name = "LZ4 block" if entry.codec == "lz4" else "zstd frame"
+            raise ShardError(f"{entry.name}: corrupt {name} of {len(data)} bytes ({error})") from error
+    if size != len(out):
+        raise ShardError(f"{entry.name}: {size} bytes, expected {len(out)} for {entry.shape} {entry.dtype}")
+
+
+def _lz4_into(data: bytes | memoryview, out: np.ndarray) -> int:
+    """The number of bytes that a plain LZ4 block gives, at most len(out).
+
+    cramjam takes a block for one with its size in front where the first four bytes can be read so. Such a block is decoded by
+    the call that never does, which does not tell how much it wrote: all of `out`, if one byte less is too little.
+    """
+    size = len(out)
+    if len(data) < 4 or not 0 <= int.from_bytes(data[:4], "little", signed=True) <= size:
+        return cramjam.lz4.decompress_block_into(data, out)
+    out[:] = np.frombuffer(cramjam.lz4.decompress_block(data, output_len=size), np.uint8)
+    try:
+        cramjam.lz4.decompress_block(data, output_len=size - 1)
+    except cramjam.DecompressionError:
+        return size
+    raise cramjam.DecompressionError(f"it gives fewer than {size} bytes")
+
+
+def unpack_stored(entry: PixelEntry, stored: np.ndarray) -> np.ndarray:
+    """Arrays [..., C, P, P] of the entry's dtype from the decompressed bytes, uint8 [..., entry.stored_bytes]."""
+    dtype, shape = entry.stored_dtype, (*stored.shape[:-1], *entry.shape)
     if entry.filter == "delta-planes":
-        return _undo_delta_planes(np.frombuffer(data, np.uint8), dtype, entry.shape)
-    return np.frombuffer(data, dtype).reshape(entry.shape)
+        words = pixel_loops.undo_delta_planes(stored, dtype.itemsize, entry.shape[-1]).view(dtype).reshape(shape)
+    else:
+        words = stored.view(dtype).reshape(shape)
+    return _dequantise(entry, words) if entry.quantisation else words
 
 
-def _delta_planes(values: np.ndarray) -> np.ndarray:
-    """Horizontal difference, zigzag, then one plane per byte of the word: uint8 [itemsize, C*P*P]."""
-    bits = values.view(f"<u{values.itemsize}")
-    delta = bits.copy()
-    delta[..., 1:] -= bits[..., :-1]
-    signed = delta.view(f"<i{values.itemsize}")
-    zigzag = (signed << 1) ^ (signed >> (8 * values.itemsize - 1))
-    return np.ascontiguousarray(zigzag.view(np.uint8).reshape(-1, values.itemsize).T)
+def _quantise(entry: PixelEntry, values: np.ndarray) -> np.ndarray:
+    finite = np.isfinite(values)
+    with np.errstate(over="ignore"):  # told below
+        counts = np.rint(np.where(finite, values, 0).astype(np.float64) / entry.quantisation.step)
+    outside = np.abs(counts) > QUANTISED_MAX_COUNT
+    if outside.any():
+        limit = QUANTISED_MAX_COUNT * entry.quantisation.step
+        raise ValueError(
+            f"{entry.name}: {outside.sum()} values outside -{limit:g} to {limit:g}, such as {values[outside][0]:g}, "
+            f"cannot be quantised in steps of {entry.quantisation.step:g}; build without quantisation"
+        )
+    codes = counts.astype(QUANTISED_DTYPE)
+    codes[np.isnan(values)] = QUANTISED_NAN
+    codes[values == -np.inf], codes[values == np.inf] = QUANTISED_MINUS_INF, QUANTISED_PLUS_INF
+    return codes
 
 
-def _undo_delta_planes(planes: np.ndarray, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
-    unsigned = np.dtype(f"<u{dtype.itemsize}")
-    words = np.ascontiguousarray(planes.reshape(dtype.itemsize, -1).T).view(unsigned).reshape(shape)
-    delta = (words >> unsigned.type(1)) ^ (~(words & unsigned.type(1)) + unsigned.type(1))
-    return np.cumsum(delta, axis=-1, dtype=unsigned).view(dtype)
+def _dequantise(entry: PixelEntry, codes: np.ndarray) -> np.ndarray:
+    values = codes * entry.quantisation.step
+    for code, value in ((QUANTISED_MINUS_INF, -np.inf), (QUANTISED_NAN, np.nan), (QUANTISED_PLUS_INF, np.inf)):
+        values[codes == code] = value
+    return values.astype(entry.dtype)
 
 
 ALL_ZERO, ALL_NO_DATA = -1, -2

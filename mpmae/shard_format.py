@@ -16,6 +16,7 @@ Shapes: C bands, P tile side in pixels, M members of a sample.
 import hashlib
 import io
 import json
+import math
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from mpmae.errors import ShardError
+from mpmae.errors import ConfigError, ShardError
 from mpmae.manifest_checks import manifest_problems
 from mpmae.modalities import PRODUCT_LEVELS, Kind, NoData, band_indices, no_data_rule
 from mpmae.remote_store import RemoteStore, is_remote, without_scheme
@@ -36,6 +37,9 @@ MANIFEST_NAME = "manifest.json"
 SCALARS_MEMBER = "scalars"
 Codec = Literal["raw", "lz4", "zstd"]
 Filter = Literal["none", "delta-planes"]
+QUANTISED_DTYPE = np.dtype("<i2")
+QUANTISED_MINUS_INF, QUANTISED_NAN, QUANTISED_PLUS_INF = -32768, -32767, 32767
+QUANTISED_MAX_COUNT = 32766
 
 
 class _Strict(BaseModel):
@@ -43,13 +47,25 @@ class _Strict(BaseModel):
 
 
 class Quantisation(_Strict):
-    """A float modality stored as int16 counts of `step`: the only lossy codec, and only on request.
+    """A float modality stored as int16 counts of `step`: the only lossy storage, and only on request.
 
-    max_error: the largest |decoded - source| over finite values, in the modality's unit: half a step and float32's rounding.
+    Three codes stand for -inf, NaN and +inf, so that absent values survive exactly; finite values use the codes between.
+    max_error: a bound of |decoded - source| over finite values, in the modality's unit: half a step, and what the rounding of
+    quotient, product and dtype can add (less than two spacings of the dtype at the end of the range).
     """
 
     step: float
     max_error: float
+
+    @classmethod
+    def of(cls, step: float, dtype: np.dtype) -> "Quantisation":
+        """Counts of `step` for floats of `dtype`; ConfigError when it is not a number above 0 or not for floats."""
+        end = dtype.type(step * QUANTISED_MAX_COUNT) if dtype.kind == "f" else np.nan
+        if not (step > 0 and np.isfinite(end)):
+            raise ConfigError(
+                f"quantisation of {dtype.name} in steps of {step:g}; expected a float modality and a step above 0"
+            )
+        return cls(step=step, max_error=step / 2 + 2 * float(np.spacing(end)))
 
 
 class PixelEntry(_Strict):
@@ -67,6 +83,16 @@ class PixelEntry(_Strict):
     filter: Filter
     no_data: NoData
     quantisation: Quantisation | None = None
+
+    @property
+    def stored_dtype(self) -> np.dtype:
+        """The dtype of the words that filter and codec see."""
+        return QUANTISED_DTYPE if self.quantisation else np.dtype(self.dtype)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of a member once decompressed."""
+        return math.prod(self.shape) * self.stored_dtype.itemsize
 
 
 class ScalarEntry(_Strict):
@@ -237,10 +263,17 @@ def dali_index_name(shard_name: str) -> str:
     return Path(shard_name).stem + ".idx"
 
 
-def pixel_entry(name: str, kind: Kind, array_dtype: np.dtype, shape, bands, codec: Codec) -> PixelEntry:
-    """The manifest entry of a pixel modality: filter and no-data rule follow the dtype."""
+def pixel_entry(
+    name: str, kind: Kind, array_dtype: np.dtype, shape, bands, codec: Codec, quantise_step: float | None = None
+) -> PixelEntry:
+    """The manifest entry of a pixel modality: filter and no-data rule follow the dtype.
+
+    quantise_step: store floats as int16 counts of this, in the modality's unit (None: lossless). Raises ConfigError for
+    integers or a step that is no number above 0.
+    """
     dtype = np.dtype(array_dtype).newbyteorder("<")
-    use_filter = codec != "raw" and dtype.itemsize > 1
+    quantisation = None if quantise_step is None else Quantisation.of(quantise_step, dtype)
+    use_filter = codec != "raw" and (quantisation is not None or dtype.itemsize > 1)
     return PixelEntry(
         name=name,
         kind=kind,
@@ -250,6 +283,7 @@ def pixel_entry(name: str, kind: Kind, array_dtype: np.dtype, shape, bands, code
         codec=codec,
         filter="delta-planes" if use_filter else "none",
         no_data=no_data_rule(name, dtype),
+        quantisation=quantisation,
     )
 
 

@@ -13,6 +13,7 @@ CORE = {
     "mpmae.errors",
     "mpmae.files",
     "mpmae.modalities",
+    "mpmae.pixel_loops",
     "mpmae.shard_codecs",
     "mpmae.shard_format",
     "mpmae.manifest_checks",

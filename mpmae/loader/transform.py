@@ -55,6 +55,17 @@ def draw_views(
     return Views(offsets[:, 0], offsets[:, 1], flips[:, 0] & augmentation.hflip, flips[:, 1] & augmentation.vflip)
 
 
+@dataclass(frozen=True)
+class RawBatch:
+    """Samples as they are stored: no crop, no flip, no normalisation.
+
+    pixels: per pixel modality [N, C, P, P] in the entry's dtype. records: [N] of `manifest.scalars_dtype`.
+    """
+
+    pixels: dict[str, np.ndarray]
+    records: np.ndarray
+
+
 class Assembler:
     """Builds the batch of given samples; holds the statistics and tables of the set.
 
@@ -129,6 +140,21 @@ class Assembler:
             global_batch_size=global_batch_size,
             padding=None if padding is None else torch.from_numpy(np.array(padding)),
         )
+
+    def raw_batch(self, sample_ids: np.ndarray) -> RawBatch:
+        """The samples int64 [N] decoded, with this assembler's pixel modalities and all scalars."""
+        names = [name for name in self._names if MODALITIES[name].scope == "pixel"]
+        pixels = {name: np.stack([self._reader.pixels(int(i), name) for i in sample_ids]) for name in names}
+        return RawBatch(pixels, np.stack([self._reader.scalars(int(i)) for i in sample_ids]))
+
+    def tiles(self, records: np.ndarray) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Values and valid flags of this assembler's tile modalities, as in `Batch`, from records [N] of scalars."""
+        levels = [level.decode() for level in records["product_level"].tolist()]
+        values, valid = {}, {}
+        for name in self._names:
+            if MODALITIES[name].scope == "tile":
+                values[name], valid[name] = map(torch.from_numpy, self._tile(name, None, records, levels, None))
+        return values, valid
 
     def _pixel(self, name, sample_ids, records, levels, views: Views) -> tuple[np.ndarray, np.ndarray]:
         entry, size = self._entries[name], self._img_size_px
