@@ -57,7 +57,7 @@ def worker(rank: int, world_size: int, threads: int, port: int, config: RunConfi
     model = build_model(config, reader.manifest)
     plan = plan_batches(config.train.global_batch_size, None, world_size)
     engine = create_engine(config, model, world, None, plan.num_micro_steps, plan.micro_batch_size)
-    loader = open_loader(config, reader, augment=True)
+    loader = open_loader(config, reader, training=True)
     order = make_order(config, reader.manifest)
     seconds: dict[str, list[float]] = defaultdict(list)
     batches = loader.training(order, plan, rank, 0)
@@ -99,7 +99,7 @@ def run_case(world_size: int, threads: int, config: RunConfig, steps: int) -> di
 def loader_rate(config: RunConfig, num_samples: int) -> float:
     """Samples/s of the loader alone, everything in the page cache."""
     reader = open_reader(config, "train")
-    loader = open_loader(config, reader, augment=True)
+    loader = open_loader(config, reader, training=True)
     batches = loader.training(TrainOrder(ExactOrder(len(reader)), 32, 0), plan_batches(32, None, 1), 0, 0)
     for _ in itertools.islice(batches, 4):
         pass

@@ -51,11 +51,9 @@ class Page:
 
     def svg(self, height: float) -> str:
         """The whole file."""
-        head = (
-            f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {WIDTH} {height:g}' width='{WIDTH}' height='{height:g}'"
-        )
+        size = f"viewBox='0 0 {WIDTH} {height:g}' width='{WIDTH}' height='{height:g}'"
         back = f"<rect width='{WIDTH}' height='{height:g}' fill='#ffffff' rx='8'/>"
-        return "\n".join([f"{head} {FONT}>", back, *self.parts, "</svg>", ""])
+        return "\n".join([f"<svg xmlns='http://www.w3.org/2000/svg' {size} {FONT}>", back, *self.parts, "</svg>", ""])
 
 
 def label(page: Page, y: float, *lines: str) -> None:
@@ -79,8 +77,8 @@ def draw_epoch(page: Page, y: float, order: EpochOrder) -> None:
     page.text(LEFT + (len(ids) - dropped / 2) * CELL - 1, y + CELL + 20, "dropped", 11, GREY, "middle")
 
 
-def main() -> None:
-    """Write docs/order.svg."""
+def figure() -> str:
+    """The text of docs/order.svg."""
     page = Page()
     page.text(20, 30, "The order of an epoch, and what a step reads", 15, bold=True)
     y = 62
@@ -115,8 +113,8 @@ def main() -> None:
     page.cells(x, top + 92, order.global_batch(2)[1].tolist())
     page.bracket(x, top + 92 + CELL + 5, GLOBAL_BATCH, "step 2, as without the interruption", colour=ACCENT)
     page.text(x, top + 164, "the interruption repeats no sample and skips none", 11, GREY)
-    (Path(__file__).parent / "order.svg").write_text(page.svg(y + 4))
+    return page.svg(y + 4)
 
 
 if __name__ == "__main__":
-    main()
+    (Path(__file__).parent / "order.svg").write_text(figure())

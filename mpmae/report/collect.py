@@ -22,7 +22,7 @@ from mpmae.modalities import MODALITIES
 from mpmae.models import MPMAE
 from mpmae.models.losses import patch_statistics
 from mpmae.report.data import ClassGuess, MapTriple, ReportData, RunSummary, TilePicture, VectorPair
-from mpmae.train.data import open_loader, open_reader
+from mpmae.train.data import cpu_loader, open_reader
 from mpmae.train.setup import build_model
 from mpmae.train.track import read_jsonl
 
@@ -140,7 +140,7 @@ class Reconstructor:
         chosen = self._choose(num_tiles)
         if not len(chosen):
             return []
-        loader = open_loader(self._config, self._reader, augment=False, modalities=self._names)
+        loader = cpu_loader(self._config, self._reader, training=False, modalities=self._names)
         batch = loader.batch_of(chosen)
         visible = draw_visible(
             self._config.train.seed, 0, batch.sample_ids, self._model.num_patches, self._model.num_visible

@@ -8,10 +8,10 @@ import torch
 from mpmae.config import RunConfig
 from mpmae.engine import load_ds_config, resolve_ds_config
 from mpmae.errors import ConfigError
-from mpmae.loader import CpuLoader
+from mpmae.loader import ShardReader
 from mpmae.models import MPMAE, create_model
-from mpmae.shard_format import Manifest, load_manifest
-from mpmae.train.data import open_loader, open_reader
+from mpmae.shard_format import Manifest
+from mpmae.train.data import Loader, open_folder, open_loader
 from mpmae.train.plan import RunPlan, make_plan
 
 ENGINES = ("ddp", "deepspeed")
@@ -28,23 +28,24 @@ class Setup:
     manifest: Manifest
     plan: RunPlan
     ds_config: dict[str, Any] | None
-    training: CpuLoader
-    reference: CpuLoader
-    validation: CpuLoader
+    training: Loader
+    reference: Loader
+    validation: Loader
 
 
 def set_up(config: RunConfig, world_size: int) -> Setup:
     """Everything but model and engine. Raises ConfigError or ShardError for what does not fit; writes nothing."""
-    manifest = load_manifest(config.data.shards)
+    folder = open_folder(config)
+    manifest = folder.manifest()
     plan = make_plan(config, manifest, world_size)
-    train, val = (open_reader(config, split, manifest) for split in (config.data.train_split, config.data.val_split))
+    train, val = (ShardReader(folder, split, manifest) for split in (config.data.train_split, config.data.val_split))
     return Setup(
         manifest,
         plan,
         _resolved_ds_config(config, plan),
-        open_loader(config, train, augment=True),
-        open_loader(config, train, augment=False),
-        open_loader(config, val, augment=False),
+        open_loader(config, train, training=True),
+        open_loader(config, train, training=False),
+        open_loader(config, val, training=False),
     )
 
 
