@@ -50,11 +50,3 @@ def load_records(what: str | None = None, folder: Path = RECORDS) -> list[dict[s
     """All records, or those of one kind, oldest first."""
     records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     return [record for record in records if what in (None, record["what"])]
-
-
-def machine(record: dict[str, Any]) -> str:
-    """One line on where a record was made."""
-    environment = record["environment"]
-    packages = environment["packages"]
-    device = environment["gpu"] or f"{environment['cores']} CPU cores"
-    return f"{device}, torch {packages['torch']}, Python {environment['python']}, commit {record['commit'][:10]}"

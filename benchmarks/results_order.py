@@ -1,13 +1,9 @@
 """RESULTS.md's section on the order of samples, from a record of `benchmarks/order.py`."""
 
-import io
 from typing import Any
 
-from matplotlib import pyplot as plt
-from record import machine
+from page import machine, plt, svg
 
-WHAT = "order"
-PLOT = "order.svg"
 TITLES = {"as built": "shards as built (globally shuffled)", "sorted": "shards sorted by class"}
 
 
@@ -28,10 +24,7 @@ def plot(record: dict[str, Any]) -> str:
         axes.set_xlabel("total variation distance, mean over batches")
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].invert_yaxis()
-    text = io.StringIO()
-    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
-    plt.close(figure)
-    return text.getvalue()
+    return svg(figure)
 
 
 def section(record: dict[str, Any]) -> str:
@@ -49,7 +42,7 @@ def section(record: dict[str, Any]) -> str:
         "A window of 1 shard is a shuffle within each shard; a buffer shuffles a stream of permuted shards. "
         "Met again: of the pairs that share a batch, those that share one in the next epoch too.",
         "",
-        f"![class mix of the batches by order](plots/{PLOT})",
+        "![class mix of the batches by order](plots/order.svg)",
         "",
         "| order | as built: distance | chi-square | classes | sorted: distance | chi-square | classes | met again |",
         "|---|---|---|---|---|---|---|---|",

@@ -11,7 +11,7 @@ def benchmarks(repo, monkeypatch):
     """The benchmark scripts, importable as they import each other."""
     monkeypatch.syspath_prepend(str(repo / "benchmarks"))
     yield
-    for name in ("record", "results", "results_order", "init"):
+    for name in ("record", "results", "results_order", "page", "init"):
         sys.modules.pop(name, None)
 
 

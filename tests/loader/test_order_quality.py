@@ -18,7 +18,7 @@ def bench(repo):
         yield order
     finally:
         sys.path.remove(str(repo / "benchmarks"))
-        for name in ("order", "record", "results_order"):
+        for name in ("order", "record", "results_order", "page"):
             sys.modules.pop(name, None)
 
 
