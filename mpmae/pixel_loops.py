@@ -2,13 +2,15 @@
 
 Compiled when first called with a dtype, kept in numba's cache (beside this file, or in the user's cache folder where that
 cannot be written), and run without the interpreter's lock. Slices, not sums of indices, go into the inner loops: LLVM
-vectorises only what provably starts at 0.
+vectorises only what provably starts at 0. Unsigned indices serve where a slice a row would cost more than the row.
 
 Shapes: C bands, P tile side, H image side (pixels), B bytes of a word, W words of an array.
 """
 
 import numpy as np
 from numba import njit
+
+from mpmae.shard_format import QUANTISED_MINUS_INF, QUANTISED_NAN, QUANTISED_PLUS_INF
 
 _compiled = njit(nogil=True, cache=True, error_model="numpy")
 
@@ -72,3 +74,122 @@ def _unfilter(stored, num_words, first, words, width, used):
         for x in range(row.size):
             total = words.dtype.type(total + row[x])
             row[x] = total
+
+
+@_compiled
+def normalise_maps(stored, plain, filtered, step, views, levels, mean, std, codes, check_finite, room, values, valid):
+    """Fill `values` float32 and `valid` bool, [N, C, H, H], with the normalised crops of N maps, as `Batch` says.
+
+    stored: uint8 [N, bytes], the maps as the filter left them, if `filtered`; else `plain` [N, C * P * P] holds their words.
+    step: what a stored count means, 0 for maps that are not quantised. views: int64 [N, 4], top, left, hflip, vflip.
+    levels: int64 [N], each map's row of `mean` and `std`, float32 [L, C]. codes: no-data codes, in the maps' dtype.
+    check_finite: whether NaN and infinities do too. room: `words` [P * H] unsigned, `rows` the same memory in the stored
+    dtype, `row` [P] in the maps' dtype.
+    """
+    words, rows, row = room
+    num_maps, num_bands, size = values.shape[0], values.shape[1], values.shape[2]
+    side = row.size
+    flat_values, flat_valid = values.reshape(-1), valid.reshape(-1)
+    for i in range(num_maps):
+        top, left, hflip, vflip = views[i]
+        for c in range(num_bands):
+            first = (c * side + top) * side
+            if filtered:
+                _unfilter(stored[i], num_bands * side * side, first, words, side, left + size)
+                block = rows
+            else:
+                block = plain[i, first : first + size * side]
+            band_mean, band_std = mean[levels[i], c], std[levels[i], c]
+            for y in range(size):
+                start = y * side + left
+                target = ((i * num_bands + c) * size + (size - 1 - y if vflip else y)) * size
+                if step != 0:
+                    _dequantise(block, start, size, step, hflip, row)
+                    _normalise(row, 0, size, band_mean, band_std, codes, check_finite, flat_values, flat_valid, target)
+                elif hflip:
+                    _reverse(block, start, size, row)
+                    _normalise(row, 0, size, band_mean, band_std, codes, check_finite, flat_values, flat_valid, target)
+                else:
+                    _normalise(block, start, size, band_mean, band_std, codes, check_finite, flat_values, flat_valid, target)
+
+
+@_compiled
+def class_maps(stored, plain, filtered, step, views, lookup, room, values, valid):
+    """Fill `values` int64 and `valid` bool [N, C, H, H] with the class ids of `lookup`, int8 [256], for the crops of N maps.
+
+    What lies outside the table counts as 0. The rest as in `normalise_maps`.
+    """
+    words, rows, row = room
+    num_maps, num_bands, size = values.shape[0], values.shape[1], values.shape[2]
+    side = row.size
+    flat_values, flat_valid = values.reshape(-1), valid.reshape(-1)
+    for i in range(num_maps):
+        top, left, hflip, vflip = views[i]
+        for c in range(num_bands):
+            first = (c * side + top) * side
+            if filtered:
+                _unfilter(stored[i], num_bands * side * side, first, words, side, left + size)
+                block = rows
+            else:
+                block = plain[i, first : first + size * side]
+            for y in range(size):
+                start = y * side + left
+                target = ((i * num_bands + c) * size + (size - 1 - y if vflip else y)) * size
+                if step != 0:
+                    _dequantise(block, start, size, step, hflip, row)
+                    _look_up(row, 0, size, lookup, flat_values, flat_valid, target)
+                elif hflip:
+                    _reverse(block, start, size, row)
+                    _look_up(row, 0, size, lookup, flat_values, flat_valid, target)
+                else:
+                    _look_up(block, start, size, lookup, flat_values, flat_valid, target)
+
+
+@_compiled
+def _normalise(raw, start, size, mean, std, codes, check_finite, values, valid, target):
+    start, size, target, zero = np.uint64(start), np.uint64(size), np.uint64(target), np.float32(0)
+    for x in range(size):
+        values[target + x] = (np.float32(raw[start + x]) - mean) / std
+    if check_finite:
+        for x in range(size):
+            valid[target + x] = np.isfinite(raw[start + x])
+    else:
+        for x in range(size):
+            valid[target + x] = True
+    for code in codes:
+        for x in range(size):
+            valid[target + x] &= raw[start + x] != code
+    for x in range(size):
+        values[target + x] = values[target + x] if valid[target + x] else zero
+
+
+@_compiled
+def _look_up(raw, start, size, lookup, values, valid, target):
+    start, size, target = np.uint64(start), np.uint64(size), np.uint64(target)
+    for x in range(size):
+        code = raw[start + x]
+        class_id = lookup[np.uint64(code)] if code >= 0 and code < 256 else lookup[0]
+        values[target + x] = class_id
+        valid[target + x] = class_id >= 0
+
+
+@_compiled
+def _dequantise(counts, start, size, step, reverse, values):
+    start, last = np.uint64(start), np.uint64(size - 1)
+    for x in range(np.uint64(size)):
+        count = counts[start + (last - x if reverse else x)]
+        value = values.dtype.type(count * step)
+        if count == QUANTISED_MINUS_INF:
+            value = values.dtype.type(-np.inf)
+        elif count == QUANTISED_PLUS_INF:
+            value = values.dtype.type(np.inf)
+        elif count == QUANTISED_NAN:
+            value = values.dtype.type(np.nan)
+        values[x] = value
+
+
+@_compiled
+def _reverse(source, start, size, target):
+    start, last = np.uint64(start), np.uint64(size - 1)
+    for x in range(np.uint64(size)):
+        target[x] = source[start + last - x]

@@ -70,8 +70,8 @@ def decompress_into(entry: PixelEntry, data: bytes | memoryview, out: np.ndarray
 def _lz4_into(data: bytes | memoryview, out: np.ndarray) -> int:
     """The number of bytes that a plain LZ4 block gives, at most len(out).
 
-    cramjam takes a block for one with its size in front where the first four bytes can be read so. Such a block is decoded by
-    the call that never does, which does not tell how much it wrote: all of `out`, if one byte less is too little.
+    cramjam takes a block for one with its size in front where the first four bytes can be read so. Such a block is decoded
+    by the call that never does, which does not tell how much it wrote: all of `out`, if one byte less is too little.
     """
     size = len(out)
     if len(data) < 4 or not 0 <= int.from_bytes(data[:4], "little", signed=True) <= size:

@@ -50,8 +50,8 @@ class Quantisation(_Strict):
     """A float modality stored as int16 counts of `step`: the only lossy storage, and only on request.
 
     Three codes stand for -inf, NaN and +inf, so that absent values survive exactly; finite values use the codes between.
-    max_error: a bound of |decoded - source| over finite values, in the modality's unit: half a step, and what the rounding of
-    quotient, product and dtype can add (less than two spacings of the dtype at the end of the range).
+    max_error: a bound of |decoded - source| over finite values, in the modality's unit: half a step, and what the rounding
+    of quotient, product and dtype can add (less than two spacings of the dtype at the end of the range).
     """
 
     step: float

@@ -32,7 +32,8 @@ class CpuLoader:
         reference_quirks: bool = False,
     ):
         self.reader, self.modalities = reader, modalities
-        self._assembler = Assembler(reader, modalities, img_size_px, reference_quirks)
+        max_kept = prefetch + num_workers + 2  # queued, being built, and in use by the training step
+        self._assembler = Assembler(reader, modalities, img_size_px, reference_quirks, max_kept)
         self._img_size_px, self._seed = img_size_px, seed
         self._augmentation = augmentation or Augmentation()
         self._num_workers, self._prefetch = num_workers, prefetch

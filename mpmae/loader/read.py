@@ -4,8 +4,10 @@ Shapes: n samples of a split, M members per sample.
 """
 
 import errno
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import TypeVar
 
@@ -34,7 +36,7 @@ class ShardReader:
         self._files = self.folder.files(self._shards)
         indices = self.folder.indices(self.manifest, self._shards)
         self.index = np.concatenate(indices) if indices else np.zeros(0, self.manifest.index_dtype)
-        self._first = np.cumsum([0] + [s.num_samples for s in self._shards])
+        self._first = np.cumsum([0] + [s.num_samples for s in self._shards]).tolist()
         self._member_position = {name: i for i, name in enumerate(self.manifest.members)}
         self._pixels = {entry.name: entry for entry in self.manifest.pixels}
         self._scalars = {entry.name: entry for entry in self.manifest.scalars}
@@ -70,7 +72,7 @@ class ShardReader:
         return {name: int(((words >> np.uint64(position[name])) & np.uint64(1)).sum()) for name in modalities}
 
     def _shard_of(self, sample_id: int) -> int:
-        return int(np.searchsorted(self._first, sample_id, side="right")) - 1
+        return bisect_right(self._first, sample_id) - 1
 
     def spans(self, sample_ids: np.ndarray) -> list[np.ndarray]:
         """The stored bytes of samples (int [N]), uint8 each, from the first member's data to the last one's end.
@@ -78,12 +80,13 @@ class ShardReader:
         Members of a sample are adjacent in the tar, so this is one read each; member j of sample i lies at
         `index["offset"][i, j] - index["offset"][i, 0]`. Raises ShardError naming shard and sample.
         """
-        return [np.frombuffer(self._span(int(sample_id)), np.uint8) for sample_id in sample_ids]
-
-    def _span(self, sample_id: int) -> bytes:
-        row = self.index[sample_id]
-        start, end = int(row["offset"][0]), int(row["offset"][-1]) + int(row["size"][-1])
-        return self._read(sample_id, "the sample", start, end - start)
+        rows = self.index[sample_ids]
+        start = rows["offset"][:, 0].astype(np.int64)
+        size = rows["offset"][:, -1].astype(np.int64) + rows["size"][:, -1] - start
+        return [
+            np.frombuffer(self._read(*place), np.uint8)
+            for place in zip(sample_ids.tolist(), repeat("the sample"), start.tolist(), size.tolist(), strict=False)
+        ]
 
     def _read(self, sample_id: int, what: str, offset: int, size: int) -> bytes:
         """`size` bytes of the sample's shard; every failure becomes a ShardError naming shard and sample."""
@@ -108,12 +111,16 @@ class ShardReader:
         try:
             return decode(data)
         except ShardError as error:
-            raise ShardError(f"{self._where(sample_id)}: {error}; run `mpmae-shards verify {self.folder}`") from error
+            raise self.error(sample_id, str(error)) from error
+
+    def error(self, sample_id: int, problem: str) -> ShardError:
+        """A ShardError that tells shard, sample and what to do."""
+        return ShardError(f"{self._where(sample_id)}: {problem}; run `mpmae-shards verify {self.folder}`")
 
     def _where(self, sample_id: int) -> str:
         shard = self._shard_of(sample_id)
         name = self.folder / self._shards[shard].name
-        return f"{name}: sample {sample_id - int(self._first[shard])} (source row {int(self.index['row'][sample_id])})"
+        return f"{name}: sample {sample_id - self._first[shard]} (source row {int(self.index['row'][sample_id])})"
 
     def pixels(self, sample_id: int, modality: str) -> np.ndarray:
         """The stored array [C, P, P] of a pixel modality; ShardError naming shard and sample when it cannot be had."""

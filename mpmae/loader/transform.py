@@ -5,6 +5,7 @@ The draws are a pure function of (seed, epoch, sample id); one crop and one flip
 Shapes: N samples, C bands, P tile side, H image side (pixels).
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,9 +15,15 @@ import torch
 from mpmae.counter_rng import Stream, random_bits, random_integers
 from mpmae.errors import ConfigError, ShardError
 from mpmae.loader.batch import Batch
+from mpmae.loader.maps import CategoricalMaps, ContinuousMaps, Views
 from mpmae.loader.read import ShardReader
+from mpmae.loader.slabs import Slabs
+from mpmae.loader.stored import StoredSamples
 from mpmae.modalities import MODALITIES, PRODUCT_LEVELS, class_lookup, no_data_rule
-from mpmae.shard_format import BandStats
+from mpmae.shard_codecs import unpack_stored
+from mpmae.shard_format import BandStats, PixelEntry
+
+CHUNK_SIZE = 16  # samples decompressed at a time: their bytes stay in the core's cache until they are in the batch
 
 
 @dataclass(frozen=True)
@@ -31,16 +38,6 @@ class Augmentation:
     def none(cls) -> "Augmentation":
         """No random change."""
         return cls(crop=False, hflip=False, vflip=False)
-
-
-@dataclass(frozen=True)
-class Views:
-    """Per sample: crop offsets int64 [N], flips bool [N]."""
-
-    top: np.ndarray
-    left: np.ndarray
-    hflip: np.ndarray
-    vflip: np.ndarray
 
 
 def draw_views(
@@ -67,14 +64,21 @@ class RawBatch:
 
 
 class Assembler:
-    """Builds the batch of given samples; holds the statistics and tables of the set.
+    """Builds the batch of given samples; holds the statistics and tables of the set. Safe to use from many threads.
 
     reference_quirks: take for data what the published code does, see `mpmae.modalities.no_data_rule`; the presence counts
-    stay those of the shard index.
+    stay those of the shard index. max_kept: memory of how many batches is kept for the next ones.
     Raises ConfigError when the image does not fit the tile, ShardError when the set lacks a modality or its statistics.
     """
 
-    def __init__(self, reader: ShardReader, modalities: Sequence[str], img_size_px: int, reference_quirks: bool = False):
+    def __init__(
+        self,
+        reader: ShardReader,
+        modalities: Sequence[str],
+        img_size_px: int,
+        reference_quirks: bool = False,
+        max_kept: int = 2,
+    ):
         reader.require(modalities)
         if img_size_px > reader.manifest.tile_size_px:
             raise ConfigError(
@@ -89,14 +93,20 @@ class Assembler:
             name: no_data_rule(name, e.dtype, reference_quirks=True) if reference_quirks else e.no_data
             for name, e in self._entries.items()
         }
-        self._lookup = {
-            name: class_lookup(MODALITIES[name], reference_quirks)
-            for name in modalities
-            if MODALITIES[name].kind == "categorical" and MODALITIES[name].scope == "pixel"
+        self._maps = {
+            name: self._maps_of(name, reference_quirks) for name in modalities if MODALITIES[name].scope == "pixel"
         }
+        self._slabs = Slabs(max_kept)
+        self._local = threading.local()
 
-    def _statistics(self, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Mean and std float32 [C] by product level."""
+    def _maps_of(self, name: str, reference_quirks: bool) -> ContinuousMaps | CategoricalMaps:
+        entry = self._entries[name]
+        if MODALITIES[name].kind == "categorical":
+            return CategoricalMaps(entry, class_lookup(MODALITIES[name], reference_quirks))
+        mean, std = self._stats[name].mean, self._stats[name].std
+        return ContinuousMaps(entry, self._no_data[name], mean, std)
+
+    def _statistics(self, name: str) -> "_Statistics":
         table = self._reader.manifest.band_stats
         found, problems = {}, []
         for level in PRODUCT_LEVELS:
@@ -109,7 +119,8 @@ class Assembler:
             problems.append(f"{self._reader.folder}: the manifest has no statistics of {name} for any product level")
         if problems:
             raise ShardError(problems)
-        return found
+        mean, std = (np.stack(rows) for rows in zip(*found.values(), strict=True))
+        return _Statistics(tuple(level.encode() for level in found), mean, std)
 
     def _checked_std(self, key: str, stats: BandStats, problems: list[str]) -> np.ndarray:
         std = np.asarray(stats.std, np.float32)
@@ -126,15 +137,15 @@ class Assembler:
         padding: np.ndarray | None = None,
     ) -> Batch:
         """The samples int64 [N] as tensors."""
-        records = [self._reader.scalars(int(i)) for i in sample_ids]
-        levels = [record["product_level"].decode() for record in records]
-        values, valid = {}, {}
-        for name in self._names:
-            fill = self._pixel if MODALITIES[name].scope == "pixel" else self._tile
-            values[name], valid[name] = map(torch.from_numpy, fill(name, sample_ids, records, levels, views))
+        stored = StoredSamples(self._reader, sample_ids)
+        records = stored.records()
+        levels = self._levels(sample_ids, records)
+        values, valid = self._room(len(sample_ids))
+        self._fill_maps(stored, views.table(), levels, values, valid)
+        tile_values, tile_valid = self.tiles(sample_ids, records)
         return Batch(
-            values=values,
-            valid=valid,
+            values={name: values[name] if name in values else tile_values[name] for name in self._names},
+            valid={name: valid[name] if name in valid else tile_valid[name] for name in self._names},
             sample_ids=torch.from_numpy(np.array(sample_ids, np.int64)),
             num_present=num_present,
             global_batch_size=global_batch_size,
@@ -143,53 +154,80 @@ class Assembler:
 
     def raw_batch(self, sample_ids: np.ndarray) -> RawBatch:
         """The samples int64 [N] decoded, with this assembler's pixel modalities and all scalars."""
-        names = [name for name in self._names if MODALITIES[name].scope == "pixel"]
-        pixels = {name: np.stack([self._reader.pixels(int(i), name) for i in sample_ids]) for name in names}
-        return RawBatch(pixels, np.stack([self._reader.scalars(int(i)) for i in sample_ids]))
+        stored = StoredSamples(self._reader, sample_ids)
+        pixels = {}
+        for name in self._maps:
+            entry = self._entries[name]
+            members = np.empty((len(sample_ids), entry.stored_bytes), np.uint8)
+            stored.decompress(entry, 0, members)
+            pixels[name] = unpack_stored(entry, members)
+        return RawBatch(pixels, stored.records())
 
-    def tiles(self, records: np.ndarray) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        """Values and valid flags of this assembler's tile modalities, as in `Batch`, from records [N] of scalars."""
-        levels = [level.decode() for level in records["product_level"].tolist()]
+    def tiles(self, sample_ids: np.ndarray, records: np.ndarray) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Values and valid flags of this assembler's tile modalities, as in `Batch`, from the samples' records [N]."""
+        levels = self._levels(sample_ids, records)
         values, valid = {}, {}
         for name in self._names:
             if MODALITIES[name].scope == "tile":
-                values[name], valid[name] = map(torch.from_numpy, self._tile(name, None, records, levels, None))
+                values[name], valid[name] = map(torch.from_numpy, self._tile(name, records[name], levels))
         return values, valid
 
-    def _pixel(self, name, sample_ids, records, levels, views: Views) -> tuple[np.ndarray, np.ndarray]:
-        entry, size = self._entries[name], self._img_size_px
-        continuous = name in self._stats
-        shape = (len(sample_ids), entry.shape[0], size, size)
-        values, valid = np.empty(shape, np.float32 if continuous else np.int64), np.empty(shape, bool)
-        for i, sample_id in enumerate(sample_ids):
-            top, left = views.top[i], views.left[i]
-            raw = self._reader.pixels(int(sample_id), name)[:, top : top + size, left : left + size]
-            raw = raw[:, :: -1 if views.vflip[i] else 1, :: -1 if views.hflip[i] else 1]
-            if continuous:
-                valid[i] = self._no_data[name].valid(raw)
-                values[i] = self._normalise(name, levels[i], raw, valid[i], band_axes=(slice(None), None, None))
-            else:
-                in_table = (raw >= 0) & (raw < 256)
-                values[i] = self._lookup[name][np.where(in_table, raw, 0).astype(np.intp)]
-                valid[i] = values[i] >= 0
-        return values, valid
+    def _levels(self, sample_ids: np.ndarray, records: np.ndarray) -> dict[str, np.ndarray]:
+        """Each sample's row in the statistics of the continuous modalities: int64 [N]."""
+        stored_levels = records["product_level"]
+        rows = {}
+        for known in {stats.levels for stats in self._stats.values()}:
+            rows[known] = np.full(len(records), -1)
+            for row, level in enumerate(known):
+                rows[known][stored_levels == level] = row
+        for name, stats in self._stats.items():
+            unknown = np.flatnonzero(rows[stats.levels] < 0)
+            if len(unknown):
+                level = stored_levels[unknown[0]].decode(errors="replace")
+                raise self._reader.error(
+                    int(sample_ids[unknown[0]]), f"a tile of level {level!r}, but no statistics of {name}_{level}"
+                )
+        return {name: rows[stats.levels] for name, stats in self._stats.items()}
 
-    def _tile(self, name, sample_ids, records, levels, views: Views) -> tuple[np.ndarray, np.ndarray]:
-        raw = np.stack([record[name] for record in records])
+    def _room(self, num: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Tensors [N, C, H, H] for the values and the valid flags of the pixel modalities, in memory of their own."""
+        size, forms = self._img_size_px, []
+        for name in self._maps:
+            shape = (num, self._entries[name].shape[0], size, size)
+            forms += [(shape, np.float32 if name in self._stats else np.int64), (shape, np.bool_)]
+        tensors = self._slabs.take(forms)
+        return dict(zip(self._maps, tensors[::2], strict=True)), dict(zip(self._maps, tensors[1::2], strict=True))
+
+    def _fill_maps(self, stored: StoredSamples, views: np.ndarray, levels, values, valid) -> None:
+        values, valid = ({name: tensor.numpy() for name, tensor in part.items()} for part in (values, valid))
+        for first in range(0, len(views), CHUNK_SIZE):
+            part = slice(first, min(first + CHUNK_SIZE, len(views)))
+            for name, maps in self._maps.items():
+                members = self._members(self._entries[name], part.stop - first)
+                stored.decompress(self._entries[name], first, members)
+                rows = levels.get(name)
+                maps.fill(members, views[part], None if rows is None else rows[part], values[name][part], valid[name][part])
+
+    def _members(self, entry: PixelEntry, num: int) -> np.ndarray:
+        """This thread's room for `num` decompressed members of a modality: uint8 [num, B]."""
+        if not hasattr(self._local, "bytes"):
+            self._local.bytes = np.empty(CHUNK_SIZE * max(self._entries[name].stored_bytes for name in self._maps), np.uint8)
+        return self._local.bytes[: num * entry.stored_bytes].reshape(num, entry.stored_bytes)
+
+    def _tile(self, name: str, raw: np.ndarray, levels: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         if MODALITIES[name].kind == "categorical":
             ids = np.maximum(raw.astype(np.int64), -1)
             return ids, ids >= 0
         valid = self._no_data[name].valid(raw)
-        rows = [self._normalise(name, *item, band_axes=(slice(None),)) for item in zip(levels, raw, valid, strict=True)]
-        return np.stack(rows), valid
-
-    def _normalise(self, name: str, level: str, raw: np.ndarray, valid: np.ndarray, band_axes: tuple) -> np.ndarray:
-        """(raw - mean) / std in float32, 0 where not valid."""
-        try:
-            mean, std = self._stats[name][level]
-        except KeyError:
-            raise ShardError(
-                f"{self._reader.folder}: a tile of level {level!r}, but no statistics of {name}_{level}"
-            ) from None
+        mean, std = self._stats[name].mean[levels[name]], self._stats[name].std[levels[name]]
         clean = np.where(valid, raw, 0).astype(np.float32)
-        return np.where(valid, (clean - mean[band_axes]) / std[band_axes], np.float32(0))
+        return np.where(valid, (clean - mean) / std, np.float32(0)), valid
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Mean and std of a modality by product level: float32 [L, C], rows as `levels`."""
+
+    levels: tuple[bytes, ...]
+    mean: np.ndarray
+    std: np.ndarray
