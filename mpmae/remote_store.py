@@ -90,6 +90,8 @@ class RemoteStore:
             try:
                 for offset, data in self._chunks(name, writer.position, num_bytes, attempts, stop):
                     self.statistics.add(bytes_downloaded=len(data))
+                    if offset + len(data) > num_bytes:  # not written: the file's room is what was reserved for it
+                        raise WrongBytesError(f"it has more than the {num_bytes} bytes that the manifest says")
                     writer.write(offset, data)
                 if writer.position != num_bytes:
                     raise WrongBytesError(f"it has {writer.position} bytes, the manifest says {num_bytes}")
@@ -216,8 +218,6 @@ def _http_chunks(
         while data := _finish(loop, response.content.readany(), patience_s(), stop):
             yield offset, data
             offset += len(data)
-            if num_bytes is not None and offset > num_bytes:
-                raise WrongBytesError(f"it has more than the {num_bytes} bytes that the manifest says")
     finally:
         loop.call_soon_threadsafe(response.close)
 

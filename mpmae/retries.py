@@ -151,7 +151,7 @@ class Attempts:
 
 def _status(error: Exception) -> int | None:
     """The HTTP status that an error of aiohttp (`status`) or gcsfs (`code`) carries."""
-    status = getattr(error, "status", getattr(error, "code", None))
+    status = getattr(error, "status", None) or getattr(error, "code", None)
     return status if isinstance(status, int) else None
 
 

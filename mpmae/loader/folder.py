@@ -34,6 +34,10 @@ class ShardFolder(Protocol):
 
     def __truediv__(self, name: str) -> Path | str: ...
 
+    @property
+    def check_hint(self) -> str:
+        """What to do about bytes that do not decode."""
+
     def manifest(self) -> Manifest:
         """The set's manifest; ShardError when it cannot be had."""
 
@@ -57,6 +61,11 @@ class LocalFolder:
 
     def __truediv__(self, name: str) -> Path:
         return self._path / name
+
+    @property
+    def check_hint(self) -> str:
+        """What to do about bytes that do not decode."""
+        return f"run `mpmae-shards verify {self._path}`"
 
     def manifest(self) -> Manifest:
         """The set's manifest; ShardError when it cannot be had."""

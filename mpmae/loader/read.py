@@ -100,7 +100,7 @@ class ShardReader:
         if len(data) != size:
             raise ShardError(
                 f"{self._where(sample_id)}: {what}: {len(data)} of {size} bytes; the tar is shorter now; "
-                f"run `mpmae-shards verify {self.folder}`"
+                f"{self.folder.check_hint}"
             )
         return data
 
@@ -115,7 +115,7 @@ class ShardReader:
 
     def error(self, sample_id: int, problem: str) -> ShardError:
         """A ShardError that tells shard, sample and what to do."""
-        return ShardError(f"{self._where(sample_id)}: {problem}; run `mpmae-shards verify {self.folder}`")
+        return ShardError(f"{self._where(sample_id)}: {problem}; {self.folder.check_hint}")
 
     def _where(self, sample_id: int) -> str:
         shard = self._shard_of(sample_id)

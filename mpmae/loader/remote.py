@@ -52,6 +52,11 @@ class RemoteFolder:
     def __truediv__(self, name: str) -> str:
         return self._store.at(name)
 
+    @property
+    def check_hint(self) -> str:
+        """What to do about bytes that do not decode."""
+        return f"remove the shard cache {self._cache.folder}; if it happens again, verify the set where it was built"
+
     def manifest(self) -> Manifest:
         """The set's manifest; ShardError when it cannot be had."""
         return parse_manifest(self._store.read(MANIFEST_NAME), self / MANIFEST_NAME)

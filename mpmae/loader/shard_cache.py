@@ -11,6 +11,7 @@ a local disk.
 """
 
 import fcntl
+import hashlib
 import logging
 import os
 import re
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal
 
 from mpmae.errors import ConfigError, ShardError
+from mpmae.loader.file_locks import is_at, open_if_locked, try_lock
 from mpmae.retries import RemoteStatistics, StoppedError
 
 _LOG = logging.getLogger(__name__)
@@ -117,12 +119,17 @@ class ShardCache:
         return descriptor
 
     def read(self, sha256: str) -> bytes | None:
-        """The bytes of a file that is there, else None."""
+        """The bytes of a file that is there, their hash checked, else None."""
         descriptor = self.open_cached(sha256)
         if descriptor is None:
             return None
         with os.fdopen(descriptor, "rb") as file:
-            return file.read()
+            data = file.read()
+        if hashlib.sha256(data).hexdigest() != sha256:
+            _LOG.warning("%s: its bytes were changed; fetching it again", self.folder / sha256)
+            self.drop(sha256)
+            return None
+        return data
 
     def add(self, sha256: str, data: bytes) -> None:
         """Keep bytes that are at hand; their hash is the caller's word."""
@@ -181,7 +188,7 @@ class ShardCache:
         if claim.descriptor is None:
             return
         try:
-            while not _try_lock(claim.descriptor, fcntl.LOCK_SH):
+            while not try_lock(claim.descriptor, fcntl.LOCK_SH):
                 self._pause(sha256, stop, end)
         finally:
             os.close(claim.descriptor)
@@ -204,13 +211,13 @@ class ShardCache:
             with self._locked():
                 if (self.folder / sha256).exists():
                     return _Claim("there")
-                other = _open_if_locked(path)
+                other = open_if_locked(path)
                 if other is not None:
                     return _Claim("busy", other)
                 if not self._make_room(num_bytes, unused_since_ns):
                     return _Claim("full")
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-                locked = _try_lock(descriptor, fcntl.LOCK_EX)
+                locked = try_lock(descriptor, fcntl.LOCK_EX)
                 assert locked
                 os.truncate(descriptor, num_bytes)
                 return _Claim("mine", descriptor)
@@ -229,7 +236,7 @@ class ShardCache:
             os.fsync(descriptor)
             self.touch(descriptor)
             with self._locked():
-                if _is_at(descriptor, path):
+                if is_at(descriptor, path):
                     path.rename(self.folder / sha256)
                 else:
                     _LOG.warning("%s vanished during its download; it is read but not kept", path)
@@ -245,7 +252,7 @@ class ShardCache:
     def _abandon(self, descriptor: int, path: Path) -> None:
         try:
             with self._locked():
-                if _is_at(descriptor, path):
+                if is_at(descriptor, path):
                     path.unlink()
         except OSError as error:
             _LOG.warning("%s stays behind (%s); whoever needs the room next removes it", path, error.strerror or error)
@@ -258,7 +265,7 @@ class ShardCache:
         for file in self._files():
             if file.path.suffix != _PART:
                 complete.append(file)
-            elif (other := _open_if_locked(file.path)) is None:
+            elif (other := open_if_locked(file.path)) is None:
                 continue
             else:
                 os.close(other)
@@ -295,7 +302,7 @@ class ShardCache:
                 continue
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-                if not _is_at(descriptor, path):  # the folder was removed while this waited
+                if not is_at(descriptor, path):  # the folder was removed while this waited
                     continue
                 yield
                 return
@@ -329,32 +336,3 @@ class _Claim:
 
     state: Literal["mine", "busy", "full", "there"]
     descriptor: int | None = None
-
-
-def _try_lock(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether `path` still names the open file."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _open_if_locked(path: Path) -> int | None:
-    """A descriptor of a `.part` that somebody downloads; one that nobody does is removed. Needs the cache's lock."""
-    try:
-        descriptor = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        return None
-    if not _try_lock(descriptor, fcntl.LOCK_EX):
-        return descriptor
-    path.unlink(missing_ok=True)
-    os.close(descriptor)
-    return None
