@@ -156,14 +156,19 @@ def epoch_cost(folder: Path, mode: str) -> dict[str, float]:
     }
 
 
+def measured(mode: str, folder: str) -> dict[str, float]:
+    """`epoch_cost` of a process of its own."""
+    command = [sys.executable, __file__, "--measure", mode, folder]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+
 def costs(num_shards: int, shard_size: int, repeats: int) -> dict[str, Any]:
     """`epoch_cost` by mode: spreads of the seconds, the largest memory; each repeat in a process of its own."""
     result = {}
     with tempfile.TemporaryDirectory() as folder:
         write_manifest(Path(folder), num_shards, shard_size)
         for mode in ("exact", "window"):
-            command = [sys.executable, __file__, "--measure", mode, folder]
-            runs = [json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout) for _ in range(repeats)]
+            runs = [measured(mode, folder) for _ in range(repeats)]
             result[mode] = {name: spread([run[name] for run in runs]) for name in ("manifest_s", "order_s")}
             result[mode] |= {name: max(run[name] for run in runs) for name in ("peak_bytes", "added_bytes")}
     return result

@@ -45,7 +45,8 @@ class CpuLoader:
             step = start_step
             while True:
                 epoch, global_batch = order.global_batch(step)
-                self.reader.prefetch(order.shards_ahead(step))
+                if ahead := order.shards_ahead(step):
+                    self.reader.prefetch(ahead)
                 num_present = self.reader.num_present(global_batch, self.modalities)
                 for micro_step in range(plan.num_micro_steps):
                     ids = plan.share(global_batch, rank, micro_step)

@@ -35,7 +35,8 @@ def training_requests(
     step = start_step
     while True:
         epoch, global_batch = order.global_batch(step)
-        reader.prefetch(order.shards_ahead(step))
+        if shards := order.shards_ahead(step):
+            reader.prefetch(shards)
         num_present = reader.num_present(global_batch, modalities)
         for micro_step in range(plan.num_micro_steps):
             yield BatchRequest(epoch, plan.share(global_batch, rank, micro_step), num_present, len(global_batch))
