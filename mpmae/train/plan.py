@@ -1,6 +1,7 @@
 """The arithmetic of a run, settled before anything is built: batches, steps, rates, memory per rank."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -10,6 +11,7 @@ from mpmae.config import RunConfig
 from mpmae.engine.optim import LearningRate, peak_lr
 from mpmae.loader import BatchPlan, ExactOrder, TrainOrder, WindowOrder, plan_batches
 from mpmae.shard_format import Manifest
+from mpmae.train.data import num_bytes
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,26 @@ def make_plan(config: RunConfig, manifest: Manifest, world_size: int) -> RunPlan
     dropped = order.num_samples - order.steps_per_epoch * train.global_batch_size
     if dropped:
         notes.append(f"{dropped} of {order.num_samples} samples sit out each epoch (others every time): no whole batch left")
+    notes += _cache_notes(config, manifest)
     learning_rate = LearningRate(peak_lr(config), config.optim.min_lr, warmup_steps, total_steps)
     return RunPlan(batch, order, total_steps, warmup_steps, learning_rate, tuple(notes))
+
+
+def _cache_notes(config: RunConfig, manifest: Manifest) -> list[str]:
+    """What to know when a window of remote shards and the one fetched meanwhile do not fit their cache together."""
+    if config.data.order != "window" or isinstance(config.data.shards, Path):
+        return []
+    from mpmae.loader.shard_cache import DEFAULT_MAX_BYTES  # POSIX only, and local sets need none of it
+
+    limit = num_bytes(config.data.cache_size_gb) or DEFAULT_MAX_BYTES
+    sizes = sorted((shard.num_bytes for shard in manifest.shards(config.data.train_split)), reverse=True)
+    needed = sum(sizes[: 2 * config.data.window_shards])
+    if needed <= limit:
+        return []
+    return [
+        f"two windows of {config.data.window_shards} shards have up to {needed / 1e9:.3g} GB, their cache may hold "
+        f"{limit / 1e9:.3g}: steps wait for downloads; lower data.window_shards or raise data.cache_size_gb"
+    ]
 
 
 def state_bytes_per_rank(num_parameters: int, world_size: int, stage: int) -> int:

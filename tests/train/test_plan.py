@@ -51,6 +51,15 @@ def test_the_order_that_the_configuration_asks_for(manifest, keys):
     assert made == TrainOrder(WindowOrder(sizes, 2) if keys else ExactOrder(sum(sizes)), 16, 4)
 
 
+def test_a_cache_too_small_for_two_windows(manifest):
+    keys = ("train.global_batch_size=16", "train.epochs=99", "data.shards=s3://b/x", "data.order=window")
+    shard_gb = max(shard.num_bytes for shard in manifest.shards("train")) / 1e9
+    small = plan(manifest, 1, *keys, "data.window_shards=1", f"data.cache_size_gb={1.1 * shard_gb}").notes
+    assert any("two windows of 1 shards have up to" in note and "raise data.cache_size_gb" in note for note in small)
+    for enough in (("data.window_shards=1", f"data.cache_size_gb={2.1 * shard_gb}"), ("data.window_shards=2",)):
+        assert not any("cache" in note for note in plan(manifest, 1, *keys, *enough).notes)
+
+
 @pytest.mark.parametrize(("stage", "num_bytes"), [(0, 1600), (1, 1200), (2, 1000), (3, 800)])
 def test_memory_by_stage(stage, num_bytes):
     assert state_bytes_per_rank(100, 2, stage) == num_bytes
