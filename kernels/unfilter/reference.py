@@ -32,7 +32,7 @@ class StoredMaps(NamedTuple):
         """Bytes of a stored word; ValueError for a dtype the kernels do not know."""
         if self.dtype not in WORD_BYTES or (self.step is not None and self.dtype != "int16"):
             raise ValueError(
-                f"stored maps of {self.dtype}, step {self.step}; expected one of {', '.join(WORD_BYTES)}, or int16 with a step"
+                f"stored maps of {self.dtype}, step {self.step}; expected {', '.join(WORD_BYTES)}, or int16 with a step"
             )
         return WORD_BYTES[self.dtype]
 

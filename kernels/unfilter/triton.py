@@ -102,10 +102,7 @@ def _unfilter_kernel(
             is_valid = is_valid & (tl.abs(raw) < float("inf"))
         for k in tl.static_range(NUM_CODES):
             code = tl.load(codes + k)
-            if IS_FLOAT:
-                is_valid = is_valid & (raw != code.to(tl.float32))
-            else:
-                is_valid = is_valid & (raw.to(tl.int64) != code)
+            is_valid = is_valid & (raw != code.to(tl.float32) if IS_FLOAT else raw.to(tl.int64) != code)
         row = tl.load(level + sample) * num_bands + band
         clean = tl.where(is_valid, raw, 0).to(tl.float32)
         # IEEE division: Triton's own `/` is off by up to 2 ulp

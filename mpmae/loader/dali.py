@@ -15,31 +15,32 @@ Lifetimes: DALI's outputs are bound to the driver's stream and stay referenced u
 them has passed. PyTorch's memory is allocated on the driver's stream, and handed over with `record_stream`. Pinned buffers
 go back to PyTorch's cache, which waits for their copies.
 
-Without a GPU, DALI crops, flips, casts, masks and normalises host arrays; there is no inflation on the CPU in DALI, so LZ4 is
-undone by `mpmae.shard_codecs`. A pipeline runs as a function of its inputs (`prefetch_queue_depth=1`): all prefetching is the
+Without a GPU, DALI crops, flips, casts, masks and normalises host arrays; DALI has no inflation on the CPU, so LZ4 is undone
+by `mpmae.shard_codecs`. A pipeline runs as a function of its inputs (`prefetch_queue_depth=1`): all prefetching is the
 driver's, and there is no state to checkpoint.
 
 Shapes: N samples, C bands, P tile side, H image side (pixels).
 """
 
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
 
 import numpy as np
 import torch
 
-from mpmae.errors import ConfigError, ShardError
+from mpmae.errors import ConfigError
 from mpmae.loader.batch import Batch
-from mpmae.loader.device_batch import DeviceAssembler, PreparedBatch, level_rows, statistics_rows
+from mpmae.loader.device_batch import DeviceAssembler, PreparedBatch
+from mpmae.loader.maps import Views
 from mpmae.loader.order import BatchPlan, TrainOrder
 from mpmae.loader.read import ShardReader
 from mpmae.loader.requests import BatchRequest, ahead, evaluation_requests, training_requests
-from mpmae.loader.tiers import DeviceTier, PackedBatch, SampleStore, check_spans, member_positions
-from mpmae.loader.transform import Assembler, Augmentation, Views, draw_views
+from mpmae.loader.tiers import DeviceTier, PackedBatch
+from mpmae.loader.transform import Assembler, Augmentation, draw_views
 from mpmae.modalities import MODALITIES
-from mpmae.shard_codecs import decode_pixels, decode_scalars
-from mpmae.shard_format import SCALARS_MEMBER
+from mpmae.shard_format import PixelEntry
 
 try:
     from nvidia.dali import Pipeline, fn, types
@@ -48,7 +49,8 @@ except ImportError as error:
         f"the DALI loader needs NVIDIA DALI ({error}); `pip install mpmae[dali]` or use the cpu loader"
     ) from error
 
-MAX_PACKED_BYTES = 2**31 - 1
+MAX_PACKED_BYTES = 2**31 - 1  # DALI takes chunk offsets as int32
+MAX_IN_FLIGHT = 2  # batches whose GPU work may be queued at a time: the copy of one overlaps with the kernels of another
 _CPU_TYPES = {
     "uint8": types.UINT8,
     "int8": types.INT8,
@@ -63,8 +65,8 @@ _CPU_TYPES = {
 class DaliLoader:
     """Batches of one split for one rank, as `CpuLoader` gives them: same order, draws and content.
 
-    device_id: the GPU that makes the batches and holds them; None: the CPU. store: where stored bytes come from, such as a
-    `HostTier` (the reader itself unless given). device_budget_bytes: GPU memory for a `DeviceTier`. dtype: of continuous maps.
+    reader: a `ShardReader`, or a `HostTier` on top of one. device_id: the GPU that makes the batches and holds them; None:
+    the CPU. device_budget_bytes: GPU memory for a `DeviceTier`. dtype: of continuous maps.
     Raises ConfigError for a device that is not there, or a set that only the cpu loader reads.
     """
 
@@ -80,7 +82,6 @@ class DaliLoader:
         prefetch: int = 4,
         reference_quirks: bool = False,
         device_id: int | None = None,
-        store: SampleStore | None = None,
         device_budget_bytes: int = 0,
         dtype: torch.dtype = torch.float32,
     ):
@@ -92,15 +93,15 @@ class DaliLoader:
             _check_device(device_id)
             device = torch.device("cuda", device_id)
             on_device = DeviceAssembler(assembler, reader.manifest, self.modalities, img_size_px, device, dtype)
-            tier = DeviceTier(store or reader, device_budget_bytes, device)
+            tier = DeviceTier(reader, device_budget_bytes, device)
             self._maker = partial(_GpuMaker, on_device, tier, torch.cuda.Stream(device))
         else:
             if device_budget_bytes:
                 raise ConfigError(
                     f"device_budget_bytes = {device_budget_bytes} needs a GPU; leave it out with device_id = None"
                 )
-            on_host = _HostDecoder(store or reader, reader, self.modalities, assembler)
-            self._maker = partial(_CpuMaker, on_host, assembler, img_size_px, dtype, num_workers)
+            entries = {entry.name: entry for entry in reader.manifest.pixels if entry.name in self.modalities}
+            self._maker = partial(_CpuMaker, assembler, entries, img_size_px, dtype, num_workers)
 
     def training(self, order: TrainOrder, plan: BatchPlan, rank: int, start_step: int) -> Iterator[tuple[int, Batch]]:
         """(epoch, micro batch) from step `start_step` on, `plan.num_micro_steps` per step, without end."""
@@ -175,29 +176,29 @@ class _GpuMaker:
             name: assembler.stored[name].num_bytes for name, entry in assembler.entries.items() if entry.codec == "lz4"
         }
         self._pipeline = inflate_pipeline(stream.device.index, self._inflated_bytes) if self._inflated_bytes else None
-        self._held: tuple | None = None
+        self._held: deque[tuple] = deque()
 
     def prepare(self, request: BatchRequest, views: Views) -> PreparedBatch:
         """The host's part; ConfigError for a batch that DALI's 32-bit offsets cannot address."""
         staged = self._tier.stage(request.sample_ids)
         if self._pipeline and staged.num_bytes > MAX_PACKED_BYTES:
             raise ConfigError(
-                f"a micro batch of {len(request.sample_ids)} samples has {staged.num_bytes} stored bytes, GPU inflation takes "
-                f"at most {MAX_PACKED_BYTES}; lower train.micro_batch_size"
+                f"a micro batch of {len(request.sample_ids)} samples has {staged.num_bytes} stored bytes, inflation on the "
+                f"GPU takes at most {MAX_PACKED_BYTES}; lower train.micro_batch_size"
             )
         return self._assembler.prepare(request, views, staged)
 
     def make(self, prepared: PreparedBatch) -> tuple[Batch, torch.cuda.Event]:
         """The batch, its work queued, and the event after that work."""
         with torch.cuda.stream(self._stream):
-            self.close()
+            self._let_go(keep=MAX_IN_FLIGHT - 1)
             packed = self._tier.place(prepared.staged)
             outputs = self._inflate(packed)
             inflated = {name: torch.from_dlpack(out.as_tensor())[0] for name, out in outputs.items()}
             batch = self._assembler.batch(prepared, packed, inflated)
             event = torch.cuda.Event()
             event.record(self._stream)
-        self._held = (outputs, inflated, event)
+        self._held.append((outputs, inflated, event))
         return batch, event
 
     def _inflate(self, packed: PackedBatch) -> dict:
@@ -218,65 +219,45 @@ class _GpuMaker:
         return batch
 
     def close(self) -> None:
-        """Let go of DALI's last outputs, once the kernels that read them have ended."""
-        if self._held:
-            self._held[-1].synchronize()
-            self._held = None
+        """Let go of DALI's outputs, once the kernels that read them have ended."""
+        self._let_go(keep=0)
 
-
-class _HostDecoder:
-    """Decoded maps and scalars of samples, from their stored bytes."""
-
-    def __init__(self, store: SampleStore, reader: ShardReader, modalities: tuple[str, ...], assembler: Assembler):
-        self._store, self._reader = store, reader
-        check_spans(store)
-        self.entries = {entry.name: entry for entry in reader.manifest.pixels if entry.name in modalities}
-        unknown = [f"{name} ({e.dtype})" for name, e in self.entries.items() if np.dtype(e.dtype).name not in _CPU_TYPES]
-        if unknown:
-            raise ConfigError(f"DALI's CPU pipeline does not read {', '.join(unknown)}; use the cpu loader")
-
-    def maps(self, sample_ids: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """Per modality [N, C, P, P] in the entry's dtype, and the records [N]; ShardError naming shard and sample."""
-        manifest, rows = self._reader.manifest, self._store.index[sample_ids]
-        starts = member_positions(rows)
-        ends = starts + rows["size"]
-        maps = {name: np.empty((len(rows), *entry.shape), entry.dtype) for name, entry in self.entries.items()}
-        records = np.empty(len(rows), manifest.scalars_dtype)
-        members = {name: manifest.members.index(name) for name in (*self.entries, SCALARS_MEMBER)}
-        for i, span in enumerate(self._store.spans(sample_ids)):
-            data = {name: span[starts[i, j] : ends[i, j]].data for name, j in members.items()}
-            records[i] = decode_scalars(manifest, data[SCALARS_MEMBER])
-            try:
-                for name, entry in self.entries.items():
-                    maps[name][i] = decode_pixels(entry, data[name])
-            except ShardError as error:
-                where = self._reader._where(int(sample_ids[i]))
-                raise ShardError(f"{where}: {error}; run `mpmae-shards verify {self._reader.folder}`") from error
-        return maps, records
+    def _let_go(self, keep: int) -> None:
+        while len(self._held) > keep:
+            self._held.popleft()[-1].synchronize()
 
 
 class _CpuMaker:
     """Batches of one run of the loader on the CPU."""
 
-    def __init__(self, decoder: _HostDecoder, assembler: Assembler, img_size_px: int, dtype: torch.dtype, num_threads: int):
-        self._decoder, self._assembler = decoder, assembler
+    def __init__(
+        self,
+        assembler: Assembler,
+        entries: dict[str, PixelEntry],
+        img_size_px: int,
+        dtype: torch.dtype,
+        num_threads: int,
+    ):
+        unknown = [f"{name} ({e.dtype})" for name, e in entries.items() if np.dtype(e.dtype).name not in _CPU_TYPES]
+        if unknown:
+            raise ConfigError(f"DALI's CPU pipeline does not read {', '.join(unknown)}; use the cpu loader")
+        self._assembler, self._entries = assembler, entries
         self._img_size_px, self._dtype, self._num_threads = img_size_px, dtype, num_threads
-        self._continuous = [name for name in decoder.entries if MODALITIES[name].kind == "continuous"]
-        self._statistics = {
-            name: statistics_rows(assembler, name, decoder.entries[name].shape[0]) for name in self._continuous
-        }
+        self._continuous = [name for name in entries if MODALITIES[name].kind == "continuous"]
         self._pipeline: Pipeline | None = None
 
     def prepare(self, request: BatchRequest, views: Views) -> tuple[BatchRequest, np.ndarray, dict[str, np.ndarray]]:
         """The request, its scalars and the pipeline's inputs."""
-        inputs, records = self._decoder.maps(request.sample_ids)
+        raw = self._assembler.raw_batch(request.sample_ids)
+        levels = self._assembler._levels(request.sample_ids, raw.records)
+        inputs = dict(raw.pixels)
         inputs["start"] = np.stack([views.top, views.left], axis=1).astype(np.int32)
         inputs["hflip"], inputs["vflip"] = views.hflip.astype(np.int32), views.vflip.astype(np.int32)
-        level = level_rows(self._assembler, records, self._continuous)
-        for name, tables in self._statistics.items():
-            for what, table in zip(("mean", "std"), tables, strict=True):
-                inputs[f"{what}_{name}"] = table[level][:, :, None, None]
-        return request, records, inputs
+        for name in self._continuous:
+            statistics = self._assembler._stats[name]
+            inputs[f"mean_{name}"] = statistics.mean[levels[name]][:, :, None, None]
+            inputs[f"std_{name}"] = statistics.std[levels[name]][:, :, None, None]
+        return request, raw.records, inputs
 
     def make(self, prepared: tuple[BatchRequest, np.ndarray, dict[str, np.ndarray]]) -> Batch:
         """The batch, on the host."""
@@ -286,10 +267,10 @@ class _CpuMaker:
             self._pipeline = self._define(num_samples)
         outputs = [torch.from_dlpack(out.as_tensor()) for out in self._pipeline.run(**inputs)]
         values, valid = {}, {}
-        for name, value, flags in zip(self._decoder.entries, outputs[::2], outputs[1::2], strict=True):
+        for name, value, flags in zip(self._entries, outputs[::2], outputs[1::2], strict=True):
             values[name] = value.to(self._dtype) if name in self._continuous else value
             valid[name] = flags.view(torch.bool)
-        tile_values, tile_valid = self._assembler.tiles(records)
+        tile_values, tile_valid = self._assembler.tiles(request.sample_ids, records)
         return Batch(
             values | tile_values,
             valid | tile_valid,
@@ -317,7 +298,7 @@ class _CpuMaker:
                 for axis in ("horizontal", "vertical")
             }
             outputs = []
-            for name, entry in self._decoder.entries.items():
+            for name, entry in self._entries.items():
                 raw = fn.external_source(name=name, layout="CHW", dtype=_CPU_TYPES[np.dtype(entry.dtype).name])
                 raw = fn.flip(fn.slice(raw, start=start, shape=[side, side], axis_names="HW"), **flips)
                 values, valid = self._normalised(name, raw) if name in self._continuous else self._classes(name, raw)
@@ -327,15 +308,15 @@ class _CpuMaker:
 
     def _normalised(self, name: str, raw):
         mean, std = (fn.external_source(name=f"{what}_{name}", ndim=3, dtype=types.FLOAT) for what in ("mean", "std"))
-        dtype, rule = np.dtype(self._decoder.entries[name].dtype), self._assembler._no_data[name]
+        dtype, rule = np.dtype(self._entries[name].dtype), self._assembler._no_data[name]
         valid = (raw - raw) == 0 if rule.non_finite and dtype.kind == "f" else raw == raw
-        for code in rule.codes:
+        for code in self._assembler._maps[name]._codes.tolist():
             valid = valid & (raw != types.Constant(code, dtype=_CPU_TYPES[dtype.name]))
         clean = _zero_unless(valid, fn.cast(raw, dtype=types.FLOAT))
         return _zero_unless(valid, (clean - mean) / std), valid
 
     def _classes(self, name: str, raw):
-        lookup = self._assembler._lookup[name]
+        lookup = self._assembler._maps[name]._lookup
         codes = list(range(len(lookup)))  # all of them: an empty table crashes DALI 2.4
         classes = fn.lookup_table(raw, keys=codes, values=lookup.tolist(), default_value=-1, dtype=types.INT64)
         return classes, classes >= 0

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mpmae.errors import ConfigError, ShardError
+from mpmae.errors import ConfigError
 from mpmae.kernels.unfilter import StoredMaps, classify_maps, normalise_maps
 from mpmae.kernels.unfilter.reference import WORD_BYTES
 from mpmae.loader.batch import Batch
+from mpmae.loader.maps import Views
 from mpmae.loader.requests import BatchRequest
 from mpmae.loader.tiers import PackedBatch, StagedBatch
-from mpmae.loader.transform import Assembler, Views
-from mpmae.modalities import MODALITIES, PRODUCT_LEVELS
+from mpmae.loader.transform import Assembler
+from mpmae.modalities import MODALITIES
 from mpmae.shard_format import Manifest, PixelEntry
 
 _ALIGNMENT = 16
@@ -33,7 +34,7 @@ class SmallArrays:
         """The arrays, copied into one buffer (pinned where there is CUDA)."""
         places, end = {}, 0
         for name, array in arrays.items():
-            places[name] = (end, torch.from_numpy(array[:0]).dtype, array.shape)
+            places[name] = (end, torch.from_numpy(np.empty(0, array.dtype)).dtype, array.shape)
             end += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
         buffer = torch.empty(end, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         for name, array in arrays.items():
@@ -60,34 +61,6 @@ class PreparedBatch:
     small: SmallArrays
 
 
-def map_names(modalities: tuple[str, ...]) -> list[str]:
-    """The pixel modalities among `modalities`."""
-    return [name for name in modalities if MODALITIES[name].scope == "pixel"]
-
-
-def level_rows(assembler: Assembler, records: np.ndarray, names: list[str]) -> np.ndarray:
-    """Each record's row in PRODUCT_LEVELS, int32 [N]; ShardError for a level without statistics of one of `names`."""
-    rows = np.full(len(records), -1, np.int32)
-    for row, level in enumerate(PRODUCT_LEVELS):
-        rows[records["product_level"] == level.encode()] = row
-    for level in [value.decode() for value in np.unique(records["product_level"]).tolist()]:
-        for name in names:
-            if level not in assembler._stats[name]:
-                raise ShardError(
-                    f"{assembler._reader.folder}: a tile of level {level!r}, but no statistics of {name}_{level}"
-                )
-    return rows
-
-
-def statistics_rows(assembler: Assembler, name: str, num_bands: int) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and std of a continuous modality, float32 [L, C] each, by row of PRODUCT_LEVELS; NaN where there are none."""
-    mean, std = (np.full((len(PRODUCT_LEVELS), num_bands), np.nan, np.float32) for _ in range(2))
-    for row, level in enumerate(PRODUCT_LEVELS):
-        if level in assembler._stats[name]:
-            mean[row], std[row] = assembler._stats[name][level]
-    return mean, std
-
-
 class DeviceAssembler:
     """Builds batches on `device`; maps come out as `dtype` (float32, bfloat16, float16), everything else as `Batch` says.
 
@@ -103,15 +76,15 @@ class DeviceAssembler:
         device: torch.device,
         dtype: torch.dtype,
     ):
-        self._assembler, self._manifest, self._device = assembler, manifest, device
+        self._assembler, self._device = assembler, device
         self._img_size_px, self._dtype = img_size_px, dtype
         entries = {entry.name: entry for entry in manifest.pixels}
-        self.entries = {name: entries[name] for name in map_names(modalities)}
+        self.entries = {name: entries[name] for name in modalities if MODALITIES[name].scope == "pixel"}
         self._continuous = [name for name in self.entries if MODALITIES[name].kind == "continuous"]
         self._position = {name: manifest.members.index(name) for name in self.entries}
         self._check()
         self.stored = {name: _stored_maps(entry) for name, entry in self.entries.items()}
-        self._tables = {name: self._tensors(name, entry) for name, entry in self.entries.items()}
+        self._tables = {name: self._tensors(name) for name in self.entries}
 
     def _check(self) -> None:
         problems = []
@@ -125,29 +98,29 @@ class DeviceAssembler:
         if problems:
             raise ConfigError([f"{problem}, or use the cpu loader" for problem in problems])
 
-    def _tensors(self, name: str, entry: PixelEntry) -> dict:
+    def _tensors(self, name: str) -> dict:
         if MODALITIES[name].kind == "categorical":
-            return {"table": torch.from_numpy(self._assembler._lookup[name]).to(self._device)}
-        mean, std = statistics_rows(self._assembler, name, entry.shape[0])
-        rule = self._assembler._no_data[name]
-        tensors = {"mean": mean, "std": std, "codes": np.array(rule.codes, np.int64)}
+            return {"table": torch.from_numpy(self._assembler._maps[name]._lookup).to(self._device)}
+        rule, statistics = self._assembler._no_data[name], self._assembler._stats[name]
+        tensors = {"mean": statistics.mean, "std": statistics.std, "codes": np.array(rule.codes, np.int64)}
         return {key: torch.from_numpy(array).to(self._device) for key, array in tensors.items()} | {
             "non_finite": rule.non_finite
         }
 
     def prepare(self, request: BatchRequest, views: Views, staged: StagedBatch) -> PreparedBatch:
         """The host's part: small arrays of the batch in one buffer."""
-        padding = np.zeros(len(request.sample_ids), bool) if request.padding is None else request.padding
+        ids = np.asarray(request.sample_ids, np.int64)
         arrays = {
-            "views": np.stack([views.top, views.left, views.hflip, views.vflip], axis=1).astype(np.int32),
-            "level": level_rows(self._assembler, staged.scalars, self._continuous),
-            "sample_ids": np.asarray(request.sample_ids, np.int64),
-            "padding": padding,
+            "views": views.table().astype(np.int32),
+            "sample_ids": ids,
+            "padding": np.zeros(len(ids), bool) if request.padding is None else request.padding,
         }
+        levels = self._assembler._levels(ids, staged.scalars)
+        arrays |= {f"level.{name}": levels[name].astype(np.int32) for name in self._continuous}
         for name, entry in self.entries.items():
             if entry.codec == "raw":
                 arrays[f"offsets.{name}"] = staged.offsets[:, self._position[name]]
-        values, valid = self._assembler.tiles(staged.scalars)
+        values, valid = self._assembler.tiles(ids, staged.scalars)
         arrays |= {f"values.{name}": tensor.numpy() for name, tensor in values.items()}
         arrays |= {f"valid.{name}": tensor.numpy() for name, tensor in valid.items()}
         return PreparedBatch(request, staged, SmallArrays.of(arrays))
@@ -177,7 +150,7 @@ class DeviceAssembler:
             common = (data, offsets, small["views"], stored)
             if name in self._continuous:
                 values[name], valid[name] = normalise_maps(
-                    *common, level=small["level"], out_side=self._img_size_px, dtype=self._dtype, **tables
+                    *common, level=small[f"level.{name}"], out_side=self._img_size_px, dtype=self._dtype, **tables
                 )
             else:
                 values[name], valid[name] = classify_maps(*common, out_side=self._img_size_px, **tables)

@@ -4,10 +4,10 @@ A tier answers what the one below it answers, and keeps what its budget holds:
 
     ShardReader (files, page cache)  ->  HostTier (host memory)  ->  DeviceTier (one packed buffer per batch, on the device)
 
-What a tier keeps is a fixed choice, made from the index before anything is read: the first samples of `ids` that fit. Samples
-are shuffled when a set is written and every order visits all of them, so any choice of that size saves the same reads, and no
-entry is ever thrown out. Everything is kept and moved in blocks of 512 bytes, tar's own grid: members keep the alignment
-that they have in the tar, and copies on the device are gathers of whole rows.
+What a tier keeps is a fixed choice, made from the index before anything is read: the first samples of `ids` that fit.
+Samples are shuffled when a set is written and every order visits all of them, so any choice of that size saves the same
+reads, and no entry is ever thrown out. Everything is kept and moved in blocks of 512 bytes, tar's own grid: members keep the
+alignment that they have in the tar, and copies on the device are gathers of whole rows.
 
 Shapes: N samples of a batch, n of a split, M members per sample (pixel modalities, then scalars).
 """
@@ -35,6 +35,9 @@ class SampleStore(Protocol):
     def spans(self, sample_ids: np.ndarray) -> list[np.ndarray]:
         """Stored bytes of samples, uint8 each, from the first member's data to the last one's end."""
 
+    def error(self, sample_id: int, problem: str) -> ShardError:
+        """A ShardError that tells shard and sample."""
+
 
 @dataclass(frozen=True)
 class TierReport:
@@ -52,7 +55,8 @@ class TierReport:
         rest = "the rest is read from below in every epoch" if self.num_kept < self.num_samples else "all of them"
         return (
             f"{self.name}: keeps {self.num_kept:,} of {self.num_samples:,} samples ({percent:.1f} %), "
-            f"{self.kept_bytes / 1e9:.3f} of {self.total_bytes / 1e9:.3f} GB, budget {self.budget_bytes / 1e9:.3f} GB; {rest}"
+            f"{self.kept_bytes / 1e9:.3f} of {self.total_bytes / 1e9:.3f} GB, budget {self.budget_bytes / 1e9:.3f} GB; "
+            f"{rest}"
         )
 
 
@@ -73,11 +77,11 @@ def check_spans(store: SampleStore) -> None:
     bad = (starts % BLOCK_BYTES != 0).any(1) | (starts[:, 1:] < starts[:, :-1] + sizes[:, :-1]).any(1)
     bad |= sizes[:, -1] != store.manifest.scalars_dtype.itemsize
     if bad.any():
-        sample = int(np.flatnonzero(bad)[0])
-        raise ShardError(
-            f"the index does not fit the tar: {bad.sum()} samples whose members overlap, are out of order or not aligned, first "
-            f"sample {sample} of the split (offsets {index['offset'][sample].tolist()}, sizes {sizes[sample].tolist()}); "
-            "run `mpmae-shards verify`"
+        sample_id = int(np.argmax(bad))
+        raise store.error(
+            sample_id,
+            f"the members of {bad.sum()} samples overlap, are out of order or off tar's grid in the index, here offsets "
+            f"{index['offset'][sample_id].tolist()} and sizes {sizes[sample_id].tolist()}",
         )
 
 
@@ -112,15 +116,24 @@ def _host_bytes(num_bytes: int) -> torch.Tensor:
 class HostTier:
     """The samples of a split that fit into `budget_bytes` of host memory, read once, on first touch; from many threads.
 
+    Stands in for the reader that it wraps: whatever else that one offers is passed on, so a loader takes either.
     ids: the samples to choose from, in order of preference (all of the split unless given).
     """
 
     def __init__(self, store: SampleStore, budget_bytes: int, ids: np.ndarray | None = None):
-        self._store, self.manifest, self.index = store, store.manifest, store.index
         check_spans(store)
+        self._store = store
         self._slots = _Slots("host tier", store.index, budget_bytes, ids)
         self._sizes = span_bytes(store.index)
         self._arena = _host_bytes(self._slots.total_blocks * BLOCK_BYTES).numpy()
+
+    def __len__(self) -> int:
+        return len(self._slots.first)
+
+    def __getattr__(self, name: str):
+        if name == "_store":  # not there yet: an error of __init__ is on its way
+            raise AttributeError(name)
+        return getattr(self._store, name)
 
     @property
     def report(self) -> TierReport:
@@ -164,9 +177,9 @@ class PackedBatch:
 class StagedBatch:
     """The host's part of a batch: what the device does not have yet, and where everything goes.
 
-    In the packed buffer the samples found on the device come first. fresh: uint8, host, the blocks of the others. found: rows
-    of the arena, int64 [blocks], that make up the front. keep_from, keep_at: blocks of the packed buffer to copy into rows
-    of the arena, int64 each. scalars: the packed records [N]. adds: samples that the arena holds afterwards.
+    In the packed buffer the samples found on the device come first. fresh: uint8, host, the blocks of the others.
+    found: rows of the arena, int64 [blocks], that make up the front. keep_from, keep_at: blocks of the packed buffer to copy
+    into rows of the arena, int64 each. scalars: the packed records [N]. adds: samples that the arena holds afterwards.
     """
 
     fresh: torch.Tensor
@@ -187,14 +200,14 @@ class StagedBatch:
 class DeviceTier:
     """Packs batches on `device`, and keeps the samples that fit into `budget_bytes` of its memory, compressed.
 
-    `stage` does the host's part, from any thread; `place` the device's part, on the current stream, from one thread and one
-    stream only. A budget of 0 keeps nothing: then every batch is one host-to-device copy. The scalars of kept samples stay on
-    the host (some 400 bytes each), where they are decoded.
+    `stage` does the host's part, from any thread; `place` the device's part, on the current stream, which must always be the
+    same one. A budget of 0 keeps nothing: then every batch is one host-to-device copy. The scalars of kept samples stay on
+    the host, some 400 bytes each, where they are decoded.
     """
 
     def __init__(self, store: SampleStore, budget_bytes: int, device: torch.device | str, ids: np.ndarray | None = None):
-        self._store, self.manifest, self.index = store, store.manifest, store.index
         check_spans(store)
+        self._store, self._index = store, store.index
         self._slots = _Slots("device tier", store.index, budget_bytes, ids)
         self._device = torch.device(device)
         self._arena = torch.empty((self._slots.total_blocks, _WORDS), dtype=torch.int64, device=self._device)
@@ -224,7 +237,7 @@ class DeviceTier:
         for i, span in zip(new.tolist(), self._store.spans(ids[new]) if len(new) else [], strict=True):
             place = (int(first[i]) - start) * BLOCK_BYTES
             target[place : place + len(span)] = span
-        positions = first[:, None] * BLOCK_BYTES + member_positions(self.index[ids])
+        positions = first[:, None] * BLOCK_BYTES + member_positions(self._index[ids])
         keep = new[slots.first[ids[new]] >= 0]
         return StagedBatch(
             fresh=fresh,
@@ -233,7 +246,7 @@ class DeviceTier:
             keep_at=_pinned(_rows(slots.first[ids[keep]], blocks[keep])),
             adds=ids[keep],
             offsets=positions,
-            sizes=self.index["size"][ids].astype(np.int64),
+            sizes=self._index["size"][ids].astype(np.int64),
             scalars=self._records(ids, new, keep, target, positions[:, self._scalars_position] - start * BLOCK_BYTES),
         )
 
