@@ -101,7 +101,7 @@ class DataSection(_Section):
     loader: Literal["cpu", "dali"] = "cpu"
     num_workers: Int = Field(2, ge=1, description="loader threads per rank")
     prefetch: Int = Field(4, ge=1, description="micro batches kept ready")
-    host_cache_gb: Float = Field(0.0, ge=0, description="stored samples kept in pinned memory, per rank; dali only")
+    host_cache_gb: Float = Field(0.0, ge=0, description="stored samples kept in host memory, per rank")
     device_cache_gb: Float = Field(0.0, ge=0, description="stored samples kept in GPU memory, per rank; dali only")
 
     @field_validator("storage_options", "cache_dir", "cache_size_gb")
@@ -133,11 +133,11 @@ class DataSection(_Section):
             raise PydanticCustomError("order_without_window", "data.order = window needs a number of shards, such as 16")
         return window_shards
 
-    @field_validator("host_cache_gb", "device_cache_gb")
+    @field_validator("device_cache_gb")
     @classmethod
-    def _tiers_of_dali(cls, size: float, info: ValidationInfo) -> float:
+    def _device_of_dali(cls, size: float, info: ValidationInfo) -> float:
         if size and info.data.get("loader") == "cpu":
-            raise PydanticCustomError("tiers_of_cpu", "data.loader = cpu has the page cache alone; set data.loader = dali")
+            raise PydanticCustomError("device_cache_of_cpu", "data.loader = cpu cannot use it; set data.loader = dali")
         return size
 
 

@@ -63,12 +63,12 @@ def test_the_promised_keys_exist():
         ),
         (["data.storage_options={anon: true}"], ["expected none: data.shards is a folder"]),
         (["data.shards=s3://b/x", "data.cache_size_gb=0"], ["override data.cache_size_gb=0: ", "greater than 0"]),
-        (["data.device_cache_gb=2"], ["override data.device_cache_gb=2: data.loader = cpu has the page cache alone"]),
+        (["data.device_cache_gb=2"], ["override data.device_cache_gb=2: data.loader = cpu cannot use it"]),
         (["data.host_cache_gb=-1"], ["greater than or equal to 0"]),
         (["data.loader=gpu"], ["'cpu' or 'dali'"]),
         (
             ["data.window_shards=4", "data.cache_dir=x", "data.device_cache_gb=1"],
-            ["has no window", "data.shards is a folder", "the page cache alone"],
+            ["has no window", "data.shards is a folder", "cannot use it"],
         ),
         (
             ["model.modalities_out.biome=3"],

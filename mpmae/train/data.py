@@ -11,6 +11,7 @@ from mpmae.config import RunConfig
 from mpmae.errors import ConfigError
 from mpmae.loader import Augmentation, Batch, BatchPlan, CpuLoader, ShardReader, TrainOrder
 from mpmae.loader.folder import ShardFolder, shard_folder
+from mpmae.loader.tiers import HostTier
 
 _LOG = logging.getLogger(__name__)
 
@@ -69,27 +70,25 @@ def open_loader(config: RunConfig, reader: ShardReader, *, training: bool) -> Lo
     when DALI is not installed or a device cache has no device.
     """
     data = config.data
+    if training and data.host_cache_gb:
+        reader = _with_host_tier(reader, num_bytes(data.host_cache_gb))
     if data.loader == "cpu":
         return cpu_loader(config, reader, training=training)
     from mpmae.loader.dali import DaliLoader  # an optional dependency
-    from mpmae.loader.tiers import HostTier
 
     device_id = torch.cuda.current_device() if torch.cuda.is_available() else None
     if data.device_cache_gb and device_id is None:
         raise ConfigError(f"data.device_cache_gb = {data.device_cache_gb}: there is no GPU here; set it to 0")
-    store = None
-    if training and data.host_cache_gb:
-        store = HostTier(reader, num_bytes(data.host_cache_gb))
-        if store.report.num_kept < store.report.num_samples:
-            _LOG.warning("%s", store.report)
-    return DaliLoader(
-        reader,
-        _modalities(config),
-        **_settings(config, training),
-        device_id=device_id,
-        store=store,
-        device_budget_bytes=num_bytes(data.device_cache_gb) if training else 0,
-    )
+    budget_bytes = num_bytes(data.device_cache_gb) if training else 0
+    options = {"device_id": device_id, "device_budget_bytes": budget_bytes}
+    return DaliLoader(reader, _modalities(config), **_settings(config, training), **options)
+
+
+def _with_host_tier(reader: ShardReader, budget_bytes: int) -> HostTier:
+    tier = HostTier(reader, budget_bytes)
+    if tier.report.num_kept < tier.report.num_samples:
+        _LOG.warning("%s", tier.report)
+    return tier
 
 
 def _modalities(config: RunConfig) -> tuple[str, ...]:

@@ -60,18 +60,30 @@ def test_a_window_asks_ahead_for_its_shards_and_an_exact_order_for_none(shards_d
     assert asked[:3] == [setup.plan.order.shards_ahead(step) for step in range(3)]
 
 
-def test_dali_gives_the_batches_of_the_cpu_loader(shards_dir, caplog):
+def test_dali_gives_the_batches_of_the_cpu_loader(shards_dir):
     pytest.importorskip("nvidia.dali")
     _, expected = batches(load_config(None, [f"data.shards={shards_dir}", *COMMON, *WINDOW]))
-    tier = ("data.loader=dali", "data.host_cache_gb=0.0003")  # a few of the tiles
-    setup, found = batches(load_config(None, [f"data.shards={shards_dir}", *COMMON, *WINDOW, *tier]))
+    setup, found = batches(load_config(None, [f"data.shards={shards_dir}", *COMMON, *WINDOW, "data.loader=dali"]))
     assert not isinstance(setup.training, CpuLoader)
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a.sample_ids.cpu(), b.sample_ids)
         assert torch.equal(a.values["biome"].cpu(), b.values["biome"])
         torch.testing.assert_close(a.values["sentinel2"].cpu(), b.values["sentinel2"], rtol=1e-6, atol=1e-6)
-    assert "host tier: keeps" in caplog.text
-    assert "the rest is read from below" in caplog.text
+
+
+@pytest.mark.parametrize("loader", ["cpu", "dali"])
+def test_a_host_tier_changes_no_batch_and_says_what_does_not_fit(shards_dir, caplog, loader):
+    if loader == "dali":
+        pytest.importorskip("nvidia.dali")
+    keys = (f"data.shards={shards_dir}", *COMMON, f"data.loader={loader}")
+    _, expected = batches(load_config(None, keys), num=9)
+    assert "host tier" not in caplog.text
+    setup, found = batches(load_config(None, [*keys, "data.host_cache_gb=0.003"]), num=9)
+    assert_equal(found, expected)
+    report = setup.training.reader.report
+    assert 0 < report.num_kept < report.num_samples == 48
+    assert f"host tier: keeps {report.num_kept} of 48 samples" in caplog.text
+    assert not hasattr(setup.validation.reader, "report")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
