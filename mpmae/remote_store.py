@@ -225,6 +225,7 @@ def _http_chunks(
 def _finish(loop: asyncio.AbstractEventLoop, coroutine: Coroutine, limit_s: float, stop: threading.Event) -> Any:
     """The result of a coroutine of fsspec's loop; TimeoutError after `limit_s`, StoppedError soon after `stop` is set."""
     future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+    limit_s = max(0.0, limit_s)
     end = time.monotonic() + limit_s
     try:
         while not concurrent.futures.wait([future], max(0.0, min(POLL_S, end - time.monotonic()))).done:

@@ -2,6 +2,7 @@
 
 from mpmae.loader.batch import Batch
 from mpmae.loader.cpu import CpuLoader
+from mpmae.loader.folder import shard_folder
 from mpmae.loader.order import (
     BatchPlan,
     EpochOrder,
@@ -28,4 +29,5 @@ __all__ = [
     "evaluation_batches",
     "evaluation_ids",
     "plan_batches",
+    "shard_folder",
 ]

@@ -17,8 +17,7 @@ import webdataset
 from moto.server import ThreadedMotoServer
 
 from mpmae.errors import ConfigError, ShardError
-from mpmae.loader import CpuLoader, ExactOrder, ShardReader, TrainOrder, plan_batches
-from mpmae.loader.folder import shard_folder
+from mpmae.loader import CpuLoader, ExactOrder, ShardReader, TrainOrder, plan_batches, shard_folder
 from mpmae.loader.remote import RemoteFolder
 from mpmae.modalities import TARGETS
 from mpmae.retries import Retries

@@ -1,5 +1,6 @@
 """A store that fails in every way a store fails: what arrives is right, or the error says what to do."""
 
+import asyncio
 import hashlib
 import io
 import logging
@@ -7,10 +8,13 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from typing import ClassVar
 
 import fsspec
 import numpy as np
 import pytest
+from fsspec.asyn import AsyncFileSystem
 
 from mpmae.errors import ConfigError, ShardError
 from mpmae.remote_store import RemoteStore, is_remote, without_scheme
@@ -211,6 +215,56 @@ def test_stores_of_fsspec_without_an_event_loop():
             fetch("memory://one")
     finally:
         memory.rm("/one", recursive=True)
+
+
+class Flaky(AsyncFileSystem):
+    """A store of ranges, as s3 and gs are read: requests take from `faults` what they do instead of answering."""
+
+    protocol = "flaky"
+    cachable = False
+    faults: ClassVar[list] = []
+    ranges: ClassVar[list] = []
+
+    async def _cat_file(self, path, start=None, end=None, **kwargs):
+        self.ranges.append((start, end))
+        fault = self.faults.pop(0) if self.faults else None
+        if isinstance(fault, Exception):
+            raise fault
+        await asyncio.sleep(fault or 0)
+        return DATA[start:end]
+
+
+@pytest.fixture
+def flaky(monkeypatch):
+    monkeypatch.setattr("mpmae.remote_store.RANGE_BYTES", 100_000)
+    monkeypatch.setattr(Flaky, "faults", [])
+    monkeypatch.setattr(Flaky, "ranges", [])
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    return Flaky
+
+
+def test_ranges_that_arrived_are_not_asked_for_again(flaky):
+    first, second, third = (0, 100_000), (100_000, 200_000), (200_000, 300_000)
+    flaky.faults += [None, OSError(5, "Slow Down"), None, 60]
+    assert fetch("flaky://one", replace(QUICK, timeout_s=0.1))[0] == DATA
+    assert flaky.ranges == [first, second, second, third, third]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (PermissionError("Access Denied"), "after 1 attempt: PermissionError: Access Denied; check the credentials"),
+        (FileNotFoundError("one/a.tar"), "after 1 attempt: it does not exist; check the URL"),
+        (OSError(5, "Internal Error"), r"after 3 attempts: OSError: \[Errno 5\] Internal Error; check the network"),
+    ],
+)
+def test_errors_of_ranges(flaky, error, message):
+    flaky.faults += [error] * 9
+    with pytest.raises(ShardError, match=message):
+        fetch("flaky://one")
+    flaky.faults[:] = [error] * 9
+    with pytest.raises(ShardError, match=message):
+        RemoteStore("flaky://one", retries=QUICK).read("a.tar")
 
 
 def test_a_local_file_that_cannot_be_written_is_no_fault_of_the_store(server):
