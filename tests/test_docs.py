@@ -37,7 +37,9 @@ def test_the_code_of_the_page_runs(repo, shards_dir):
 
 def test_the_links_of_the_page_lead_somewhere(repo):
     page = (repo / "docs" / "data.md").read_text()
-    headings = {re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^## (.*)$", page, re.MULTILINE)}
+    headings = {
+        re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^## (.*)$", page, re.MULTILINE)
+    }
     for link in re.findall(r"\]\(([^)]+)\)", page):
         if link.startswith("#"):
             assert link[1:] in headings, link
