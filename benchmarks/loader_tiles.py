@@ -9,7 +9,7 @@ Shapes: C bands, P tile side and H image side in pixels.
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import numpy as np
 
 from mpmae.loader import Augmentation
 from mpmae.loader.transform import draw_views
-from mpmae.modalities import MODALITIES, PRODUCT_LEVELS, TARGETS, class_lookup
+from mpmae.modalities import MODALITIES, PRODUCT_LEVELS, TARGETS, NoData, class_lookup
 from mpmae.shard_codecs import pack_one_hot
+from mpmae.shard_format import BandStats, Manifest
 from mpmae.shard_tools.source import MMEarthSource
 
 PIXELS = tuple(name for name in TARGETS if MODALITIES[name].scope == "pixel")
@@ -29,10 +30,9 @@ ONE_HOT = tuple(name for name in TARGETS if MODALITIES[name].one_hot)
 Tile = dict[str, np.ndarray]
 
 
-def replicate(source: Path, folder: Path, repeats: int) -> None:
-    """Write `source` `repeats` times over as the MMEarth folder `folder`: the targets only, all tiles in the split `train`."""
+def replicate(source: Path, folder: Path, repeats: int, name: str = "tiles") -> None:
+    """Write `source` `repeats` times over as the MMEarth folder `folder`: targets only, all tiles in the split `train`."""
     folder.mkdir(parents=True)
-    name = folder.name
     info = json.loads((source / f"{source.name}_tile_info.json").read_text())
     with h5py.File(source / f"{source.name}.h5") as old, h5py.File(folder / f"{name}.h5", "w", libver="latest") as new:
         num_tiles = len(old["metadata"])
@@ -101,7 +101,7 @@ def decoded_bytes(source: Path) -> int:
 
 
 def epoch_zero_views(seed: int, num_samples: int, tile_size_px: int, img_size_px: int) -> np.ndarray:
-    """Crop offsets and flips that our loaders give each sample in epoch 0: int64 [num_samples, 4], top, left, hflip, vflip."""
+    """What our loaders draw for each sample in epoch 0: int64 [num_samples, 4], top, left, hflip, vflip."""
     views = draw_views(Augmentation(), seed, 0, np.arange(num_samples), tile_size_px, img_size_px)
     return np.stack([views.top, views.left, views.hflip, views.vflip], axis=1)
 
@@ -109,29 +109,29 @@ def epoch_zero_views(seed: int, num_samples: int, tile_size_px: int, img_size_px
 class Transform:
     """Crop, flips, normalisation and class ids of one tile, in numpy: what every other loader's worker calls per sample.
 
-    views: per row, crop offsets and flips to use instead of random ones, int64 [num_tiles, 4] (see `epoch_zero_views`).
+    manifest: of the same tiles, for statistics and no-data rules. views: per row, crop offsets and flips to use instead of
+    random ones, int64 [num_tiles, 4] (see `epoch_zero_views`).
     """
 
-    def __init__(self, source: Path, img_size_px: int, views: np.ndarray | None = None):
-        with MMEarthSource(source, TARGETS) as opened:
-            self._rules = {name: opened.no_data(name) for name in TARGETS}
-            self._lengths = [opened.shapes[name][0] for name in VECTORS]
-            self._slack = opened.tile_size_px - img_size_px
-            stats = opened.band_stats
+    def __init__(self, manifest: Manifest, img_size_px: int, views: np.ndarray | None = None):
+        entries = {entry.name: entry for entry in (*manifest.pixels, *manifest.scalars)}
+        self._rules = {name: entry.no_data for name, entry in entries.items()}
+        self._lengths = [entries[name].length for name in VECTORS]
+        self._slack = manifest.tile_size_px - img_size_px
         self._size, self._views = img_size_px, views
-        self._stats = {
-            (name, level): self._mean_std(stats, [name], level, (-1, 1, 1))
-            for name in PIXELS
-            for level in range(len(PRODUCT_LEVELS))
-            if MODALITIES[name].kind == "continuous"
-        }
-        self._vector_stats = self._mean_std(stats, VECTORS, 0, (-1,))
-        self._lookup = {
-            name: class_lookup(MODALITIES[name]).astype(np.int64) for name in PIXELS if MODALITIES[name].kind == "categorical"
-        }
+        self._stats, self._lookup = {}, {}
+        for name in PIXELS:
+            if MODALITIES[name].kind == "categorical":
+                self._lookup[name] = class_lookup(MODALITIES[name]).astype(np.int64)
+                continue
+            for level in range(len(PRODUCT_LEVELS)):
+                self._stats[name, level] = self._mean_std(manifest.band_stats, [name], level, (-1, 1, 1))
+        self._vector_stats = self._mean_std(manifest.band_stats, VECTORS, 0, (-1,))
 
     @staticmethod
-    def _mean_std(stats, names, level, shape) -> tuple[np.ndarray, np.ndarray] | None:
+    def _mean_std(
+        stats: Mapping[str, BandStats], names: Sequence[str], level: int, shape: tuple[int, ...]
+    ) -> tuple[np.ndarray, np.ndarray] | None:
         """Mean and std float32 of the names' bands one after the other; None where the set has none for the level."""
         keys = [f"{name}_{PRODUCT_LEVELS[level]}" if name == "sentinel2" else name for name in names]
         if any(key not in stats for key in keys):
@@ -167,7 +167,7 @@ class Transform:
         return draw(self._slack + 1), draw(self._slack + 1), draw(2), draw(2)
 
     @staticmethod
-    def _normalised(raw: np.ndarray, rule, stats: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    def _normalised(raw: np.ndarray, rule: NoData, stats: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         valid = rule.valid(raw)
         values = raw.astype(np.float32)
         values -= stats[0]

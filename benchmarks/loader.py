@@ -1,0 +1,244 @@
+"""Samples/s of this project's loaders beside other projects': the same real tiles, the same batches.
+
+make bench-peers                              (in an environment with the peers; writes a record)
+python benchmarks/loader.py                   (the cases whose packages are installed, and which are left out)
+python benchmarks/loader.py --device cuda     (the DALI loader on the GPU)
+python benchmarks/loader.py --repeats 2 --rounds 1 --seconds 0.5 --no-record
+
+Every turn is a process of its own, so that no loader's threads, caches or imports touch another's; the cases take turns. A
+case's first turn gives a batch that must equal the cpu loader's batch of the same tiles; if one does not, there are no
+figures.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from loader_cases import CASES, GPU_CASES, HDF5, LZ4, RAW
+from loader_limits import limits
+from loader_tiles import decoded_bytes
+from loader_work import SEED, Case, Work, prepare
+from record import clean_commit, spread, write_record
+from results_loader import table
+from rich.console import Console
+
+from mpmae.loader import CpuLoader, ShardReader
+from mpmae.modalities import TARGETS
+
+HERE = Path(__file__).resolve().parent
+PACKAGES = ("litdata", "mosaicml-streaming", "webdataset", "h5py", "cramjam", "numba", "nvidia-dali-cuda130")
+ULPS = 2
+TURN_SECONDS = 300
+GPU_TARGET = 20_000
+
+
+def turn(case: Case, work: Work, num_workers: Sequence[int], seconds: float, gate: Path | None) -> dict[str, Any]:
+    """What `loader_turn.py` measures; SystemExit with its last words when it fails."""
+    folder = prepare(case, work)
+    for path in folder.iterdir():
+        path.read_bytes()  # into the page cache
+    options = {
+        "case": case.name,
+        "work": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(work).items()},
+        "num_workers": list(num_workers),
+        "seconds": seconds,
+        "gate": str(gate) if gate else None,
+        "started": time.monotonic(),
+    }
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "LITDATA_DISABLE_VERSION_CHECK": "1"}
+    command = [sys.executable, HERE / "loader_turn.py", json.dumps(options)]
+    try:
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TURN_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise SystemExit(
+            f"{case.name}: no figures within {TURN_SECONDS} s; {(error.stderr or b'')[-2000:].decode()}"
+        ) from error
+    if done.returncode:
+        raise SystemExit(f"{case.name} failed (status {done.returncode}):\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def gate_problems(found: dict[str, Any], work: Work) -> list[str]:
+    """What is not as in the cpu loader's batch of the same tiles and views: class ids and flags exactly, floats to 2 ulp."""
+    reader = ShardReader(work.folder / RAW.files, "train")
+    sample_of_row = np.argsort(reader.index["row"])
+    loader = CpuLoader(reader, TARGETS, work.img_size_px, seed=SEED)
+    expected = loader.batch_of(sample_of_row[found["rows"].numpy()])
+    problems = [f"{len(found['rows'])} tiles of {work.batch_size}"] if len(found["rows"]) != work.batch_size else []
+    for part, ours in (("values", expected.values), ("valid", expected.valid)):
+        for name in TARGETS:
+            got, want = found[part][name].cpu(), ours[name]
+            if got.shape != want.shape or got.dtype != want.dtype:
+                problems.append(
+                    f"{part} of {name}: {got.dtype} {tuple(got.shape)}, expected {want.dtype} {tuple(want.shape)}"
+                )
+                continue
+            spacing = np.spacing(np.abs(want.numpy())) if want.is_floating_point() else 0
+            wrong = np.abs(np.subtract(got.numpy(), want.numpy(), dtype=np.float64)) > ULPS * spacing
+            if wrong.any():
+                problems.append(f"{part} of {name}: {wrong.sum()} of {wrong.size} differ")
+    return problems
+
+
+def measure(
+    cases: Sequence[Case], work: Work, options: argparse.Namespace, show: Callable[[str], None]
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[float]], int]:
+    """Samples of every figure by case, of every limit, and the bytes of one sample's tensors.
+
+    SystemExit when a first batch is not what it must be, before anything else is measured of that case's round.
+    """
+    samples: dict[str, dict[str, list[float]]] = {case.name: defaultdict(list) for case in cases}
+    bounds: dict[str, list[float]] = defaultdict(list)
+    red: list[str] = []
+    for number in range(options.rounds):
+        for case in cases:
+            with tempfile.TemporaryDirectory() as folder:
+                gate = None if number else Path(folder) / "batch.pt"
+                result = turn(case, work, options.num_workers, options.seconds, gate)
+                if gate:
+                    first = torch.load(gate)
+                    red += [f"{case.name}: {problem}" for problem in gate_problems(first, work)]
+            rates = result.pop("samples_per_s")
+            for key, value in [*result.items(), *rates.items()]:
+                samples[case.name][key].append(value)
+            rounded = " and ".join(f"{rate:,.0f}" for rate in rates.values())
+            show(f"round {number + 1} of {options.rounds}: {case.name}: {rounded} samples/s")
+        if red:
+            raise SystemExit("\n".join(["no figures: these batches are not what the cpu loader gives", *red]))
+        if number == 0:
+            tensors = [*first["values"].values(), *first["valid"].values()]
+            delivered_bytes = sum(tensor.nbytes for tensor in tensors) // len(first["rows"])
+        for key, value in limits(prepare(LZ4, work), prepare(RAW, work), delivered_bytes, work.batch_size).items():
+            bounds[key].append(value)
+    return samples, bounds, delivered_bytes
+
+
+def summary(case: Case, samples: dict[str, list[float]], work: Work, written_bytes: int, tile_bytes: int) -> dict[str, Any]:
+    """The record's entry of a case."""
+    rates = {key: values for key, values in samples.items() if key.isdigit()}
+    return {
+        "ours": case.is_ours,
+        "samples_per_s": {key: spread(values) for key, values in rates.items()},
+        "decoded_mb_per_s": {key: spread([value * tile_bytes / 1e6 for value in values]) for key, values in rates.items()},
+        "process_to_first_batch_s": spread(samples["process_to_first_batch_s"]),
+        "open_to_first_batch_s": spread(samples["open_to_first_batch_s"]),
+        "bytes_per_tile": written_bytes / work.num_tiles,
+        "bytes_per_tile_in_use": folder_bytes(work.folder / case.files) / work.num_tiles,
+    }
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of a folder's files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def run(options: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Kind, case and results of the record."""
+    console = Console(highlight=False)
+    chosen = GPU_CASES if options.device == "cuda" else CASES
+    left_out = {case.name: case.missing() for case in chosen if case.missing()}
+    for name, modules in left_out.items():
+        console.print(f"left out: {name} (not installed: {', '.join(modules)})")
+    cases = [case for case in chosen if case.name not in left_out and (not options.only or options.only in case.name)]
+    if not cases:
+        raise SystemExit(f"no case to measure; there are {', '.join(case.name for case in chosen)}")
+    work = Work(options.source.resolve(), folder.resolve(), options.repeats, options.batch_size, options.img_size)
+    written: dict[str, int] = {}
+    for case in (HDF5, RAW, LZ4, *cases):  # the tiles, what the gate compares with, and what the limits are measured on
+        if case.files not in written:
+            started = time.perf_counter()
+            written[case.files] = folder_bytes(prepare(case, work))
+            console.print(f"{case.files}: {written[case.files] / 1e6:,.0f} MB in {time.perf_counter() - started:.1f} s")
+    samples, bounds, delivered_bytes = measure(cases, work, options, console.print)
+    tile_bytes = decoded_bytes(work.original)
+    case = {
+        "command": "python benchmarks/loader.py --device cuda" if options.device == "cuda" else "make bench-peers",
+        "source": work.original.name,
+        "num_tiles": work.num_tiles,
+        "repeats": work.repeats,
+        "tile_size_px": ShardReader(prepare(RAW, work), "train").manifest.tile_size_px,
+        "img_size_px": work.img_size_px,
+        "batch_size": work.batch_size,
+        "modalities": list(TARGETS),
+        "transform": "random crop and flips shared by the maps, normalisation by product level, class ids, valid flags",
+        "decoded_bytes_per_tile": tile_bytes,
+        "delivered_bytes_per_sample": delivered_bytes,
+        "page_cache": "warm: the files are read once before every turn",
+        "rounds": options.rounds,
+        "seconds": options.seconds,
+        "gate": f"a batch of every case equals the cpu loader's: integers and flags exactly, floats to {ULPS} ulp",
+        "packages": {name: installed_version(name) for name in PACKAGES},
+    }
+    if options.device == "cuda":
+        case["target_samples_per_s"] = GPU_TARGET
+    results = {
+        "cases": {c.name: summary(c, samples[c.name], work, written[c.files], tile_bytes) for c in cases},
+        "left_out": left_out,
+        "limits": {key: spread(values) for key, values in bounds.items()},
+    }
+    return ("loader on a GPU" if options.device == "cuda" else "loader"), case, results
+
+
+def installed_version(package: str) -> str | None:
+    """Version of a package; None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options; what the device decides is filled in."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, default=HERE.parent.parent / "shared" / "data" / "data_real_v001")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--folder", type=Path, help="keep the files here for the next time (default: a temporary folder)")
+    parser.add_argument("--only", default="", help="the cases whose name holds this")
+    parser.add_argument("--repeats", type=int, default=21, help="of the tiles; 21 times 361 tiles are 2 GB")
+    parser.add_argument("--img-size", type=int, default=56)
+    parser.add_argument("--batch-size", type=int, help="default: 64, on a GPU 512")
+    parser.add_argument(
+        "--num-workers", type=int, nargs="+", help="the first of them starts cold; default: 2 1, on a GPU 8 2"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each measurement, at least")
+    parser.add_argument("--no-record", action="store_true")
+    options = parser.parse_args(arguments)
+    is_cuda = options.device == "cuda"
+    options.batch_size = options.batch_size or (512 if is_cuda else 64)
+    options.num_workers = options.num_workers or ([8, 2] if is_cuda else [2, 1])
+    return options
+
+
+def main() -> None:
+    """Measure, show the table, write the record."""
+    options = parse()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: this machine has no CUDA GPU; nothing was measured")
+    if not options.no_record:
+        clean_commit()
+    with ExitStack() as stack:
+        folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="loader-benchmark-")))
+        what, case, results = run(options, folder)
+    print(f"\n{table(results['cases'])}\n")
+    for name, value in results["limits"].items():
+        print(f"{name}: {value['median']:,.1f}")
+    if not options.no_record:
+        print(f"record: {write_record(what, case, results)}")
+
+
+if __name__ == "__main__":
+    main()
