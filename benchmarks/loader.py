@@ -5,9 +5,8 @@ python benchmarks/loader.py                   (the cases whose packages are inst
 python benchmarks/loader.py --device cuda     (the DALI loader on the GPU)
 python benchmarks/loader.py --repeats 2 --rounds 1 --seconds 0.5 --no-record
 
-Every turn is a process of its own, so that no loader's threads, caches or imports touch another's; the cases take turns. A
-case's first turn gives a batch that must equal the cpu loader's batch of the same tiles; if one does not, there are no
-figures.
+Every turn is a process of its own, so that no loader's threads, caches or imports touch another's; the cases take turns.
+Before anything is measured each gives a batch that must equal the cpu loader's of the same tiles.
 """
 
 import argparse
@@ -18,115 +17,103 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from loader_cases import CASES, GPU_CASES, HDF5, LZ4, RAW
+from loader_gate import ULPS, gate_problems
 from loader_limits import limits
 from loader_tiles import decoded_bytes
-from loader_work import SEED, Case, Work, prepare
+from loader_work import Case, Work, prepare
 from record import clean_commit, spread, write_record
 from results_loader import table
 from rich.console import Console
 
-from mpmae.loader import CpuLoader, ShardReader
+from mpmae.loader import ShardReader
 from mpmae.modalities import TARGETS
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("litdata", "mosaicml-streaming", "webdataset", "h5py", "cramjam", "numba", "nvidia-dali-cuda130")
-ULPS = 2
 TURN_SECONDS = 300
 GPU_TARGET = 20_000
 
 
-def turn(case: Case, work: Work, num_workers: Sequence[int], seconds: float, gate: Path | None) -> dict[str, Any]:
-    """What `loader_turn.py` measures; SystemExit with its last words when it fails."""
-    folder = prepare(case, work)
-    for path in folder.iterdir():
-        path.read_bytes()  # into the page cache
-    options = {
-        "case": case.name,
-        "work": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(work).items()},
-        "num_workers": list(num_workers),
-        "seconds": seconds,
-        "gate": str(gate) if gate else None,
-        "started": time.monotonic(),
-    }
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "LITDATA_DISABLE_VERSION_CHECK": "1"}
-    command = [sys.executable, HERE / "loader_turn.py", json.dumps(options)]
-    try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TURN_SECONDS)
-    except subprocess.TimeoutExpired as error:
-        raise SystemExit(
-            f"{case.name}: no figures within {TURN_SECONDS} s; {(error.stderr or b'')[-2000:].decode()}"
-        ) from error
-    if done.returncode:
-        raise SystemExit(f"{case.name} failed (status {done.returncode}):\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+class Turns:
+    """Runs cases by turns, in processes that share one folder of compiled loops, empty at first."""
+
+    def __init__(self, work: Work, numba_cache: str):
+        self._work = work
+        self._environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "NUMBA_CACHE_DIR": numba_cache,
+            "LITDATA_DISABLE_VERSION_CHECK": "1",  # it would ask the package index
+        }
+
+    def take(self, case: Case, **options: Any) -> dict[str, Any]:
+        """What `loader_turn.py` measures with these options; SystemExit with its last words when it fails."""
+        for path in prepare(case, self._work).iterdir():
+            path.read_bytes()  # into the page cache
+        work = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(self._work).items()}
+        task = json.dumps({"case": case.name, "work": work, "started": time.monotonic(), **options})
+        command = [sys.executable, HERE / "loader_turn.py", task]
+        try:
+            done = subprocess.run(command, env=self._environment, capture_output=True, text=True, timeout=TURN_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            words = (error.stderr or b"")[-2000:].decode(errors="replace")
+            raise SystemExit(f"{case.name}: no figures within {TURN_SECONDS} s:\n{words}") from error
+        if done.returncode:
+            raise SystemExit(f"{case.name} failed (status {done.returncode}):\n{done.stderr[-3000:]}")
+        return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def gate_problems(found: dict[str, Any], work: Work) -> list[str]:
-    """What is not as in the cpu loader's batch of the same tiles and views: class ids and flags exactly, floats to 2 ulp."""
-    reader = ShardReader(work.folder / RAW.files, "train")
-    sample_of_row = np.argsort(reader.index["row"])
-    loader = CpuLoader(reader, TARGETS, work.img_size_px, seed=SEED)
-    expected = loader.batch_of(sample_of_row[found["rows"].numpy()])
-    problems = [f"{len(found['rows'])} tiles of {work.batch_size}"] if len(found["rows"]) != work.batch_size else []
-    for part, ours in (("values", expected.values), ("valid", expected.valid)):
-        for name in TARGETS:
-            got, want = found[part][name].cpu(), ours[name]
-            if got.shape != want.shape or got.dtype != want.dtype:
-                problems.append(
-                    f"{part} of {name}: {got.dtype} {tuple(got.shape)}, expected {want.dtype} {tuple(want.shape)}"
-                )
-                continue
-            spacing = np.spacing(np.abs(want.numpy())) if want.is_floating_point() else 0
-            wrong = np.abs(np.subtract(got.numpy(), want.numpy(), dtype=np.float64)) > ULPS * spacing
-            if wrong.any():
-                problems.append(f"{part} of {name}: {wrong.sum()} of {wrong.size} differ")
-    return problems
+def check(cases: Sequence[Case], work: Work, turns: Turns) -> tuple[dict[str, float], int]:
+    """Seconds from each case's first process to its first batch, and the bytes of one sample's tensors.
+
+    SystemExit with everything that differs when a case's batch is not the cpu loader's.
+    """
+    seconds, red, num_bytes = {}, [], 0
+    for case in cases:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "batch.pt"
+            seconds[case.name] = turns.take(case, gate=str(path))["process_to_first_batch_s"]
+            batch = torch.load(path)
+        red += [f"{case.name}: {problem}" for problem in gate_problems(batch, work)]
+        tensors = [*batch["values"].values(), *batch["valid"].values()]
+        num_bytes = sum(tensor.nbytes for tensor in tensors) // len(batch["rows"])
+    if red:
+        raise SystemExit("\n".join(["no figures: these batches are not what the cpu loader gives", *red]))
+    return seconds, num_bytes
+
+
+Samples = dict[str, list[float]]
 
 
 def measure(
-    cases: Sequence[Case], work: Work, options: argparse.Namespace, show: Callable[[str], None]
-) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[float]], int]:
-    """Samples of every figure by case, of every limit, and the bytes of one sample's tensors.
-
-    SystemExit when a first batch is not what it must be, before anything else is measured of that case's round.
-    """
-    samples: dict[str, dict[str, list[float]]] = {case.name: defaultdict(list) for case in cases}
-    bounds: dict[str, list[float]] = defaultdict(list)
-    red: list[str] = []
+    cases: Sequence[Case], work: Work, turns: Turns, options: argparse.Namespace, delivered_bytes: int
+) -> tuple[dict[str, Samples], Samples]:
+    """Every figure of every case, and of the machine's limits, round after round."""
+    console = Console(highlight=False)
+    samples: dict[str, Samples] = {case.name: defaultdict(list) for case in cases}
+    bounds: Samples = defaultdict(list)
     for number in range(options.rounds):
         for case in cases:
-            with tempfile.TemporaryDirectory() as folder:
-                gate = None if number else Path(folder) / "batch.pt"
-                result = turn(case, work, options.num_workers, options.seconds, gate)
-                if gate:
-                    first = torch.load(gate)
-                    red += [f"{case.name}: {problem}" for problem in gate_problems(first, work)]
+            result = turns.take(case, num_workers=options.num_workers, seconds=options.seconds)
             rates = result.pop("samples_per_s")
             for key, value in [*result.items(), *rates.items()]:
                 samples[case.name][key].append(value)
             rounded = " and ".join(f"{rate:,.0f}" for rate in rates.values())
-            show(f"round {number + 1} of {options.rounds}: {case.name}: {rounded} samples/s")
-        if red:
-            raise SystemExit("\n".join(["no figures: these batches are not what the cpu loader gives", *red]))
-        if number == 0:
-            tensors = [*first["values"].values(), *first["valid"].values()]
-            delivered_bytes = sum(tensor.nbytes for tensor in tensors) // len(first["rows"])
+            console.print(f"round {number + 1} of {options.rounds}: {case.name}: {rounded} samples/s")
         for key, value in limits(prepare(LZ4, work), prepare(RAW, work), delivered_bytes, work.batch_size).items():
             bounds[key].append(value)
-    return samples, bounds, delivered_bytes
+    return samples, bounds
 
 
-def summary(case: Case, samples: dict[str, list[float]], work: Work, written_bytes: int, tile_bytes: int) -> dict[str, Any]:
+def summary(case: Case, samples: Samples, work: Work, written_bytes: int, tile_bytes: int) -> dict[str, Any]:
     """The record's entry of a case."""
     rates = {key: values for key, values in samples.items() if key.isdigit()}
     return {
@@ -162,7 +149,10 @@ def run(options: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any],
             started = time.perf_counter()
             written[case.files] = folder_bytes(prepare(case, work))
             console.print(f"{case.files}: {written[case.files] / 1e6:,.0f} MB in {time.perf_counter() - started:.1f} s")
-    samples, bounds, delivered_bytes = measure(cases, work, options, console.print)
+    with tempfile.TemporaryDirectory(prefix="numba-") as numba_cache:
+        turns = Turns(work, numba_cache)
+        first_ever, delivered_bytes = check(cases, work, turns)
+        samples, bounds = measure(cases, work, turns, options, delivered_bytes)
     tile_bytes = decoded_bytes(work.original)
     case = {
         "command": "python benchmarks/loader.py --device cuda" if options.device == "cuda" else "make bench-peers",
@@ -185,7 +175,11 @@ def run(options: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any],
     if options.device == "cuda":
         case["target_samples_per_s"] = GPU_TARGET
     results = {
-        "cases": {c.name: summary(c, samples[c.name], work, written[c.files], tile_bytes) for c in cases},
+        "cases": {
+            c.name: summary(c, samples[c.name], work, written[c.files], tile_bytes)
+            | {"first_process_to_first_batch_s": first_ever[c.name]}
+            for c in cases
+        },
         "left_out": left_out,
         "limits": {key: spread(values) for key, values in bounds.items()},
     }

@@ -1,5 +1,6 @@
 """The cases of the loader benchmark: this project's loaders and the peers."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from loader_peers import (
+    import_streaming,
     open_hdf5,
     open_litdata,
     open_mds,
@@ -93,3 +95,12 @@ GPU_CASES = tuple(
     for budget in (0, DEVICE_BUDGET_BYTES)
 )
 BY_NAME = {case.name: case for case in (*CASES, *GPU_CASES)}
+
+
+def import_needs(case: Case) -> None:
+    """Import the packages that a case needs."""
+    for name in case.needs:
+        if name == "streaming":
+            import_streaming()
+        else:
+            importlib.import_module(name)

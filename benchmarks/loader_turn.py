@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loader_cases import BY_NAME
-from loader_tiles import epoch_zero_views
-from loader_work import EPOCH_END, SEED, Batches, Case, Work, prepare
+from loader_cases import BY_NAME, import_needs
+from loader_gate import gate_views
+from loader_work import EPOCH_END, Batches, Case, Loaded, Views, Work, prepare
 
-from mpmae.loader import ShardReader
-
+Timings = dict[str, Any]
 WARM_BATCHES = 8  # more than any loader here has ready before it is asked
 
 
@@ -39,41 +38,37 @@ def _wait_for_device() -> None:
         torch.cuda.synchronize()
 
 
+def first_batch(case: Case, work: Work, num_workers: int, views: Views, started: float) -> tuple[Loaded, Batches, Timings]:
+    """A loader's first batch, the loader, and the seconds it took since the process `started` and since it was opened."""
+    folder = prepare(case, work)
+    import_needs(case)
+    opened = time.monotonic()
+    batches = case.open(work, folder, num_workers, views)
+    batch = next(batches)
+    now = time.monotonic()
+    return batch, batches, {"process_to_first_batch_s": now - started, "open_to_first_batch_s": now - opened}
+
+
 def main() -> None:
-    """First batch from the start of the process, a batch for the gate if asked for, then the rate at each worker count."""
+    """A batch for the gate, or the first batch's times and then the rate at each number of workers."""
     options: dict[str, Any] = json.loads(sys.argv[1])
     paths = {key: Path(options["work"][key]) for key in ("original", "folder")}
     case, work = BY_NAME[options["case"]], Work(**options["work"] | paths)
-    folder, most = prepare(case, work), options["num_workers"][0]
-    opened = time.monotonic()
-    batches = case.open(work, folder, most, None)
-    next(batches)
-    now = time.monotonic()
-    result: dict[str, Any] = {"process_to_first_batch_s": now - options["started"], "open_to_first_batch_s": now - opened}
-    if options["gate"]:
+    if "gate" in options:
+        batch, batches, result = first_batch(case, work, 1, gate_views(work), options["started"])
+        torch.save({"rows": batch.rows, "values": batch.values, "valid": batch.valid}, options["gate"])
         batches.close()
-        save_batch(case, work, folder, Path(options["gate"]))
-        batches = case.open(work, folder, most, None)
-    result["samples_per_s"] = {}
-    for num_workers in options["num_workers"]:
-        if num_workers != most:
-            batches = case.open(work, folder, num_workers, None)
+    else:
+        first, *others = options["num_workers"]
+        _, batches, result = first_batch(case, work, first, None, options["started"])
         warm_batches = max(WARM_BATCHES, case.warm_epochs * (work.num_tiles // work.batch_size))
-        result["samples_per_s"][num_workers] = rate(batches, warm_batches, options["seconds"])
+        result["samples_per_s"] = {first: rate(batches, warm_batches, options["seconds"])}
         batches.close()
+        for num_workers in others:
+            batches = case.open(work, prepare(case, work), num_workers, None)
+            result["samples_per_s"][num_workers] = rate(batches, warm_batches, options["seconds"])
+            batches.close()
     print(json.dumps(result))
-
-
-def save_batch(case: Case, work: Work, folder: Path, path: Path) -> None:
-    """A first batch with the views that our loaders give in epoch 0."""
-    reader = ShardReader(work.folder / "shards-raw", "train")
-    views = epoch_zero_views(SEED, len(reader), reader.manifest.tile_size_px, work.img_size_px)
-    by_row = views.copy()
-    by_row[reader.index["row"].astype(int)] = views
-    batches = case.open(work, folder, 1, by_row)
-    batch = next(batches)
-    batches.close()
-    torch.save({"rows": batch.rows, "values": batch.values, "valid": batch.valid}, path)
 
 
 if __name__ == "__main__":
