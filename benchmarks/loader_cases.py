@@ -18,7 +18,7 @@ from loader_peers import (
     write_mds,
     write_webdataset,
 )
-from loader_work import SEED, Batches, Case, Loaded, Views, Work
+from loader_work import SEED, Batches, Case, Loaded, Views, Work, prepare
 
 from mpmae.loader import CpuLoader, ShardReader, TrainOrder, plan_batches
 from mpmae.modalities import TARGETS
@@ -29,7 +29,7 @@ def write_shards(codec: str) -> Callable[[Work, Path], None]:
     """Our shards."""
 
     def write(work: Work, folder: Path) -> None:
-        build(work.folder / "tiles", folder, codec=codec, seed=SEED, progress=False)
+        build(prepare(HDF5, work), folder, codec=codec, seed=SEED, progress=False)
 
     return write
 
