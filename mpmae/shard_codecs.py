@@ -127,14 +127,14 @@ def pack_one_hot(row: np.ndarray) -> int:
 
     Raises ValueError for any other row.
     """
-    if (row == 0).all():
+    hot = row.nonzero()[0]
+    if len(hot) == 1 and row[hot[0]] == 1:
+        return int(hot[0])
+    if not len(hot):
         return ALL_ZERO
     if (row == np.iinfo(row.dtype).max).all():
         return ALL_NO_DATA
-    hot = np.flatnonzero(row)
-    if len(hot) != 1 or row[hot[0]] != 1:
-        raise ValueError(f"{len(hot)} non-zero values, expected one 1")
-    return int(hot[0])
+    raise ValueError(f"{len(hot)} non-zero values, expected one 1")
 
 
 def unpack_one_hot(class_id: int, dtype: np.dtype | str, length: int) -> np.ndarray:

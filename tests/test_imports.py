@@ -11,6 +11,7 @@ REPO = Path(__file__).resolve().parents[1]
 FOLDER_OF = {"mpmae.kernels": "kernels", "mpmae.shard_tools": "data/shard_tools", "mpmae": "mpmae"}
 CORE = {
     "mpmae.errors",
+    "mpmae.index_checks",
     "mpmae.files",
     "mpmae.modalities",
     "mpmae.pixel_loops",

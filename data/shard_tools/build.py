@@ -1,13 +1,21 @@
-"""An MMEarth folder in, a shard set out.
+"""A dataset in, a shard set out.
 
 The samples of each split are shuffled as a whole by a permutation that is a pure function of the seed and the rows, so the
-same source and options give the same bytes. Format: `mpmae.shard_format`.
+same source and options give the same bytes, with any number of workers and however often the build was interrupted. Format:
+`mpmae.shard_format`.
+
+Memory: below 2 GB at any size of MMEarth, since tiles pass through: 0.5 KB a tile of the source (1.2 million tiles: 0.6 GB)
+and at most 12 tiles a worker in flight, of up to a few MB each.
 """
 
+import hashlib
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing
+from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 
@@ -15,87 +23,301 @@ from mpmae.counter_rng import Stream, random_bits
 from mpmae.errors import ShardError, SourceError
 from mpmae.files import sync, write_whole
 from mpmae.modalities import MODALITIES
-from mpmae.shard_format import MANIFEST_NAME, TAR_END, Codec, Manifest, ScalarEntry, ShardEntry, SourceInfo, pixel_entry
+from mpmae.shard_codecs import encode_pixels
+from mpmae.shard_format import (
+    MANIFEST_NAME,
+    TAR_END,
+    BandStats,
+    Codec,
+    Manifest,
+    ScalarEntry,
+    ShardEntry,
+    SourceInfo,
+    load_manifest,
+    pixel_entry,
+)
 from mpmae.shard_tools import output
-from mpmae.shard_tools.progress import track
+from mpmae.shard_tools.encode import BadTile, Sample, TileEncoder
+from mpmae.shard_tools.in_order import num_cores
+from mpmae.shard_tools.journal import JOURNAL_NAME, Journal
+from mpmae.shard_tools.lock import locked
+from mpmae.shard_tools.progress import MB, Meter, say
 from mpmae.shard_tools.source import MMEarthSource
-from mpmae.shard_tools.tile import encode_members, presence_bits
+from mpmae.shard_tools.stats import StatsPass
+from mpmae.shard_tools.tile import TileError
+from mpmae.shard_tools.tile_source import TileSource
 
-MB = 10**6
 NUM_TRIAL_TILES = 16
 ESTIMATE_MARGIN = 1.1
+QUANTISE_STEP_DB = 0.01
+STATS_SPLIT = "train"
+GO_ON = "go on with --resume"
 
 
-def build(
-    source_dir: str | Path,
-    output_dir: str | Path,
-    *,
-    codec: Codec = "lz4",
-    modalities: Sequence[str] | None = None,
-    splits: Sequence[str] | None = None,
-    seed: int = 0,
-    shard_size_mb: float = 256,
-    max_samples_per_shard: int | None = None,
-    overwrite: bool = False,
-    progress: bool = True,
-) -> Manifest:
-    """Write the shard set of an MMEarth folder; the manifest, written last, is returned.
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a shard set is made.
 
     modalities, splits: which to take (None: all there are). shard_size_mb: a tar is cut before it exceeds this (10^6 bytes);
-    a sample is never split. overwrite: replace the shard set in `output_dir`; files of other origin are never removed.
+    a sample is never split. quantise_sentinel1: store it as hundredths of a dB, with the error bound in the manifest.
+    workers: threads (None: one per core); the bytes do not depend on it. resume: go on with an interrupted build of the same
+    source and options; begins one where there is none, leaves a finished set as it is. skip_bad: leave tiles out that cannot
+    be read, and list them in skipped.json. overwrite: replace the shard set that is there; files of other origin are never
+    removed. progress: tell on stderr how far it is.
+    """
+
+    codec: Codec = "lz4"
+    modalities: Sequence[str] | None = None
+    splits: Sequence[str] | None = None
+    seed: int = 0
+    shard_size_mb: float = 256
+    max_samples_per_shard: int | None = None
+    quantise_sentinel1: bool = False
+    workers: int | None = None
+    resume: bool = False
+    skip_bad: bool = False
+    overwrite: bool = False
+    progress: bool = True
+
+    def check(self) -> None:
+        """Raises ShardError with every option that cannot be."""
+        problems = []
+        if self.codec not in get_args(Codec):
+            problems.append(f"codec {self.codec!r}; expected {' or '.join(get_args(Codec))}")
+        if not 0 < self.shard_size_mb < float("inf"):
+            problems.append(f"shard_size_mb {self.shard_size_mb}; expected a number above 0")
+        if self.max_samples_per_shard is not None and self.max_samples_per_shard < 1:
+            problems.append(f"max_samples_per_shard {self.max_samples_per_shard}; expected at least 1")
+        if self.seed < 0:
+            problems.append(f"seed {self.seed}; expected at least 0")
+        if self.workers is not None and self.workers < 1:
+            problems.append(f"workers {self.workers}; expected at least 1")
+        if self.resume and self.overwrite:
+            problems.append("resume goes on with what overwrite removes; expected at most one of them")
+        if problems:
+            raise ShardError(problems)
+
+
+def build(source_dir: str | Path, output_dir: str | Path, **options: Any) -> Manifest:
+    """Write the shard set of an MMEarth folder; see `build_from`."""
+    chosen = BuildOptions(**options)
+    chosen.check()
+    with MMEarthSource(source_dir, chosen.modalities) as source:
+        for note in source.notes() if chosen.progress else ():
+            say(note)
+        return build_from(source, output_dir, **options)
+
+
+def build_from(source: TileSource, output_dir: str | Path, **options: Any) -> Manifest:
+    """Write the shard set of a source's tiles; the manifest, written last, is returned. `options`: see `BuildOptions`.
+
+    Where the source has no band statistics they are computed on the way, over the tiles of `train` (without such a split:
+    over all).
 
     Raises SourceError for a source that is not as it must be (tile and modality named), ShardError for an output folder
-    that is not empty, too small a disk, or a failed write. An interrupted build leaves no manifest.
+    that is not empty or that another build writes into, too small a disk, or a failed write. An interrupted build leaves no
+    manifest; its finished shards are kept and `resume` goes on behind them.
     """
-    output_dir = Path(output_dir)
-    _check_options(codec, shard_size_mb, max_samples_per_shard, seed)
-    with MMEarthSource(source_dir, modalities) as source:
-        if output_dir.resolve() == source.folder.resolve():
-            raise ShardError(f"{output_dir} is the source folder; give another folder for the shard set")
-        orders = {split: _order(source.rows(split), seed) for split in _chosen_splits(source, splits)}
-        manifest = _empty_manifest(source, codec, seed)
-        old_files, old_bytes = output.prepare(output_dir, overwrite)
-        _check_space(source, manifest, orders, output_dir, old_bytes)
-        with output.disk_errors(str(output_dir), output_dir, output.BUILD_AGAIN):
-            output_dir.mkdir(parents=True, exist_ok=True)
+    chosen, folder = BuildOptions(**options), Path(output_dir)
+    chosen.check()
+    if folder.resolve() == source.folder.resolve():
+        raise ShardError(f"{folder} is the source folder; give another folder for the shard set")
+    orders = {split: _order(source.splits[split], chosen.seed) for split in _chosen_splits(source, chosen.splits)}
+    manifest = _empty_manifest(source, chosen)
+    tell = say if chosen.progress else lambda text: None
+    with ExitStack() as stack:
+        with output.disk_errors(str(folder), folder):
+            stack.enter_context(locked(folder, tell))
+        return _Build(source, folder, manifest, orders, chosen, tell).run()
+
+
+class _Build:
+    """One run of a build; `orders` are the rows of each split in the order of its samples."""
+
+    def __init__(
+        self,
+        source: TileSource,
+        folder: Path,
+        manifest: Manifest,
+        orders: Mapping[str, np.ndarray],
+        options: BuildOptions,
+        tell: Callable[[str], None],
+    ):
+        self.source, self.folder, self.manifest = source, folder, manifest
+        self.orders, self.options, self.tell = orders, options, tell
+        self.stats = None
+        if source.band_stats is None:
+            self.stats = StatsPass({name: source.no_data(name) for name in manifest.modalities})
+
+    def run(self) -> Manifest:
+        if self.options.resume and (self.folder / MANIFEST_NAME).is_file():
+            return self._finished_set()
+        if self.options.resume and output.own_files(self.folder):
+            self._resume()
+        else:
+            self._begin()
+        skipped = [tile for split in self.orders for tile in self._write(split)]
+        return self._finish(skipped)
+
+    def _finished_set(self) -> Manifest:
+        manifest = load_manifest(self.folder)
+        made = {"band_stats", "splits"}
+        old, new = (m.model_dump(mode="json", exclude=made) for m in (manifest, self.manifest))
+        different = [name for name in new if old[name] != new[name]]
+        if list(manifest.splits) != list(self.orders):
+            different.append("splits")
+        if different:
+            raise ShardError(
+                f"{self.folder} holds a finished set that differs in {', '.join(different)} from what is asked for; give "
+                "another folder or --overwrite"
+            )
+        with self._disk_errors(JOURNAL_NAME):
+            (self.folder / JOURNAL_NAME).unlink(missing_ok=True)
+        self.tell(f"{self.folder} is finished already: nothing to do")
+        return manifest
+
+    def _begin(self) -> None:
+        old_files, old_bytes = output.prepare(self.folder, self.options.overwrite)
+        self._check_space(old_bytes, dict.fromkeys(self.orders, 0))
+        with self._disk_errors(JOURNAL_NAME):
             for path in old_files:
                 path.unlink()
-        max_bytes = int(shard_size_mb * MB)
-        shards: dict[str, tuple[ShardEntry, ...]] = {}
-        for split, rows in orders.items():
-            with output.ShardWriter(output_dir, split, manifest, max_bytes, max_samples_per_shard) as writer:
-                for row in track(rows, len(rows), f"build {split}", enabled=progress):
-                    writer.add(int(row), *_encode(source, manifest, row), source.describe(row))
-            shards[split] = tuple(writer.entries)
-        manifest = manifest.model_copy(update={"splits": shards})
-        with output.disk_errors(str(output_dir / MANIFEST_NAME), output_dir, output.BUILD_AGAIN):
-            sync(output_dir)
-            write_whole(output_dir / MANIFEST_NAME, manifest.dump().encode())
-            sync(output_dir)
-    return manifest
+            self.journal = Journal.begin(self.folder, self._journal_options(), self._encoder_digest())
+
+    def _resume(self) -> None:
+        self.journal = Journal.resume(self.folder, self._journal_options(), self._encoder_digest())
+        num_skipped = sum(len(state.skipped) for state in self.journal.splits.values())
+        if num_skipped and not self.options.skip_bad:
+            raise ShardError(f"{self.folder}: the interrupted build left out {num_skipped} bad tiles; add --skip-bad")
+        shards = [shard.name for state in self.journal.splits.values() for shard in state.shards]
+        kept = {JOURNAL_NAME, *(file for name in shards for file in output.files_of_shard(name))}
+        with self._disk_errors("an unfinished shard"):
+            for name in output.own_files(self.folder):
+                if name not in kept:
+                    (self.folder / name).unlink()
+        done = {split: self.journal.state(split).num_rows for split in self.orders}
+        self._check_space(0, done)
+        if self.stats is not None:
+            self.stats.restore(self.journal.stats)
+        num_rows = sum(len(order) for order in self.orders.values())
+        self.tell(f"{self.folder}: {len(shards)} shards with {sum(done.values()):,} of {num_rows:,} tiles are finished")
+
+    def _journal_options(self) -> dict[str, Any]:
+        """All that decides the bytes of the set, but the compressor."""
+        options, source = self.options, self.manifest.source
+        return {
+            "source": source.name,
+            "fingerprint of the source": source.fingerprint,
+            "modalities": self.manifest.modalities,
+            "splits": {split: len(order) for split, order in self.orders.items()},
+            "codec": options.codec,
+            "quantise_sentinel1": options.quantise_sentinel1,
+            "seed": options.seed,
+            "shard_size_mb": options.shard_size_mb,
+            "max_samples_per_shard": options.max_samples_per_shard,
+        }
+
+    def _encoder_digest(self) -> str:
+        """Changes where another version of the compressor makes other bytes of the same values."""
+        digest = hashlib.sha256()
+        for entry in self.manifest.pixels:
+            values = np.arange(np.prod(entry.shape)) % 251 % 127
+            digest.update(encode_pixels(entry, values.astype(entry.dtype).reshape(entry.shape)))
+        return digest.hexdigest()
+
+    def _stats_of(self, split: str) -> StatsPass | None:
+        return self.stats if split == STATS_SPLIT or STATS_SPLIT not in self.orders else None
+
+    def _write(self, split: str) -> list[dict[str, Any]]:
+        """Write what is left of a split; its skipped tiles, those of the interrupted build among them."""
+        order, options, state = self.orders[split], self.options, self.journal.state(split)
+        skipped: list[dict[str, Any]] = []
+        position = state.num_rows
+
+        def record(shard: ShardEntry) -> None:
+            stats = self.stats.state() if self.stats is not None else {}
+            with self._disk_errors(JOURNAL_NAME):
+                self.journal.add(split, shard, position, skipped, stats)
+            skipped.clear()
+
+        encoder = TileEncoder(self.source, self.manifest, self._stats_of(split))
+        samples = encoder.ordered(order[position:], options.workers or num_cores())
+        max_bytes = int(options.shard_size_mb * MB)
+        writer = output.ShardWriter(
+            self.folder, split, self.manifest, max_bytes, options.max_samples_per_shard, state.shards, record, GO_ON
+        )
+        meter = Meter(f"build {split}", len(order), num_done=position, enabled=options.progress)
+        with writer, meter, closing(samples):
+            for sample in samples:
+                if isinstance(sample, BadTile):
+                    if not options.skip_bad:
+                        raise self._stopped_at(sample)
+                    skipped.append(sample.describe(self.source, split))
+                    meter.advance()
+                else:
+                    meter.advance(num_bytes=self._add(writer, sample))
+                position += 1
+        return state.skipped + skipped
+
+    def _add(self, writer: output.ShardWriter, sample: Sample) -> int:
+        num_bytes = writer.add(sample.row, sample.presence, sample.members, self.source.describe(sample.row))
+        if sample.moments:
+            self.stats.merge(sample.moments)
+        return num_bytes
+
+    def _stopped_at(self, tile: BadTile) -> TileError:
+        hint = (
+            f"{self.folder}: finished shards are kept; mend the tile and {GO_ON}, or add --skip-bad to leave such tiles out"
+        )
+        return TileError([*tile.error.problems, hint], getattr(tile.error, "modality", None))
+
+    def _finish(self, skipped: list[dict[str, Any]]) -> Manifest:
+        shards = {split: tuple(self.journal.state(split).shards) for split in self.orders}
+        if not any(shards.values()):
+            raise SourceError(f"{self.source.where}: none of the {len(skipped)} tiles can be read: {skipped[0]['error']}")
+        made: dict[str, Any] = {"splits": shards}
+        if self.stats is not None:
+            made["band_stats"] = {key: BandStats(**columns) for key, columns in self.stats.result().items()}
+        manifest = self.manifest.model_copy(update=made)
+        with self._disk_errors(MANIFEST_NAME):
+            if skipped:
+                report = {"format": output.SKIPPED_FORMAT, "source": self.source.name, "tiles": skipped}
+                write_whole(self.folder / output.SKIPPED_NAME, json.dumps(report, indent=1) + "\n")
+            sync(self.folder)
+            write_whole(self.folder / MANIFEST_NAME, manifest.dump())
+            sync(self.folder)
+            self.journal.remove()
+        return manifest
+
+    def _disk_errors(self, name: str) -> AbstractContextManager[None]:
+        return output.disk_errors(str(self.folder / name), self.folder, GO_ON)
+
+    def _check_space(self, freed_bytes: int, num_done: dict[str, int]) -> None:
+        """ShardError when the set does not fit on the disk, by an estimate from a few tiles spread over what is left."""
+        left = np.concatenate([order[num_done[split] :] for split, order in self.orders.items()])
+        trial = left[np.linspace(0, len(left) - 1, min(NUM_TRIAL_TILES, len(left))).astype(int)]
+        encoder = TileEncoder(self.source, self.manifest)
+        samples = [encoder.one(row) for row in trial.tolist()]
+        per_sample = [output.tar_bytes([len(d) for d in s.members]) for s in samples if isinstance(s, Sample)]
+        if not per_sample:
+            return
+        needed_bytes = int(np.mean(per_sample) * len(left) * ESTIMATE_MARGIN) + len(TAR_END)
+        free_bytes = shutil.disk_usage(self.folder).free + freed_bytes
+        if needed_bytes > free_bytes:
+            raise ShardError(
+                f"{self.folder}: the shard set needs about {needed_bytes / MB:,.0f} MB (from {len(trial)} of {len(left)} "
+                f"tiles, plus {ESTIMATE_MARGIN - 1:.0%}), the disk has {free_bytes / MB:,.0f} MB; free some space, give a "
+                "folder elsewhere or take fewer modalities"
+            )
 
 
-def _check_options(codec: str, shard_size_mb: float, max_samples: int | None, seed: int) -> None:
-    problems = []
-    if codec not in get_args(Codec):
-        problems.append(f"codec {codec!r}; expected {' or '.join(get_args(Codec))}")
-    if not 0 < shard_size_mb < float("inf"):
-        problems.append(f"shard_size_mb {shard_size_mb}; expected a number above 0")
-    if max_samples is not None and max_samples < 1:
-        problems.append(f"max_samples_per_shard {max_samples}; expected at least 1")
-    if seed < 0:
-        problems.append(f"seed {seed}; expected at least 0")
-    if problems:
-        raise ShardError(problems)
-
-
-def _chosen_splits(source: MMEarthSource, wanted: Sequence[str] | None) -> list[str]:
+def _chosen_splits(source: TileSource, wanted: Sequence[str] | None) -> list[str]:
     unknown = [split for split in wanted or () if split not in source.splits]
     if unknown:
-        raise SourceError(f"{source.folder} has no split {', '.join(unknown)}; it has {', '.join(source.splits)}")
+        raise SourceError(f"{source.where} has no split {', '.join(unknown)}; it has {', '.join(source.splits)}")
     chosen = [split for split in source.splits if wanted is None or split in wanted]
     if not any(len(source.splits[split]) for split in chosen):
-        raise SourceError(f"{source.folder}: the splits {', '.join(chosen)} have no tiles")
+        raise SourceError(f"{source.where}: the splits {', '.join(chosen)} have no tiles")
     return chosen
 
 
@@ -104,11 +326,20 @@ def _order(rows: np.ndarray, seed: int) -> np.ndarray:
     return rows[np.argsort(keys, kind="stable")]
 
 
-def _empty_manifest(source: MMEarthSource, codec: Codec, seed: int) -> Manifest:
+def _empty_manifest(source: TileSource, options: BuildOptions) -> Manifest:
+    """The manifest without its shards. Raises SourceError for a modality that the source lacks."""
+    names = (*source.pixels, *source.scalars)
+    unknown = [name for name in options.modalities or () if name not in names]
+    if options.quantise_sentinel1 and "sentinel1" not in names:
+        unknown.append("sentinel1, which is to be quantised")
+    if unknown:
+        raise SourceError(f"{source.where} has no modality {', '.join(unknown)}; it has {', '.join(names)}")
+    chosen = names if options.modalities is None else options.modalities
     pixels = []
-    for name in source.pixels:
-        spec = MODALITIES[name]
-        pixels.append(pixel_entry(name, spec.kind, source.dtypes[name], source.shapes[name], spec.bands, codec))
+    for name in (name for name in source.pixels if name in chosen):
+        quantise = {"quantise_step": QUANTISE_STEP_DB} if options.quantise_sentinel1 and name == "sentinel1" else {}
+        form = source.dtypes[name], source.shapes[name], source.bands[name], options.codec
+        pixels.append(pixel_entry(name, MODALITIES[name].kind, *form, **quantise))
     scalars = [
         ScalarEntry(
             name=name,
@@ -118,43 +349,16 @@ def _empty_manifest(source: MMEarthSource, codec: Codec, seed: int) -> Manifest:
             no_data=source.no_data(name),
         )
         for name in source.scalars
+        if name in chosen
     ]
+    stats = source.band_stats or {}
     return Manifest(
         source=SourceInfo(name=source.name, fingerprint=source.fingerprint, num_tiles=source.num_tiles),
         tile_size_px=source.tile_size_px,
-        codec=codec,
-        seed=seed,
+        codec=options.codec,
+        seed=options.seed,
         pixels=tuple(pixels),
         scalars=tuple(scalars),
-        band_stats=source.band_stats,
+        band_stats={key: value for key, value in stats.items() if key in chosen or key.rpartition("_")[0] in chosen},
         splits={},
     )
-
-
-def _encode(source: MMEarthSource, manifest: Manifest, row: int) -> tuple[int, list[bytes]]:
-    tile = source.read_tile(row)
-    try:
-        members = encode_members(manifest, tile)
-    except ValueError as error:
-        raise SourceError(
-            f"{source.h5_path}: {source.describe(row)}: {error}; mend it or take it out of the splits"
-        ) from error
-    return presence_bits(manifest, tile.values), members
-
-
-def _check_space(
-    source: MMEarthSource, manifest: Manifest, orders: dict[str, np.ndarray], folder: Path, freed_bytes: int
-) -> None:
-    """ShardError when the set does not fit on the disk, by an estimate from a few tiles spread over the splits."""
-    rows = np.concatenate(list(orders.values()))
-    trial = rows[np.linspace(0, len(rows) - 1, min(NUM_TRIAL_TILES, len(rows))).astype(int)]
-    per_sample = [output.tar_bytes([len(data) for data in _encode(source, manifest, row)[1]]) for row in trial]
-    needed_bytes = int(np.mean(per_sample) * len(rows) * ESTIMATE_MARGIN) + len(TAR_END)
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free_bytes = shutil.disk_usage(existing).free + freed_bytes
-    if needed_bytes > free_bytes:
-        raise ShardError(
-            f"{folder}: the shard set needs about {needed_bytes / MB:,.0f} MB (from {len(trial)} of {len(rows)} tiles, plus "
-            f"{ESTIMATE_MARGIN - 1:.0%}), the disk has {free_bytes / MB:,.0f} MB; free some space, give a folder elsewhere "
-            "or take fewer modalities"
-        )

@@ -5,14 +5,14 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
 
 from mpmae.errors import ShardError
-from mpmae.files import TEMP_SUFFIX, write_whole
+from mpmae.files import TEMP_SUFFIX, sync, write_whole
 from mpmae.shard_format import (
     FORMAT_NAME,
     MANIFEST_NAME,
@@ -25,11 +25,13 @@ from mpmae.shard_format import (
     index_name,
     member_name,
     sample_key,
-    tar_member,
 )
+from mpmae.shard_tools.journal import JOURNAL_NAME, is_journal
+from mpmae.shard_tools.lock import LOCK_NAME
 from mpmae.shard_tools.source_checks import examples
+from mpmae.shard_tools.tar_members import TarMembers
 
-BUILD_AGAIN = "build again with --overwrite"
+SKIPPED_NAME, SKIPPED_FORMAT = "skipped.json", "mpmae-skipped-tiles"
 _SHARD_PATTERN = re.compile(r"[A-Za-z0-9_]+-\d{5,}\.tar")
 
 
@@ -58,7 +60,7 @@ def prepare(folder: Path, overwrite: bool) -> tuple[list[Path], int]:
         return [], 0
     if not folder.is_dir():
         raise ShardError(f"{folder} is a file; give a folder for the shard set")
-    names = sorted(p.name for p in folder.iterdir())
+    names = sorted(p.name for p in folder.iterdir() if p.name != LOCK_NAME)
     if not names:
         return [], 0
     own = own_files(folder)
@@ -71,6 +73,7 @@ def prepare(folder: Path, overwrite: bool) -> tuple[list[Path], int]:
         if foreign:
             parts.append(f"{len(foreign)} other files ({examples(foreign)})")
         hint = ", or replace the shard set with --overwrite" if own else ""
+        hint = f", go on with it with --resume{hint}" if JOURNAL_NAME in own else hint
         raise ShardError(f"{folder} is not empty: it holds {' and '.join(parts)}; give another folder{hint}")
     clashes = [name for name in foreign if name == MANIFEST_NAME or _SHARD_PATTERN.fullmatch(name)]
     if clashes:
@@ -81,14 +84,23 @@ def prepare(folder: Path, overwrite: bool) -> tuple[list[Path], int]:
     return [folder / name for name in own], sum((folder / name).stat().st_size for name in own)
 
 
+def files_of_shard(name: str) -> tuple[str, ...]:
+    """The tar `name` and its indices."""
+    return name, index_name(name), dali_index_name(name)
+
+
 def own_files(folder: Path) -> list[str]:
-    """Names of the files of a shard set, whole or unfinished, in `folder`; the manifest comes first.
+    """Names of the files of a shard set, whole or unfinished, in `folder`; manifest and journal come first.
 
     A tar is known by its index beside it (which is written first): other tools name tars the same way.
     """
     own = []
-    if _is_manifest(folder / MANIFEST_NAME):
+    if _has_format(folder / MANIFEST_NAME, FORMAT_NAME):
         own.append(MANIFEST_NAME)
+    if is_journal(folder / JOURNAL_NAME):
+        own.append(JOURNAL_NAME)
+    if _has_format(folder / SKIPPED_NAME, SKIPPED_FORMAT):
+        own.append(SKIPPED_NAME)
     for path in sorted(folder.iterdir()):
         shard = path.name.removesuffix(TEMP_SUFFIX)
         for suffix in (".index.npy", ".idx"):
@@ -99,15 +111,15 @@ def own_files(folder: Path) -> list[str]:
     return own
 
 
-def _is_manifest(path: Path) -> bool:
-    """Whether `path` is a manifest of a shard set, of any version; other tools have files of that name too."""
+def _has_format(path: Path, name: str) -> bool:
+    """Whether `path` is a JSON file of our format `name`, of any version; other tools have files of those names too."""
     if not path.is_file():
         return False
     try:
         tree = json.loads(path.read_bytes())
     except ValueError:
         return False
-    return isinstance(tree, dict) and tree.get("format") == FORMAT_NAME
+    return isinstance(tree, dict) and tree.get("format") == name
 
 
 @contextmanager
@@ -131,14 +143,27 @@ class ShardWriter:
     """Writes the shards of one split, each cut before it would exceed `max_bytes` or `max_samples`.
 
     A tar gets its name only when it is complete and its indices are in place. Leaving the context by an exception removes
-    the unfinished tar. `entries` lists the finished shards.
+    the unfinished tar. `entries` lists the finished shards, beginning with those `finished` before; `on_shard` is told of
+    each new one once it is on the disk. again: what to do on a full disk once there is space.
     """
 
-    def __init__(self, folder: Path, split: str, manifest: Manifest, max_bytes: int, max_samples: int | None):
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        manifest: Manifest,
+        max_bytes: int,
+        max_samples: int | None,
+        finished: Sequence[ShardEntry] = (),
+        on_shard: Callable[[ShardEntry], None] = lambda shard: None,
+        again: str = "run the command again",
+    ):
         self.folder, self.split, self.manifest = folder, split, manifest
         self.max_bytes, self.max_samples = max_bytes, max_samples
-        self.entries: list[ShardEntry] = []
-        self._num_written = 0
+        self.entries = list(finished)
+        self._on_shard, self._again = on_shard, again
+        self._num_written = sum(shard.num_samples for shard in finished)
+        self._members = TarMembers(manifest)
         self._file = None
 
     def __enter__(self) -> "ShardWriter":
@@ -158,23 +183,26 @@ class ShardWriter:
         """Name of the shard that the next sample may go to."""
         return f"{self.split}-{len(self.entries):05d}.tar"
 
-    def add(self, row: int, presence: int, members: list[bytes], tile: str) -> None:
-        """Append a sample; `tile` names it in errors."""
-        num_bytes = tar_bytes([len(data) for data in members])
+    def add(self, row: int, presence: int, members: list[bytes], tile: str) -> int:
+        """Append a sample, whose bytes in the tar are counted; `tile` names it in errors."""
+        sizes = [len(data) for data in members]
+        num_bytes = tar_bytes(sizes)
         full = self._file is not None and (
             self._offset + num_bytes + len(TAR_END) > self.max_bytes or len(self._rows) == self.max_samples
         )
         if full:
             self._finish()
-        with disk_errors(f"{self.folder / self.name}, {tile}", self.folder, BUILD_AGAIN):
+        with disk_errors(f"{self.folder / self.name}, {tile}", self.folder, self._again):
             if self._file is None:
                 self._start()
-            key, offsets = sample_key(self._num_written), []
-            for member, data in zip(self.manifest.members, members, strict=True):
-                offsets.append(self._offset + TAR_HEADER_BYTES)
-                self._write(tar_member(member_name(key, member, self.manifest.codec), data))
-        self._rows.append((row, presence, offsets, [len(data) for data in members]))
+            offsets, offset = [], self._offset + TAR_HEADER_BYTES
+            for size in sizes:
+                offsets.append(offset)
+                offset += tar_bytes([size])
+            self._write(self._members.pack(sample_key(self._num_written), members))
+        self._rows.append((row, presence, offsets, sizes))
         self._num_written += 1
+        return num_bytes
 
     def _start(self) -> None:
         self._temp = self.folder / (self.name + TEMP_SUFFIX)
@@ -192,7 +220,7 @@ class ShardWriter:
         name, first_ordinal = self.name, self._num_written - len(self._rows)
         rows = np.array(self._rows, self.manifest.index_dtype)
         index = index_bytes(rows)
-        with disk_errors(f"{self.folder / name}, its last {len(rows)} samples", self.folder, BUILD_AGAIN):
+        with disk_errors(f"{self.folder / name}, its last {len(rows)} samples", self.folder, self._again):
             self._write(TAR_END)
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -200,13 +228,14 @@ class ShardWriter:
             write_whole(self.folder / index_name(name), index)
             write_whole(self.folder / dali_index_name(name), dali_index(self.manifest, rows, first_ordinal))
             self._temp.replace(self.folder / name)
+            sync(self.folder)
         self._file = None
-        self.entries.append(
-            ShardEntry(
-                name=name,
-                num_bytes=self._offset,
-                num_samples=len(rows),
-                sha256=self._hash.hexdigest(),
-                index_sha256=hashlib.sha256(index).hexdigest(),
-            )
+        shard = ShardEntry(
+            name=name,
+            num_bytes=self._offset,
+            num_samples=len(rows),
+            sha256=self._hash.hexdigest(),
+            index_sha256=hashlib.sha256(index).hexdigest(),
         )
+        self.entries.append(shard)
+        self._on_shard(shard)

@@ -4,7 +4,7 @@ Shapes: N tiles, P tile side in pixels.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,6 @@ def find_h5(folder: Path) -> Path:
 def missing_hint(kind: str, folder: Path) -> str:
     """What to do about an absent JSON file."""
     return f"; `mpmae-shards stats {folder} --output FILE` computes it" if kind == "band_stats" else ""
-
-
-def keep_product_level(tree: dict[str, Any]) -> Any:
-    """JSON object hook: the product level alone of an object that states one."""
-    return tree["S2_type"] if isinstance(tree.get("S2_type"), str) else tree
 
 
 def find_datasets(
@@ -179,22 +174,36 @@ def check_splits(tree: Any, where: str, num_tiles: int, problems: list[str]) -> 
     return splits
 
 
-def check_tile_info(tree: Any, where: str, tile_ids: np.ndarray, levels: np.ndarray, problems: list[str]) -> None:
-    """Every tile id must be in tile_info (its values reduced by `keep_product_level`) with the level of the metadata."""
-    if not isinstance(tree, dict):
-        problems.append(f"{where}: expected an object keyed by tile id")
-        return
-    absent, different, known = [], [], [level.encode() for level in PRODUCT_LEVELS]
-    for tile_id, level in zip(tile_ids.tolist(), levels.tolist(), strict=True):
-        key = tile_id.decode(errors="replace")
-        if key not in tree:
-            absent.append(key)
-        elif level in known and tree[key] != level.decode():
-            different.append(f"{key}: {tree[key] if isinstance(tree[key], str) else 'none'}, metadata {level.decode()}")
-    if absent:
-        problems.append(f"{where}: {len(absent)} of {len(tile_ids)} tiles of metadata are missing ({examples(absent)})")
-    if different:
-        problems.append(f"{where}: S2_type of {len(different)} tiles differs from metadata ({examples(different)})")
+def check_tile_info(
+    entries: Iterable[tuple[str, Any]], where: str, tile_ids: np.ndarray, levels: np.ndarray, problems: list[str]
+) -> None:
+    """Every tile id must be a key of `entries` (id, information) whose S2_type is the level of the metadata."""
+    number: dict[str, int] = {}
+    numbers = np.array([number.setdefault(i.decode(errors="replace"), len(number)) for i in tile_ids.tolist()], np.int64)
+    found = np.zeros(len(number), levels.dtype)
+    is_there = np.zeros(len(number), bool)
+    for key, info in entries:
+        i = number.get(key)
+        if i is not None:
+            level = info.get("S2_type") if isinstance(info, dict) else None
+            found[i] = level.encode(errors="replace") if isinstance(level, str) else b"none"
+            is_there[i] = True
+    absent = np.flatnonzero(~is_there[numbers])
+    known = np.isin(levels, [level.encode() for level in PRODUCT_LEVELS])
+    different = np.flatnonzero(is_there[numbers] & known & (found[numbers] != levels))
+
+    def listing(rows: np.ndarray, name: Callable[[int, str], str]) -> str:
+        return examples(name(row, tile_ids[row].decode(errors="replace")) for row in rows[: NUM_EXAMPLES + 1])
+
+    if len(absent):
+        which = listing(absent, lambda row, key: key)
+        problems.append(f"{where}: {len(absent)} of {len(tile_ids)} tiles of metadata are missing ({which})")
+    if len(different):
+        which = listing(
+            different,
+            lambda row, key: f"{key}: {found[numbers[row]].decode(errors='replace')}, metadata {levels[row].decode()}",
+        )
+        problems.append(f"{where}: S2_type of {len(different)} tiles differs from metadata ({which})")
 
 
 def check_band_stats(

@@ -3,12 +3,14 @@
 Shapes: C bands, P tile side in pixels, K length of a tile vector.
 """
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from mpmae.errors import ShardError
+from mpmae.errors import ShardError, SourceError
+from mpmae.modalities import NoData
 from mpmae.shard_codecs import ALL_NO_DATA, decode_pixels, decode_scalars, encode_pixels, pack_one_hot, unpack_one_hot
 from mpmae.shard_format import Manifest
 
@@ -26,28 +28,76 @@ class Tile:
     values: dict[str, np.ndarray]
 
 
+class TileError(SourceError):
+    """A tile that its source cannot give, or that no shard can hold, where others may be fine; `modality` is at fault."""
+
+    def __init__(self, problems: str | Sequence[str], modality: str | None = None):
+        super().__init__(problems)
+        self.modality = modality
+
+    def __reduce__(self):
+        return type(self), (self.problems, self.modality)
+
+
+class ModalityError(ValueError):
+    """Values that a shard cannot hold; `modality` is whose they are."""
+
+    def __init__(self, modality: str, problem: str):
+        super().__init__(problem)
+        self.modality = modality
+
+
 def presence_bits(manifest: Manifest, values: Mapping[str, np.ndarray]) -> int:
     """Bit i is set if the i-th of `manifest.modalities` has at least one valid value."""
     bits = 0
     for i, entry in enumerate((*manifest.pixels, *manifest.scalars)):
-        bits |= int(entry.no_data.valid(values[entry.name]).any()) << i
+        bits |= int(_has_valid(entry.no_data, values[entry.name])) << i
     return bits
 
 
-def encode_members(manifest: Manifest, tile: Tile) -> list[bytes]:
-    """The bytes of each of `manifest.members`; ValueError naming the modality for a row that is not one-hot."""
-    members = [encode_pixels(entry, tile.values[entry.name]) for entry in manifest.pixels]
-    record = np.zeros((), manifest.scalars_dtype)
-    record["tile_id"], record["product_level"] = tile.tile_id, tile.product_level
-    for entry in manifest.scalars:
-        value = tile.values[entry.name]
-        if entry.encoding == "one_hot":
+def _has_valid(rule: NoData, values: np.ndarray) -> bool:
+    """Whether any of `values` [C, P, P] or [K] is valid; one value seldom leaves it open."""
+    value = values.item(values.size // 2)
+    if not rule.zero_row and value not in rule.codes and (not rule.non_finite or math.isfinite(value)):
+        return True
+    return bool(rule.valid(values).any())
+
+
+class SampleEncoder:
+    """Turns tiles into the samples of a shard set; what the manifest says is looked up once. Safe from many threads."""
+
+    def __init__(self, manifest: Manifest):
+        self._pixels, self._scalars = manifest.pixels, manifest.scalars
+        self._record_dtype = manifest.scalars_dtype
+
+    def encode(self, tile: Tile) -> tuple[int, list[bytes]]:
+        """The presence bits and the bytes of each of `manifest.members`; ModalityError for what a shard cannot hold."""
+        members, present = [], []
+        for entry in self._pixels:
             try:
-                value = pack_one_hot(value)
+                members.append(encode_pixels(entry, tile.values[entry.name]))
             except ValueError as error:
-                raise ValueError(f"{entry.name} is not one-hot: {error}") from error
-        record[entry.name] = value
-    return [*members, record.tobytes()]
+                raise ModalityError(entry.name, str(error)) from error
+            present.append(_has_valid(entry.no_data, tile.values[entry.name]))
+        values = [tile.tile_id, tile.product_level]
+        for entry in self._scalars:
+            value = tile.values[entry.name]
+            if entry.encoding == "one_hot":
+                try:
+                    value = pack_one_hot(value)
+                except ValueError as error:
+                    raise ModalityError(entry.name, f"{entry.name} is not one-hot: {error}") from error
+                present.append(value >= 0)
+            else:
+                present.append(_has_valid(entry.no_data, value))
+            values.append(value)
+        members.append(np.array(tuple(values), self._record_dtype).tobytes())
+        return sum(1 << i for i, is_present in enumerate(present) if is_present), members
+
+
+def encode_members(manifest: Manifest, tile: Tile) -> list[bytes]:
+    """The bytes of each of `manifest.members`; ModalityError for values that a shard cannot hold."""
+    return SampleEncoder(manifest).encode(tile)[1]
 
 
 def decode_members(manifest: Manifest, row: int, members: Sequence[bytes], names: Collection[str] | None = None) -> Tile:

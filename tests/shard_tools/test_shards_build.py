@@ -215,22 +215,22 @@ def test_a_bad_source_leaves_the_old_set_alone(own_shards, own_source):
     assert digests(own_shards) == before
 
 
-def test_full_disk_names_shard_and_tile_and_leaves_no_temporary(source_32, tmp_path, monkeypatch):
+def test_full_disk_names_shard_and_tile_and_leaves_the_journal(source_32, tmp_path, monkeypatch):
     write, num_calls = output.ShardWriter._write, 0
 
-    def full_after_25_members(self, data):
+    def full_after_2_samples(self, data):
         nonlocal num_calls
         num_calls += 1
-        if num_calls > 25:
+        if num_calls > 2:
             raise OSError(errno.ENOSPC, "No space left on device")
         write(self, data)
 
-    monkeypatch.setattr(output.ShardWriter, "_write", full_after_25_members)
+    monkeypatch.setattr(output.ShardWriter, "_write", full_after_2_samples)
     with pytest.raises(
-        ShardError, match=r"train-00000.tar, tile synth_\d{8} \(row \d\): the disk .* is full.*free some space.*--overwrite"
+        ShardError, match=r"train-00000.tar, tile synth_\d{8} \(row \d\): the disk .* is full.*free some space.*--resume"
     ):
         build(source_32, tmp_path / "set", progress=False)
-    assert list((tmp_path / "set").iterdir()) == []
+    assert [path.name for path in (tmp_path / "set").iterdir()] == ["build.jsonl"]
 
 
 def test_too_small_a_disk_is_known_up_front(source_32, tmp_path, monkeypatch):
@@ -261,13 +261,18 @@ def test_interrupted_build_leaves_no_manifest_and_whole_shards_only(source_32, t
         num_calls += 1
         if num_calls == 5:
             raise KeyboardInterrupt
-        add(self, *args)
+        return add(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(output.ShardWriter, "add", interrupt_at_the_fifth)
         with pytest.raises(KeyboardInterrupt):
             build(source_32, tmp_path / "set", max_samples_per_shard=3, progress=False)
-    assert {p.name for p in (tmp_path / "set").iterdir()} == {"train-00000.tar", "train-00000.index.npy", "train-00000.idx"}
+    assert {p.name for p in (tmp_path / "set").iterdir()} == {
+        "build.jsonl",
+        "train-00000.tar",
+        "train-00000.index.npy",
+        "train-00000.idx",
+    }
     with pytest.raises(ShardError, match=r"no manifest.json \(an unfinished build\?\)"):
         ShardSet(tmp_path / "set")
     build(source_32, tmp_path / "set", overwrite=True, progress=False)
