@@ -111,19 +111,19 @@ class ImageSource:
             raise SourceError(f"{self.where}: no image holds a tile of {self.tile_size_px} px; give a smaller tile_size_px")
         unique, counts = np.unique(keys, return_counts=True)
         if (counts > 1).any():
-            twice = examples(key.decode(errors="replace") for key in unique[counts > 1][: NUM_EXAMPLES + 1])
-            problems.append(f"{self.where}: {(counts > 1).sum()} image names more than once ({twice}); names must differ")
+            twice = unique[counts > 1]
+            problems.append(f"{self.where}: {len(twice)} image names more than once ({_some(twice)}); names must differ")
         # Whichever image it is, a suffix grows with the number of its tiles alone.
         most = self._cuts.max(axis=0)
         suffix = self._suffix(int(self._cuts.prod(axis=1).argmax()), self._images.moments - 1, *map(int, most))
         long = unique[np.char.str_len(unique) + len(suffix) > MAX_ID_BYTES]
         if len(long):
             problems.append(
-                f"{self.where}: {len(long)} image names make tile ids of more than {MAX_ID_BYTES} bytes ({examples(long)})"
+                f"{self.where}: {len(long)} image names make tile ids of more than {MAX_ID_BYTES} bytes ({_some(long)})"
             )
         if (np.ascontiguousarray(keys).view(np.uint8) > 127).any():
             strange = [key for key in unique.tolist() if not key.isascii()]
-            problems.append(f"{self.where}: {len(strange)} image names are not ASCII ({examples(strange)})")
+            problems.append(f"{self.where}: {len(strange)} image names are not ASCII ({_some(strange)})")
         if problems:
             raise SourceError(problems)
 
@@ -257,3 +257,7 @@ def _edge_notes(sizes_px: np.ndarray, tile_size_px: int) -> list[str]:
         f"{which} are no multiple of {tile_size_px} px: up to {rest[:, 1].max()} px at the right and {rest[:, 0].max()} px "
         f"at the lower edge are dropped, {100 * (1 - used):.1f} % of all pixels"
     ]
+
+
+def _some(keys: Sequence[bytes]) -> str:
+    return examples(key.decode(errors="replace") for key in keys[: NUM_EXAMPLES + 1])

@@ -61,10 +61,9 @@ def _scan(path: Path) -> list[tuple[str, int, int]]:
                 return members
             if len(header) < _BLOCK:
                 raise tarfile.ReadError(f"it ends at {num_bytes} bytes without an end mark")
-            kind = header[156:157]
-            if kind in tarfile.SUPPORTED_TYPES and kind not in (*tarfile.REGULAR_TYPES, tarfile.DIRTYPE):
+            kind, size = header[156:157], _size(header, offset)
+            if kind not in (*tarfile.REGULAR_TYPES, tarfile.DIRTYPE):
                 return _scan_extended(path, num_bytes)
-            size = _size(header, offset)
             if offset + _BLOCK + size > num_bytes:
                 raise tarfile.ReadError(
                     f"the member at byte {offset} needs {size} bytes, {num_bytes - offset - _BLOCK} are left"
