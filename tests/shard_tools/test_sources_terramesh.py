@@ -21,8 +21,8 @@ def tar_set(tmp_path) -> TarSet:
 
 @pytest.fixture
 def whole(tar_set) -> TarSet:
-    tar_set.shard("train", "ssl4eos12_shard_000001", dict.fromkeys(LAYERS, ["a_1", "a_2"]))
-    tar_set.shard("val", "ssl4eos12_shard_000009", dict.fromkeys(LAYERS, ["v_1"]))
+    tar_set.shard("train", "ssl4eos12_shard_000001", {layer: ["a_1", "a_2"] for layer in LAYERS})
+    tar_set.shard("val", "ssl4eos12_shard_000009", {layer: ["v_1"] for layer in LAYERS})
     return tar_set
 
 
@@ -75,7 +75,10 @@ def test_radar_goes_into_the_pass_of_its_local_time(tar_set):
 
 def test_radar_without_a_time_says_what_to_do(tar_set):
     tar_set.shard("train", "one", {"S2L2A": ["a"], "S1GRD": ["a"]}, time_ns=[0])
-    with open_source(tar_set.root, "terramesh") as source, pytest.raises(SourceError, match="tile a .*sentinel1.*orbit=asc"):
+    with (
+        open_source(tar_set.root, "terramesh") as source,
+        pytest.raises(SourceError, match=r"tile a .*sentinel1.*orbit=asc"),
+    ):
         source.read_tile(0)
 
 

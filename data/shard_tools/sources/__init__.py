@@ -6,6 +6,7 @@ from pathlib import Path
 from mpmae.errors import SourceError
 from mpmae.shard_tools.source import MMEarthSource
 from mpmae.shard_tools.sources.options import Options
+from mpmae.shard_tools.sources.ssl4eo import open_ssl4eo
 from mpmae.shard_tools.sources.terramesh import TerraMeshSource
 from mpmae.shard_tools.tile_source import TileSource
 
@@ -20,6 +21,7 @@ def _open_mmearth(path: Path, options: Mapping[str, str]) -> TileSource:
 FORMATS: dict[str, Callable[[Path, Mapping[str, str]], TileSource]] = {
     "mmearth": _open_mmearth,
     "terramesh": TerraMeshSource,
+    "ssl4eo": open_ssl4eo,
 }
 
 

@@ -218,11 +218,13 @@ class ZarrSource(ImageSource):
         raise NotImplementedError
 
 
-def probe_layer(where: str, name: str, archive: ZarrZip, sample: Sample, options: ZarrOptions) -> Layer:
-    """The layer of a modality from its first sample; SourceError for bands or values that are not known."""
+def probe_layer(
+    where: str, name: str, file_bands: Sequence[str] | None, num_file_bands: int, dtype: np.dtype, options: ZarrOptions
+) -> Layer:
+    """The layer of a modality from its first file; SourceError for bands or a dtype that are not known."""
     orbit = "" if options.orbit == "time" else options.orbit
     try:
-        return make_layer(name, archive.texts("band"), sample.values.shape[1], sample.values.dtype, orbit)
+        return make_layer(name, file_bands, num_file_bands, dtype, orbit)
     except ValueError as error:
         raise SourceError(f"{where}, {name}: {error}") from error
 

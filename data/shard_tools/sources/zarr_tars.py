@@ -56,7 +56,7 @@ class Members:
         return np.concatenate(self.tar), np.concatenate(self.offset), np.concatenate(self.size)
 
 
-class _Tally:
+class Tally:
     """What has no counterpart in another layer, counted, with a few examples."""
 
     def __init__(self, join: str):
@@ -69,16 +69,19 @@ class _Tally:
         self._found: dict[tuple[str, str], tuple[int, list[str]]] = {}
 
     def add(self, what: str, name: str, items: list[str]) -> None:
+        """Count `items` of layer `name`."""
         num, some = self._found.get((what, name), (0, []))
         self._found[what, name] = num + len(items), [*some, *items[: NUM_EXAMPLES + 1]][: NUM_EXAMPLES + 1]
 
     def add_samples(self, name: str, shard: str, lacking: np.ndarray, keys: np.ndarray, main: np.ndarray) -> None:
-        orphans = keys[_positions(keys, main) < 0]
+        """Count the samples of a shard that layer `name` lacks, and those of its `keys` that Sentinel-2 (`main`) lacks."""
+        orphans = keys[~np.isin(keys, main)]
         for what, some in (("samples", lacking), ("orphans", orphans)):
             if len(some):
                 self.add(what, name, [f"{key.decode(errors='replace')} of {shard}" for key in some])
 
     def notes(self) -> list[str]:
+        """A line per layer and kind of gap."""
         return [
             self._texts[what].format(name=name, num=num, examples=examples(some))
             for (what, name), (num, some) in self._found.items()
@@ -113,7 +116,7 @@ class ZarrTarSource(ZarrSource):
         """Fills `_keys`, `_split_of` and `_members`; what has no counterpart comes back as notes."""
         found = {name: Members() for name in folders.modalities}
         keys, split_of, problems = [], [], []
-        tally = _Tally(options.join)
+        tally = Tally(options.join)
         for number, (split, layers) in enumerate(folders.by_split.items()):
             for shard, indices in self._scan_shards(layers, problems):
                 main = indices["sentinel2"][1]
@@ -177,7 +180,8 @@ class ZarrTarSource(ZarrSource):
         try:
             with ZarrZip(self._bytes(name, image)) as archive:
                 sample = read_sample(archive)
-                return probe_layer(where, name, archive, sample, options), sample
+                layer = probe_layer(where, name, archive.texts("band"), sample.values.shape[1], sample.values.dtype, options)
+                return layer, sample
         except UnreadableError as error:
             raise SourceError(f"{where}: {error}; download the file again") from error
 

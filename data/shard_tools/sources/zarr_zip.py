@@ -22,18 +22,17 @@ class ZarrZip:
 
     def __init__(self, data: bytes | Path):
         zarr = _zarr()
-        self._store = None
         try:
             if isinstance(data, Path):
-                self._store = zarr.storage.ZipStore(data, mode="r")
+                store = zarr.storage.ZipStore(data, mode="r")
             else:
                 with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                    members = {name: zarr.buffer.cpu.Buffer.from_bytes(archive.read(name)) for name in archive.namelist()}
-                self._store = zarr.storage.MemoryStore(members, read_only=True)
-            self._group = zarr.open_group(self._store, mode="r")
+                    members = {n: zarr.buffer.cpu.Buffer.from_bytes(archive.read(n)) for n in archive.namelist()}
+                store = zarr.storage.MemoryStore(members, read_only=True)
+            self._group = zarr.open_group(store, mode="r")
         except Exception as error:  # damaged bytes fail anywhere: in the zip, in the JSON, inside zarr
-            self.close()
             raise UnreadableError(f"not a whole zarr zip ({said(error)})") from error
+        self._store = store
 
     def __enter__(self) -> "ZarrZip":
         return self
@@ -43,8 +42,7 @@ class ZarrZip:
 
     def close(self) -> None:
         """Close the file."""
-        if self._store is not None:
-            self._store.close()
+        self._store.close()
 
     def __contains__(self, name: str) -> bool:
         return name in self._group
@@ -52,6 +50,10 @@ class ZarrZip:
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of an array."""
         return self._array(name).shape
+
+    def chunks(self, name: str) -> tuple[int, ...]:
+        """Shape of its chunks, the least that is read."""
+        return self._array(name).chunks
 
     def dtype(self, name: str) -> np.dtype:
         """Its dtype."""
