@@ -93,3 +93,42 @@ class TarSet:
 
 def rows_by_id(source) -> dict[str, int]:
     return {source.read_tile(row, ["sentinel2"]).tile_id.decode(): row for row in range(source.num_tiles)}
+
+
+def geotiff(
+    path: Path | None,
+    values: np.ndarray,
+    descriptions=(),
+    nodata: float | None = None,
+    taken: str = "",
+    pixel_m: float = 10.0,
+    crs: str | None = "EPSG:32632",
+) -> bytes:
+    """A GeoTIFF of `values` [F, H, W] in UTM zone 32, upper left corner at longitude 9, latitude 45.15."""
+    import rasterio
+    from rasterio.io import MemoryFile
+    from rasterio.transform import from_origin
+
+    profile = {
+        "driver": "GTiff",
+        "height": values.shape[1],
+        "width": values.shape[2],
+        "count": len(values),
+        "dtype": values.dtype.name,
+        "nodata": nodata,
+        "compress": "deflate",
+        "crs": rasterio.crs.CRS.from_string(crs) if crs else None,
+        "transform": from_origin(500_000, 5_000_000, pixel_m, pixel_m),
+    }
+    with MemoryFile() as memory:
+        with memory.open(**profile) as file:
+            file.write(values)
+            for i, text in enumerate(descriptions, 1):
+                file.set_band_description(i, text)
+            if taken:
+                file.update_tags(TIFFTAG_DATETIME=taken)
+        data = bytes(memory.getbuffer())
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return data

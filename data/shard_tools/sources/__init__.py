@@ -5,6 +5,8 @@ from pathlib import Path
 
 from mpmae.errors import SourceError
 from mpmae.shard_tools.source import MMEarthSource
+from mpmae.shard_tools.sources.geotiff import GeoTiffSource
+from mpmae.shard_tools.sources.major_tom import MajorTomSource
 from mpmae.shard_tools.sources.options import Options
 from mpmae.shard_tools.sources.ssl4eo import open_ssl4eo
 from mpmae.shard_tools.sources.terramesh import TerraMeshSource
@@ -22,6 +24,8 @@ FORMATS: dict[str, Callable[[Path, Mapping[str, str]], TileSource]] = {
     "mmearth": _open_mmearth,
     "terramesh": TerraMeshSource,
     "ssl4eo": open_ssl4eo,
+    "geotiff": GeoTiffSource,
+    "major_tom": MajorTomSource,
 }
 
 
