@@ -44,7 +44,7 @@ def test_tiles_hold_what_the_files_held(folder):
         dem[dem == -9999] = -np.inf
         np.testing.assert_array_equal(tile.values["dem"], dem)
         assert np.isneginf(source.read_tile(rows["coast"]).values["dem"]).all()
-        assert "dem: 1 images have none (coast); their tiles lack it" in source.notes
+        assert "dem: 1 images have none (coast); their tiles lack it" in source.notes()
 
 
 @pytest.mark.parametrize("side", [8, 7])

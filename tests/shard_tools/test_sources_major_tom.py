@@ -68,7 +68,7 @@ def test_cells_are_cut_and_brought_to_one_grid(core, side):
                     for band, ours in zip(("B02", "B05", "B8A", "B09"), tile.values["sentinel2"], strict=True):
                         np.testing.assert_array_equal(ours, values[cell, band][window])
                     np.testing.assert_array_equal(tile.values["dem"][0], values[cell, "DEM"][window])
-        assert any("6 px" in note for note in source.notes) == (side == 10)
+        assert any("6 px" in note for note in source.notes()) == (side == 10)
 
 
 def test_radar_in_decibels_by_pass_and_missing_cells(core):
@@ -84,7 +84,7 @@ def test_radar_in_decibels_by_pass_and_missing_cells(core):
                 np.testing.assert_allclose(ours[valid], 10 * np.log10(linear[valid]), rtol=1e-5)
             assert np.isneginf(np.delete(radar, filled, axis=0)).all()
         assert np.isneginf(source.read_tile(rows[CELLS[1]]).values["sentinel1_rtc"]).all()
-        assert "sentinel1_rtc: 2 cells have none (0U_199R, 451U_946L); their tiles lack it" in source.notes
+        assert "sentinel1_rtc: 2 cells have none (0U_199R, 451U_946L); their tiles lack it" in source.notes()
 
 
 def test_place_and_month(core):
@@ -115,7 +115,7 @@ def test_the_sentinel2_folder_alone_and_repeated_cells(core):
     with open_source(root / "Core-S2L2A", "major_tom", {"tile_size_px": "36"}) as source:
         assert source.pixels == ("sentinel2",)
         assert source.num_tiles == 4
-        assert "sentinel2: 3 rows of cells that came before; they are left out" in source.notes
+        assert "sentinel2: 3 rows of cells that came before; they are left out" in source.notes()
 
 
 def test_damage_names_tile_and_modality(core):

@@ -71,8 +71,8 @@ def test_places_without_counterpart(tmp_path, chunk_files):
     write_chunk_file(root, "S1GRD", s1[:2], ["vv", "vh"], ["0000009", "0099999"])
     with open_source(root, "ssl4eo") as source:
         assert {key.partition("_")[0] for key in rows_by_id(source)} == {"0000009"}
-        assert any("2 samples with Sentinel-2 have none (0080717 of" in note for note in source.notes)
-        assert any("1 samples have no Sentinel-2 (0099999 of" in note for note in source.notes)
+        assert any("2 samples with Sentinel-2 have none (0080717 of" in note for note in source.notes())
+        assert any("1 samples have no Sentinel-2 (0099999 of" in note for note in source.notes())
 
 
 def test_tars_with_seasons_and_a_static_layer(tmp_path):

@@ -89,15 +89,17 @@ def test_a_layer_that_a_shard_lacks_is_no_data(tar_set):
         tile = source.read_tile(rows_by_id(source)["m"])
         assert not source.no_data("sentinel1").valid(tile.values["sentinel1"]).any()
         assert source.no_data("sentinel1_rtc").valid(tile.values["sentinel1_rtc"]).mean() == 0.5
-        assert any("sentinel1_rtc: no tar for 1 shards (train/ssl4eos12_shard_000794.tar)" in note for note in source.notes)
+        assert any(
+            "sentinel1_rtc: no tar for 1 shards (train/ssl4eos12_shard_000794.tar)" in note for note in source.notes()
+        )
 
 
 def test_samples_without_a_counterpart_are_counted(tar_set):
     tar_set.shard("train", "x", {"S2L2A": ["a", "b", "c"], "DEM": ["a", "c", "z"]})
     with open_source(tar_set.root, "terramesh") as source:
         assert set(rows_by_id(source)) == {"a", "c"}
-        assert "dem: 1 samples with Sentinel-2 have none (b of x.tar); they are left out" in source.notes
-        assert "dem: 1 samples have no Sentinel-2 (z of x.tar); they are left out" in source.notes
+        assert "dem: 1 samples with Sentinel-2 have none (b of x.tar); they are left out" in source.notes()
+        assert "dem: 1 samples have no Sentinel-2 (z of x.tar); they are left out" in source.notes()
         np.testing.assert_array_equal(source.read_tile(rows_by_id(source)["c"]).values["dem"], tar_set.values["c", "DEM"][0])
     with open_source(tar_set.root, "terramesh", {"join": "sentinel2"}) as source:
         rows = rows_by_id(source)
@@ -116,7 +118,7 @@ def test_images_are_cut_into_tiles(whole, tile_size_px):
             whole.values["a_1", "LULC"][0][:, top : top + tile_size_px, left : left + tile_size_px],
         )
         assert len(source.splits["val"]) == 9
-        edge = [note for note in source.notes if "dropped" in note]
+        edge = [note for note in source.notes() if "dropped" in note]
         assert len(edge) == (tile_size_px == 7)
         if edge:
             assert "3 px at the right and 3 px at the lower edge" in edge[0]

@@ -65,10 +65,7 @@ class Place:
 
 
 class ImageSource:
-    """A `TileSource` over images; subclasses give `_read` and `_place`.
-
-    notes: what a reader should know of the source, such as pixels dropped at the edges; a line each.
-    """
+    """A `TileSource` over images; subclasses give `_read` and `_place`."""
 
     def __init__(
         self,
@@ -99,7 +96,7 @@ class ImageSource:
         self._cuts = np.broadcast_to(images.sizes_px // tile_size_px, (len(images.keys), 2))
         self._starts = np.concatenate([[0], np.cumsum(self._cuts.prod(axis=1) * images.moments)])
         self.num_tiles = int(self._starts[-1])
-        self.notes = (*notes, *_edge_notes(images.sizes_px, tile_size_px))
+        self._notes = (*notes, *_edge_notes(images.sizes_px, tile_size_px))
         self._check()
         self.splits = self._split_rows()
         described = json.dumps([content, self.num_tiles, self.pixels], sort_keys=True)
@@ -140,6 +137,10 @@ class ImageSource:
 
     def close(self) -> None:
         """Let go of the files; the adapters here hold none open between reads."""
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of the source, such as samples without a counterpart or pixels dropped; a line each."""
+        return self._notes
 
     def no_data(self, name: str) -> NoData:
         """How modality `name` writes absent values."""
