@@ -104,6 +104,9 @@ def test_heavy_packages_have_one_door():
     assert importers_of("nvidia") <= {"mpmae.loader.dali"}
     assert importers_of("triton") <= {"mpmae.kernels.unfilter.triton"}
     assert not importers_of("timm")
+    assert importers_of("zarr") <= {"mpmae.shard_tools.sources.zarr_zip"}
+    assert importers_of("rasterio") <= {"mpmae.shard_tools.sources.rasters"}
+    assert importers_of("pyarrow") <= {"mpmae.shard_tools.sources.major_tom"}
 
 
 def test_nothing_imports_the_integrations():
@@ -125,6 +128,12 @@ def test_launch_files_shadow_no_module():
     for path in (REPO / "launch").glob("*.py"):
         assert path.stem not in standard
         assert path.stem not in {"mpmae", "torch", "deepspeed", "numpy", "wandb", "rich", "h5py", "lz4", "yaml"}
+
+
+def test_the_sources_need_their_packages_only_when_a_set_is_read():
+    names = ("zarr", "rasterio", "pyarrow")
+    code = f"import sys, mpmae.shard_tools.sources; sys.exit(any(name in sys.modules for name in {names}))"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_shard_tools_run_without_torch():
