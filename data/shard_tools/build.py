@@ -21,7 +21,7 @@ import numpy as np
 
 from mpmae.counter_rng import Stream, random_bits
 from mpmae.errors import ShardError, SourceError
-from mpmae.files import sync, write_whole
+from mpmae.files import TEMP_SUFFIX, sync, write_whole
 from mpmae.modalities import MODALITIES
 from mpmae.shard_codecs import encode_pixels
 from mpmae.shard_format import (
@@ -152,12 +152,18 @@ class _Build:
     def run(self) -> Manifest:
         if self.options.resume and (self.folder / MANIFEST_NAME).is_file():
             return self._finished_set()
-        if self.options.resume and output.own_files(self.folder):
+        if self.options.resume and self._is_begun():
             self._resume()
         else:
             self._begin()
         skipped = [tile for split in self.orders for tile in self._write(split)]
         return self._finish(skipped)
+
+    def _is_begun(self) -> bool:
+        with self._disk_errors(JOURNAL_NAME):
+            # Left by a build that was killed before anything else was written.
+            (self.folder / (JOURNAL_NAME + TEMP_SUFFIX)).unlink(missing_ok=True)
+        return bool(output.own_files(self.folder))
 
     def _finished_set(self) -> Manifest:
         manifest = load_manifest(self.folder)

@@ -34,10 +34,12 @@ def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
         os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
         yield
     finally:
-        # Removed while it is held: who waits for it finds another file under the name and tries again.
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
-        os.close(descriptor)
+        try:
+            # Removed while it is held: who takes it meanwhile finds that it has no name any more, and tries again.
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(descriptor)
         if is_new:
             with suppress(OSError):
                 folder.rmdir()

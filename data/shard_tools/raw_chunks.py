@@ -159,7 +159,9 @@ def _inflate(data: bytes, num_bytes: int) -> bytes:
         result = stream.decompress(data, num_bytes + 1)
     except (zlib.error, inflater.error) as error:
         raise ChunkError(f"bad deflate data: {error}") from error
-    if len(result) <= num_bytes and not stream.eof:
+    if len(result) > num_bytes:
+        raise ChunkError(f"its deflate data gives more than the {num_bytes} bytes of a row")
+    if not stream.eof:
         raise ChunkError(f"its deflate data is cut off after {len(result)} of {num_bytes} bytes")
     return result
 
