@@ -20,7 +20,7 @@ from loader_peers import (
 )
 from loader_work import SEED, Batches, Case, Loaded, Views, Work, prepare
 
-from mpmae.loader import CpuLoader, ShardReader, TrainOrder, plan_batches
+from mpmae.loader import CpuLoader, ExactOrder, ShardReader, TrainOrder, plan_batches
 from mpmae.modalities import TARGETS
 from mpmae.shard_tools.build import build
 
@@ -57,7 +57,7 @@ def open_dali(device_id: int | None, device_budget_bytes: int = 0) -> Callable[.
 
 def training_batches(loader: Any, reader: ShardReader, batch_size: int) -> Batches:
     """One rank's batches without end; our epochs follow on without a start of their own."""
-    order = TrainOrder(len(reader), batch_size, SEED)
+    order = TrainOrder(ExactOrder(len(reader)), batch_size, SEED)
     rows = torch.from_numpy(reader.index["row"].astype(np.int64))
     for _, batch in loader.training(order, plan_batches(batch_size, None, 1), 0, 0):
         yield Loaded(rows[batch.sample_ids.cpu()], batch.values, batch.valid)

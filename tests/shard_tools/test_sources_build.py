@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mpmae
-from mpmae.loader import CpuLoader, ShardReader, TrainOrder, plan_batches
+from mpmae.loader import CpuLoader, ExactOrder, ShardReader, TrainOrder, plan_batches
 from mpmae.modalities import ALL_TARGETS, MODALITIES
 from mpmae.shard_tools.build import build_from
 from mpmae.shard_tools.cli import main
@@ -89,7 +89,7 @@ def test_terramesh_becomes_shards_that_a_model_trains_on(terramesh_shards):
     assert targets == ["sentinel2", "sentinel1", "lat", "lon", "month", "sentinel1_rtc", "dem", "ndvi", "lulc"]
     assert set(manifest.band_stats) == {"sentinel2_l2a", "sentinel2_rgb", *targets} - {"sentinel2", "lulc"}
     loader = CpuLoader(reader, targets, 24, seed=0)
-    order = TrainOrder(len(reader), 8, seed=0)
+    order = TrainOrder(ExactOrder(len(reader)), 8, seed=0)
     batch = next(b for _, b in itertools.islice(loader.training(order, plan_batches(8, None, 1), 0, 0), 1))
     assert batch.values["sentinel2"].shape == (8, 12, 24, 24)
     bands = {entry.name: entry.bands for entry in manifest.pixels}
