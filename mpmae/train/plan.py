@@ -104,9 +104,10 @@ def show_plan(console: Console, config: RunConfig, plan: RunPlan, manifest: Mani
     table.add_row(
         "data",
         f"{config.data.shards}: {order.num_samples:,} training samples in {len(train_shards)} shards, "
-        f"{sum(s.num_bytes for s in train_shards) / 1e6:,.1f} MB; every rank reads from all of them",
+        f"{sum(s.num_bytes for s in train_shards) / 1e6:,.1f} MB",
     )
-    table.add_row("order", f"window of {config.data.window_shards} shards" if config.data.order == "window" else "exact")
+    windowed = f"windows of {config.data.window_shards} shards; every rank reads from those of the window"
+    table.add_row("order", windowed if config.data.order == "window" else "exact; every rank reads from all shards")
     table.add_row(
         "batch",
         f"{batch.global_batch_size} = {batch.micro_batch_size} per micro step x {batch.num_micro_steps} micro steps "
