@@ -69,7 +69,7 @@ def _quantisation_problems(field: str, entry: "PixelEntry") -> Iterator[str]:
     if _DTYPE_KINDS.get(entry.dtype) != "f":
         yield f"{field}.quantisation: of {entry.dtype!r}, expected floats"
     for quantity, value in entry.quantisation:
-        if not 0 < value < float("inf"):
+        if not 0 < value < math.inf:
             yield f"{field}.quantisation.{quantity}: {value}, expected a number above 0"
 
 

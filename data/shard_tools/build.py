@@ -4,7 +4,7 @@ The samples of each split are shuffled as a whole by a permutation that is a pur
 same source and options give the same bytes, with any number of workers and however often the build was interrupted. Format:
 `mpmae.shard_format`.
 
-Memory: below 2 GB at any size of MMEarth, since tiles pass through: 0.5 KB a tile of the source (1.2 million tiles: 0.6 GB)
+Memory: below 2 GB at any size of MMEarth, since tiles pass through: 0.6 KB a tile of the source (1.2 million tiles: 0.7 GB)
 and at most 12 tiles a worker in flight, of up to a few MB each.
 """
 

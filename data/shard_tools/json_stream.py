@@ -12,6 +12,7 @@ from typing import Any
 
 WINDOW_BYTES = 1 << 20
 MAX_ENTRY_CHARS = 1 << 26
+SHOWN_CHARS = 20
 _SPACES = " \t\n\r"
 _AFTER_VALUE = tuple(_SPACES + ":,}")
 
@@ -84,7 +85,9 @@ class _Parser:
         self._start += 1
 
     def _error(self, expected: str) -> ValueError:
-        found = repr(self._text[self._start : self._start + 20]) if self._next_char() else "nothing"
+        while len(self._text) - self._start < SHOWN_CHARS and self._grow():
+            pass
+        found = repr(self._text[self._start : self._start + SHOWN_CHARS]) if self._next_char() else "nothing"
         return ValueError(f"expected {expected}, found {found}")
 
     def _value(self) -> Any:

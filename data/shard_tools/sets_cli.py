@@ -1,6 +1,7 @@
 """The commands that make shard sets, or their indices, from shard sets: merge, subset and index."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from mpmae.errors import ShardError
@@ -154,7 +155,7 @@ def add_index(commands) -> None:
 def _run_index(args: argparse.Namespace) -> int:
     report = rebuild_indices(args.shards, args.source, args.workers, progress=True)
     for problem in report.problems:
-        print(f"problem: {problem}", flush=True)
+        print(f"problem: {problem}", file=sys.stderr)
     made = ", ".join(report.made) if report.made else "nothing"
     print(f"made {made}; {len(report.problems):,} problems: {args.shards}")
     return 1 if report.problems else 0

@@ -35,7 +35,7 @@ class MMEarthSource:
     `modalities` limits what is checked and read (None: every known modality of the file). With `need_band_stats` False the
     band statistics are neither needed nor read. Raises SourceError with every problem of the folder at once.
 
-    Memory: about 0.3 KB a tile once it is open, up to 0.5 KB while it is opened (1.2 million tiles: 0.6 GB).
+    Memory: at most 0.6 KB a tile, chunk addresses among it (1.2 million tiles: 0.7 GB).
 
     pixels, scalars: names of the pixel and of the tile modalities, in the order of `mpmae.modalities`.
     bands: per pixel modality its C band names.
