@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Every imported name, also those inside functions; `from a import b` gives `a.b`."""
     names = set()
@@ -105,6 +107,7 @@ def test_heavy_packages_have_one_door():
     assert importers_of("triton") <= {"mpmae.kernels.unfilter.triton"}
     assert not importers_of("timm")
     assert importers_of("zarr") <= {"mpmae.shard_tools.sources.zarr_zip"}
+    assert importers_of("numcodecs") <= {"mpmae.shard_tools.sources.zarr_v2"}
     assert importers_of("rasterio") <= {"mpmae.shard_tools.sources.rasters"}
     assert importers_of("pyarrow") <= {"mpmae.shard_tools.sources.major_tom"}
 
@@ -131,7 +134,7 @@ def test_launch_files_shadow_no_module():
 
 
 def test_the_sources_need_their_packages_only_when_a_set_is_read():
-    names = ("zarr", "rasterio", "pyarrow")
+    names = ("zarr", "numcodecs", "rasterio", "pyarrow")
     code = f"import sys, mpmae.shard_tools.sources; sys.exit(any(name in sys.modules for name in {names}))"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 

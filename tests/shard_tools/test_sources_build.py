@@ -141,7 +141,10 @@ def test_the_adapter_of_the_docs(repo, tmp_path):
         adapter(tmp_path / "tiles")
 
 
-def test_the_docs_list_every_format_and_option(repo):
-    text = (repo / "docs/new_source.md").read_text()
-    for name in FORMATS:
-        assert f"| `{name}` |" in text
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_docs_list_the_options_of_every_format(repo, tmp_path, name):
+    with pytest.raises(mpmae.errors.SourceError, match="unknown option 'x'") as caught:
+        open_source(tmp_path, name, {"x": "1", "tile_size_px": "1"} if name == "major_tom" else {"x": "1"})
+    known = re.search(r"knows (.*)", str(caught.value))[1].replace("none", "").replace("bands_NAME", "bands_MODALITY")
+    row = next(line for line in (repo / "docs/new_source.md").read_text().splitlines() if line.startswith(f"| `{name}` |"))
+    assert set(re.findall(r"`(\w+)`", row.split("|")[3])) == set(filter(None, known.split(", ")))

@@ -202,12 +202,12 @@ def test_damaged_samples_name_tile_and_modality(whole, key, when):
     data[start + 60 : start + 1500] = b"\x55" * 1440
     path.write_bytes(data)
     if when == "opened":
-        with pytest.raises(SourceError, match=r"DEM/ssl4eos12_shard_000001\.tar, a_1: not a whole zarr zip"):
+        with pytest.raises(SourceError, match=r"DEM/ssl4eos12_shard_000001\.tar, a_1: no usable array bands"):
             open_source(whole.root, "terramesh")
         return
     with open_source(whole.root, "terramesh") as source:
         row = rows_by_id(source)["a_2"]
-        with pytest.raises(SourceError, match=r"tile a_2 \(row 1\), dem: not a whole zarr zip"):
+        with pytest.raises(SourceError, match=r"tile a_2 \(row 1\), dem: no usable array bands"):
             source.read_tile(row)
         assert source.read_tile(row, ["sentinel2"]).tile_id == b"a_2"
 
@@ -286,5 +286,7 @@ def test_unknown_formats_and_folders(tmp_path):
 
 
 def test_mmearth_is_a_format_too(source_32):
-    with open_source(source_32, "mmearth", {"modalities": "sentinel2,aster"}) as source:
-        assert source.pixels == ("sentinel2", "aster")
+    with open_source(source_32, "mmearth") as source:
+        assert {"sentinel2", "aster"} < set(source.pixels)
+    with pytest.raises(SourceError, match="unknown option 'orbit'; mmearth knows none"):
+        open_source(source_32, "mmearth", {"orbit": "asc"})

@@ -14,10 +14,8 @@ from mpmae.shard_tools.tile_source import TileSource
 
 
 def _open_mmearth(path: Path, options: Mapping[str, str]) -> TileSource:
-    read = Options("mmearth", options)
-    modalities = read.names("modalities")
-    read.check()
-    return MMEarthSource(path, modalities)
+    Options("mmearth", options).check()
+    return MMEarthSource(path)
 
 
 FORMATS: dict[str, Callable[[Path, Mapping[str, str]], TileSource]] = {

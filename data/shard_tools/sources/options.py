@@ -55,7 +55,7 @@ class Options:
         """SourceError with every unknown option and unusable value."""
         known = [key for key in dict.fromkeys(self._known) if key not in self._given or "NAME" not in key]
         unknown = [key for key in self._given if key not in self._known]
-        problems = [f"unknown option {key!r}; {self._format} knows {', '.join(known)}" for key in unknown]
+        problems = [f"unknown option {key!r}; {self._format} knows {', '.join(known) or 'none'}" for key in unknown]
         if problems or self.problems:
             raise SourceError([f"--format {self._format}: {problem}" for problem in (*problems, *self.problems)])
 

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from mpmae.errors import SourceError
 from mpmae.shard_tools.sources.foreign import UnreadableError, missing_package, said
+from mpmae.shard_tools.sources.zarr_v2 import V2Array
 
 _UNITS_NS = {"days": 86_400 * 10**9, "hours": 3_600 * 10**9, "minutes": 60 * 10**9, "seconds": 10**9}
 _UNITS_NS |= {"milliseconds": 10**6, "microseconds": 10**3, "nanoseconds": 1}
@@ -17,22 +19,25 @@ _UNITS_NS |= {"milliseconds": 10**6, "microseconds": 10**3, "nanoseconds": 1}
 class ZarrZip:
     """A zipped group, given as bytes or as the path of a file; arrays are read as they are asked for.
 
-    Raises UnreadableError for anything that does not read; SourceError where zarr is not installed.
+    Format 2 is read by `zarr_v2`, format 3 by zarr. Raises UnreadableError for anything that does not read; SourceError
+    where the package needed is not installed.
     """
 
     def __init__(self, data: bytes | Path):
-        zarr = _zarr()
+        self._arrays: dict[str, Any] = {}
         try:
-            if isinstance(data, Path):
-                store = zarr.storage.ZipStore(data, mode="r")
-            else:
-                with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                    members = {n: zarr.buffer.cpu.Buffer.from_bytes(archive.read(n)) for n in archive.namelist()}
-                store = zarr.storage.MemoryStore(members, read_only=True)
-            self._group = zarr.open_group(store, mode="r")
+            self._zip = zipfile.ZipFile(data if isinstance(data, Path) else io.BytesIO(data))
+            self._names = set(self._zip.namelist())
+            self._group = None if ".zgroup" in self._names else self._open_v3()
+        except SourceError:
+            raise
         except Exception as error:  # damaged bytes fail anywhere: in the zip, in the JSON, inside zarr
             raise UnreadableError(f"not a whole zarr zip ({said(error)})") from error
-        self._store = store
+
+    def _open_v3(self):
+        zarr = _zarr()
+        members = {name: zarr.buffer.cpu.Buffer.from_bytes(self._zip.read(name)) for name in self._names}
+        return zarr.open_group(zarr.storage.MemoryStore(members, read_only=True), mode="r")
 
     def __enter__(self) -> "ZarrZip":
         return self
@@ -42,10 +47,10 @@ class ZarrZip:
 
     def close(self) -> None:
         """Close the file."""
-        self._store.close()
+        self._zip.close()
 
     def __contains__(self, name: str) -> bool:
-        return name in self._group
+        return f"{name}/.zarray" in self._names if self._group is None else name in self._group
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of an array."""
@@ -63,7 +68,7 @@ class ZarrZip:
         """Its values at the index `where`."""
         try:
             return np.asarray(self._array(name)[where])
-        except UnreadableError:
+        except (UnreadableError, SourceError):
             raise
         except Exception as error:  # the codecs of damaged chunks raise errors of many kinds
             raise UnreadableError(f"array {name} cannot be read ({said(error)})") from error
@@ -83,8 +88,8 @@ class ZarrZip:
         """
         array = self._array(name)
         value = array.attrs.get("_FillValue")
-        if value is None and array.metadata.zarr_format == 2:
-            value = array.metadata.fill_value or None
+        if value is None and self._group is None:
+            value = array.fill_value or None
         return float(value) if isinstance(value, int | float | np.number) else None
 
     def times_ns(self, name: str, where: Any = ...) -> np.ndarray:
@@ -101,9 +106,16 @@ class ZarrZip:
 
     def _array(self, name: str):
         try:
-            return self._group[name]
+            if name not in self._arrays:
+                self._arrays[name] = V2Array(name, self._member) if self._group is None else self._group[name]
+            return self._arrays[name]
+        except (UnreadableError, SourceError):
+            raise
         except Exception as error:  # absent, or metadata that zarr cannot parse
             raise UnreadableError(f"no usable array {name} ({said(error)})") from error
+
+    def _member(self, name: str) -> bytes | None:
+        return self._zip.read(name) if name in self._names else None
 
 
 def _zarr():
