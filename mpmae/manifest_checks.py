@@ -8,7 +8,7 @@ import numpy as np
 from mpmae.modalities import MODALITIES, PRODUCT_LEVELS
 
 if TYPE_CHECKING:
-    from mpmae.shard_format import Manifest
+    from mpmae.shard_format import Manifest, PixelEntry
 
 MAX_COUNT = 2**63 - 1
 
@@ -40,9 +40,22 @@ def _modality_problems(manifest: "Manifest") -> Iterator[str]:
             yield f"{field}.shape: {list(entry.shape)}, expected sides of tile_size_px = {side}"
         if len(entry.bands) != entry.shape[0]:
             yield f"{field}.bands: {len(entry.bands)} names, expected {entry.shape[0]} as in its shape"
+        if entry.no_data.zero_row:
+            yield f"{field}.no_data.zero_row: true, expected false: maps have no one-hot rows"
+        yield from _quantisation_problems(field, entry)
     for i, entry in enumerate(manifest.scalars):
         if entry.length < 1:
             yield f"scalars.{i} ({entry.name}).length: {entry.length}, expected a number above 0"
+
+
+def _quantisation_problems(field: str, entry: "PixelEntry") -> Iterator[str]:
+    if entry.quantisation is None:
+        return
+    if not _is_number_dtype(entry.dtype, "f"):
+        yield f"{field}.quantisation: of {entry.dtype!r}, expected floats"
+    for quantity, value in entry.quantisation:
+        if not 0 < value < float("inf"):
+            yield f"{field}.quantisation.{quantity}: {value}, expected a number above 0"
 
 
 def _is_number_dtype(text: str, kinds: str) -> bool:

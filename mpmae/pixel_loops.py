@@ -1,18 +1,27 @@
 """The loops over pixels, compiled: the filter of the shards, both ways, and from stored bytes to a batch.
 
-Compiled when first called with a dtype, kept in numba's cache (beside this file, or in the user's cache folder where that
-cannot be written), and run without the interpreter's lock. Slices, not sums of indices, go into the inner loops: LLVM
-vectorises only what provably starts at 0. Unsigned indices serve where a slice a row would cost more than the row.
+Compiled when first called with a dtype (about a second each), kept in numba's cache (beside this file, or in the user's
+cache folder where that cannot be written), and run without the interpreter's lock. Slices, not sums of indices, go into the
+inner loops: LLVM vectorises only what provably starts at 0. Unsigned indices serve where a slice a row would cost more than
+the row.
 
 Shapes: C bands, P tile side, H image side (pixels), B bytes of a word, W words of an array.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 from numba import njit
 
 from mpmae.shard_format import QUANTISED_MINUS_INF, QUANTISED_NAN, QUANTISED_PLUS_INF
 
-_compiled = njit(nogil=True, cache=True, error_model="numpy")
+
+def _compiled(function: Callable) -> Callable:
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder to keep it in can be written: every process compiles for itself
+        return njit(**options)(function)
 
 
 def delta_planes(values: np.ndarray) -> np.ndarray:
@@ -105,12 +114,11 @@ def normalise_maps(stored, plain, filtered, step, views, levels, mean, std, code
                 target = ((i * num_bands + c) * size + (size - 1 - y if vflip else y)) * size
                 if step != 0:
                     _dequantise(block, start, size, step, hflip, row)
-                    _normalise(row, 0, size, band_mean, band_std, codes, check_finite, flat_values, flat_valid, target)
                 elif hflip:
                     _reverse(block, start, size, row)
-                    _normalise(row, 0, size, band_mean, band_std, codes, check_finite, flat_values, flat_valid, target)
                 else:
-                    _normalise(block, start, size, band_mean, band_std, codes, check_finite, flat_values, flat_valid, target)
+                    _copy(block, start, size, row)
+                _normalise(row, size, band_mean, band_std, codes, check_finite, flat_values, flat_valid, target)
 
 
 @_compiled
@@ -137,37 +145,36 @@ def class_maps(stored, plain, filtered, step, views, lookup, room, values, valid
                 target = ((i * num_bands + c) * size + (size - 1 - y if vflip else y)) * size
                 if step != 0:
                     _dequantise(block, start, size, step, hflip, row)
-                    _look_up(row, 0, size, lookup, flat_values, flat_valid, target)
                 elif hflip:
                     _reverse(block, start, size, row)
-                    _look_up(row, 0, size, lookup, flat_values, flat_valid, target)
                 else:
-                    _look_up(block, start, size, lookup, flat_values, flat_valid, target)
+                    _copy(block, start, size, row)
+                _look_up(row, size, lookup, flat_values, flat_valid, target)
 
 
 @_compiled
-def _normalise(raw, start, size, mean, std, codes, check_finite, values, valid, target):
-    start, size, target, zero = np.uint64(start), np.uint64(size), np.uint64(target), np.float32(0)
+def _normalise(raw, size, mean, std, codes, check_finite, values, valid, target):
+    size, target, zero = np.uint64(size), np.uint64(target), np.float32(0)
     for x in range(size):
-        values[target + x] = (np.float32(raw[start + x]) - mean) / std
+        values[target + x] = (np.float32(raw[x]) - mean) / std
     if check_finite:
         for x in range(size):
-            valid[target + x] = np.isfinite(raw[start + x])
+            valid[target + x] = np.isfinite(raw[x])
     else:
         for x in range(size):
             valid[target + x] = True
     for code in codes:
         for x in range(size):
-            valid[target + x] &= raw[start + x] != code
+            valid[target + x] &= raw[x] != code
     for x in range(size):
         values[target + x] = values[target + x] if valid[target + x] else zero
 
 
 @_compiled
-def _look_up(raw, start, size, lookup, values, valid, target):
-    start, size, target = np.uint64(start), np.uint64(size), np.uint64(target)
+def _look_up(raw, size, lookup, values, valid, target):
+    size, target = np.uint64(size), np.uint64(target)
     for x in range(size):
-        code = raw[start + x]
+        code = raw[x]
         class_id = lookup[np.uint64(code)] if code >= 0 and code < 256 else lookup[0]
         values[target + x] = class_id
         valid[target + x] = class_id >= 0
@@ -193,3 +200,10 @@ def _reverse(source, start, size, target):
     start, last = np.uint64(start), np.uint64(size - 1)
     for x in range(np.uint64(size)):
         target[x] = source[start + last - x]
+
+
+@_compiled
+def _copy(source, start, size, target):
+    start = np.uint64(start)
+    for x in range(np.uint64(size)):
+        target[x] = source[start + x]

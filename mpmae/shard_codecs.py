@@ -68,14 +68,15 @@ def decompress_into(entry: PixelEntry, data: bytes | memoryview, out: np.ndarray
 
 
 def _lz4_into(data: bytes | memoryview, out: np.ndarray) -> int:
-    """The number of bytes that a plain LZ4 block gives, at most len(out).
+    """How many bytes of `out` a plain LZ4 block fills.
 
-    cramjam takes a block for one with its size in front where the first four bytes can be read so. Such a block is decoded
-    by the call that never does, which does not tell how much it wrote: all of `out`, if one byte less is too little.
+    cramjam takes a block that is not one for a block with its size in front. It fills `out` only if that size is len(out);
+    then a call decides that knows plain blocks alone but does not tell how much it wrote: all, if one byte less is too
+    little.
     """
     size = len(out)
-    if len(data) < 4 or not 0 <= int.from_bytes(data[:4], "little", signed=True) <= size:
-        return cramjam.lz4.decompress_block_into(data, out)
+    if int.from_bytes(data[:4], "little") != size:
+        return cramjam.lz4.decompress_block_into(data, out, output_len=size)
     out[:] = np.frombuffer(cramjam.lz4.decompress_block(data, output_len=size), np.uint8)
     try:
         cramjam.lz4.decompress_block(data, output_len=size - 1)

@@ -50,7 +50,7 @@ class Quantisation(_Strict):
 
     Three codes stand for -inf, NaN and +inf, so that absent values survive exactly; finite values use the codes between.
     max_error: a bound of |decoded - source| over finite values, in the modality's unit: half a step, and what the rounding
-    of quotient, product and dtype can add (less than two spacings of the dtype at the end of the range).
+    of quotient, product and dtype can add (less than three spacings of the dtype at the end of the range).
     """
 
     step: float
@@ -59,12 +59,13 @@ class Quantisation(_Strict):
     @classmethod
     def of(cls, step: float, dtype: np.dtype) -> "Quantisation":
         """Counts of `step` for floats of `dtype`; ConfigError when it is not a number above 0 or not for floats."""
-        end = dtype.type(step * QUANTISED_MAX_COUNT) if dtype.kind == "f" else np.nan
+        with np.errstate(over="ignore"):  # told below
+            end = dtype.type(step * QUANTISED_MAX_COUNT) if dtype.kind == "f" else np.nan
         if not (step > 0 and np.isfinite(end)):
             raise ConfigError(
                 f"quantisation of {dtype.name} in steps of {step:g}; expected a float modality and a step above 0"
             )
-        return cls(step=step, max_error=step / 2 + 2 * float(np.spacing(end)))
+        return cls(step=step, max_error=step / 2 + 3 * float(np.spacing(end)))
 
 
 class PixelEntry(_Strict):
@@ -253,11 +254,15 @@ def pixel_entry(
 ) -> PixelEntry:
     """The manifest entry of a pixel modality: filter and no-data rule follow the dtype.
 
-    quantise_step: store floats as int16 counts of this, in the modality's unit (None: lossless). Raises ConfigError for
-    integers or a step that is no number above 0.
+    quantise_step: store floats as int16 counts of this, in the modality's unit (None: lossless). Raises ConfigError for a
+    step that is no number above 0, for integers, and where a finite value stands for no data.
     """
     dtype = np.dtype(array_dtype).newbyteorder("<")
-    quantisation = None if quantise_step is None else Quantisation.of(quantise_step, dtype)
+    quantisation, no_data = None, no_data_rule(name, dtype)
+    if quantise_step is not None:
+        quantisation = Quantisation.of(quantise_step, dtype)
+        if no_data.codes:
+            raise ConfigError(f"{name} cannot be quantised: its no-data value {no_data.codes[0]} would change")
     use_filter = codec != "raw" and (quantisation is not None or dtype.itemsize > 1)
     return PixelEntry(
         name=name,
@@ -267,7 +272,7 @@ def pixel_entry(
         bands=tuple(bands),
         codec=codec,
         filter="delta-planes" if use_filter else "none",
-        no_data=no_data_rule(name, dtype),
+        no_data=no_data,
         quantisation=quantisation,
     )
 

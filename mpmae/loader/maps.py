@@ -60,7 +60,8 @@ class ContinuousMaps(_Maps):
         super().__init__(entry)
         self._mean, self._std, self._check_finite = mean, std, no_data.non_finite
         fits = [code for code in no_data.codes if self.dtype.kind == "f" or _fits(code, self.dtype)]
-        self._codes = np.array(fits, self.dtype)
+        with np.errstate(over="ignore"):  # float16: as numpy compares
+            self._codes = np.array(fits, entry.dtype).astype(self.dtype)
 
     def fill(self, stored: np.ndarray, views: np.ndarray, levels: np.ndarray, values: np.ndarray, valid: np.ndarray) -> None:
         """Write `values` float32 and `valid` bool, [N, C, H, H], of members `stored`, uint8 [N, B], decompressed.

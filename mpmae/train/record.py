@@ -15,7 +15,7 @@ import torch
 from mpmae.config import RunConfig
 from mpmae.files import write_whole
 
-_PACKAGES = ("mpmae", "torch", "deepspeed", "numpy", "h5py", "lz4", "pydantic")
+_PACKAGES = ("mpmae", "torch", "deepspeed", "numpy", "h5py", "cramjam", "numba", "pydantic")
 
 
 def environment() -> dict[str, Any]:
