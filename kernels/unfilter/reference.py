@@ -53,28 +53,28 @@ def decode_maps(data: Tensor, offsets: Tensor, stored: StoredMaps) -> Tensor:
     data: uint8, any length. offsets: int64 [N], where each sample's map begins.
     """
     num_words, word_bytes = stored.num_bands * stored.side_px**2, stored.word_bytes
-    data_bytes = data[offsets[:, None] + torch.arange(stored.num_bytes, device=data.device)].to(torch.int64)
+    rows = torch.stack([data[start : start + stored.num_bytes] for start in offsets.tolist()])
     if stored.filtered:
-        planes = data_bytes.view(-1, word_bytes, num_words)
+        planes = rows.view(-1, word_bytes, num_words)
     else:
-        planes = data_bytes.view(-1, num_words, word_bytes).transpose(1, 2)
-    words = sum(planes[:, byte] << (8 * byte) for byte in range(word_bytes))
+        planes = rows.view(-1, num_words, word_bytes).transpose(1, 2)
+    words = sum(planes[:, byte].to(torch.int32) << (8 * byte) for byte in range(word_bytes))
     words = words.view(-1, stored.num_bands, stored.side_px, stored.side_px)
-    if stored.filtered:
-        words = torch.cumsum((words >> 1) ^ -(words & 1), dim=-1)
-    bits = 8 * word_bytes
-    if stored.dtype.startswith("u"):
-        return words & ((1 << bits) - 1)
-    signed = (words << (64 - bits)) >> (64 - bits)
+    if stored.filtered:  # in 32 bits, which wrap around; narrower words are the low bits
+        half = (words >> 1) & 0x7FFFFFFF
+        words = torch.cumsum(half ^ -(words & 1), dim=-1, dtype=torch.int32)
     if stored.step is not None:
-        values = (signed.to(torch.float64) * stored.step).to(torch.float32)
+        counts = words.to(torch.int16)
+        values = (counts.to(torch.float64) * stored.step).to(torch.float32)
         for code, value in QUANTISED_NON_FINITE.items():
-            values[signed == code] = value
+            values[counts == code] = value
         return values
     if stored.is_float:
         word_dtype, dtype = _FLOATS[stored.dtype]
-        return signed.to(word_dtype).view(dtype)
-    return signed
+        return words.to(word_dtype).view(dtype)
+    if stored.dtype.startswith("u"):
+        return words.to(torch.int64) & ((1 << (8 * word_bytes)) - 1)
+    return words.to(getattr(torch, stored.dtype)).to(torch.int64)
 
 
 def view_of(maps: Tensor, views: Tensor, out_side: int) -> Tensor:

@@ -153,7 +153,7 @@ def inflate_pipeline(device_id: int, num_bytes: dict[str, int]) -> Pipeline:
 
     Inputs: `packed` uint8 [1, bytes] on the GPU; per modality `offsets_NAME` and `sizes_NAME`, int32 [1, N], on the host.
     """
-    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1)
+    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1, exec_dynamic=True)
     with pipeline:
         packed = fn.external_source(name="packed", device="gpu", ndim=1, dtype=types.UINT8)
         outputs = []
@@ -289,7 +289,7 @@ class _CpuMaker:
 
     def _define(self, num_samples: int) -> Pipeline:
         """The pipeline: per modality values [N, C, H, H] (float32 or int64) and valid flags (uint8)."""
-        pipeline = Pipeline(num_samples, self._num_threads, device_id=None, prefetch_queue_depth=1)
+        pipeline = Pipeline(num_samples, self._num_threads, device_id=None, prefetch_queue_depth=1, exec_dynamic=True)
         side = self._img_size_px
         with pipeline:
             start = fn.external_source(name="start", ndim=1, dtype=types.INT32)
