@@ -131,7 +131,7 @@ def test_the_loader_benchmark_from_tiles_to_page(loader_work):
     import results_loader
     from loader_cases import RAW
 
-    turns = loader.Turns(loader_work, numba_cache="")
+    turns = loader.Turns(loader_work, scratch="")
     result = turns.take(RAW, num_workers=[1], seconds=0.05)
     assert loader_work.num_tiles == 120
     assert result["process_to_first_batch_s"] > result["open_to_first_batch_s"] > 0
