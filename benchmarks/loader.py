@@ -44,13 +44,14 @@ GPU_TARGET = 20_000
 
 
 class Turns:
-    """Runs cases by turns, in processes that share one folder of compiled loops, empty at first."""
+    """Runs cases by turns, in processes that share one folder of compiled loops and temporary files, empty at first."""
 
-    def __init__(self, work: Work, numba_cache: str):
+    def __init__(self, work: Work, scratch: str):
         self._work = work
         self._environment = os.environ | {
             "OMP_NUM_THREADS": "1",
-            "NUMBA_CACHE_DIR": numba_cache,
+            "NUMBA_CACHE_DIR": scratch,
+            "TMPDIR": scratch,  # mosaicml-streaming leaves lock files there
             "LITDATA_DISABLE_VERSION_CHECK": "1",  # it would ask the package index
         }
 
@@ -150,8 +151,8 @@ def run(options: argparse.Namespace, folder: Path) -> tuple[str, dict[str, Any],
             started = time.perf_counter()
             written[case.files] = folder_bytes(prepare(case, work), with_inflated=False)
             console.print(f"{case.files}: {written[case.files] / 1e6:,.0f} MB in {time.perf_counter() - started:.1f} s")
-    with tempfile.TemporaryDirectory(prefix="numba-") as numba_cache:
-        turns = Turns(work, numba_cache)
+    with tempfile.TemporaryDirectory(prefix="loader-turns-") as scratch:
+        turns = Turns(work, scratch)
         first_ever, delivered_bytes = check(cases, work, turns)
         samples, bounds = measure(cases, work, turns, options, delivered_bytes)
     tile_bytes = decoded_bytes(work.original)

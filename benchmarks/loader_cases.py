@@ -60,7 +60,8 @@ def training_batches(loader: Any, reader: ShardReader, batch_size: int) -> Batch
     order = TrainOrder(ExactOrder(len(reader)), batch_size, SEED)
     rows = torch.from_numpy(reader.index["row"].astype(np.int64))
     for _, batch in loader.training(order, plan_batches(batch_size, None, 1), 0, 0):
-        yield Loaded(rows[batch.sample_ids.cpu()], batch.values, batch.valid)
+        rows = rows.to(batch.sample_ids.device)  # looked up where the ids are: fetching them would wait for the GPU
+        yield Loaded(rows[batch.sample_ids], batch.values, batch.valid)
 
 
 HDF5 = Case("HDF5, read as the reference does", "tiles", write_hdf5, open_hdf5(True))

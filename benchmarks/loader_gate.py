@@ -26,7 +26,7 @@ def gate_problems(found: dict[str, Any], work: Work) -> list[str]:
     reader = ShardReader(work.folder / "shards-raw", "train")
     sample_of_row = np.argsort(reader.index["row"])
     loader = CpuLoader(reader, TARGETS, work.img_size_px, seed=SEED)
-    expected = loader.batch_of(sample_of_row[found["rows"].numpy()])
+    expected = loader.batch_of(sample_of_row[found["rows"].cpu().numpy()])
     problems = [f"{len(found['rows'])} tiles of {work.batch_size}"] if len(found["rows"]) != work.batch_size else []
     for part, ours in (("values", expected.values), ("valid", expected.valid)):
         for name in TARGETS:

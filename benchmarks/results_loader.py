@@ -6,6 +6,7 @@ from page import machine, plt, svg
 
 OURS, PEERS = ("#2563a8", "#6ea3d8"), ("#6b7078", "#b4b8be")  # most workers, fewer
 INK = "#30343a"
+DEFAULT = "mpmae cpu, lz4"
 LIMITS = {  # key of the record: what it is
     "copy GB/s": "copying memory",
     "copy of a sample's tensors, tiles/s": "copying a sample's tensors once",
@@ -42,6 +43,7 @@ def plot(record: dict[str, Any]) -> str:
     for label, name in zip(axes.get_yticklabels(), by_rate, strict=True):
         label.set_fontweight("bold" if cases[name]["ours"] else "normal")
     axes.set_xlim(0, longest * 1.22)
+    axes.margins(y=0.01)
     axes.set_xlabel("samples/s (median; line: p20 to p80)")
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.invert_yaxis()
@@ -67,6 +69,7 @@ def section(record: dict[str, Any], title: str = "Loading tiles", picture: str =
         "",
         table(results["cases"]),
         "",
+        *ratios(results["cases"]),
         "First batch: from the start of the process (Python and its imports included) / from the opening of the data set. "
         "MB/s are decoded bytes. A worker is a thread of ours, a process of the others'. The very first batch of mpmae's "
         f"loaders on a machine took up to {compiling:.0f} s: their loops are compiled then, and kept.",
@@ -83,6 +86,22 @@ def section(record: dict[str, Any], title: str = "Loading tiles", picture: str =
         lines.append(f"| {what} | {'' if 'GB' in key else f'{value:,.0f}'} | {f'{value:.1f}' if 'GB' in key else ''} |")
     versions = ", ".join(f"{name} {version}" for name, version in case["packages"].items() if version)
     return "\n".join([*lines, "", f"Versions: {versions}.", ""])
+
+
+def ratios(cases: dict[str, Any]) -> list[str]:
+    """How many times as fast as the others' loaders the default one is, at each number of workers, as lines of Markdown."""
+    if DEFAULT not in cases:
+        return []
+    lines = []
+    for count, ours in cases[DEFAULT]["samples_per_s"].items():
+        times = ", ".join(
+            f"{ours['median'] / case['samples_per_s'][count]['median']:.1f} x {name}"
+            for name, case in cases.items()
+            if not case["ours"]
+        )
+        if times:
+            lines += [f"{DEFAULT} with {count} worker{'s' if count != '1' else ''}: {times}.", ""]
+    return lines
 
 
 def table(cases: dict[str, Any]) -> str:

@@ -131,7 +131,7 @@ def test_the_loader_benchmark_from_tiles_to_page(loader_work):
     import results_loader
     from loader_cases import RAW
 
-    turns = loader.Turns(loader_work, numba_cache="")
+    turns = loader.Turns(loader_work, scratch="")
     result = turns.take(RAW, num_workers=[1], seconds=0.05)
     assert loader_work.num_tiles == 120
     assert result["process_to_first_batch_s"] > result["open_to_first_batch_s"] > 0
@@ -154,6 +154,8 @@ def test_the_loader_benchmark_from_tiles_to_page(loader_work):
     assert "| **mpmae cpu, raw** | 1,234 / **1,234** / 1,234 | 1,234 |" in page
     assert "Left out: litdata, raw (litdata not installed)." in page
     assert "1,234" in results_loader.plot(record)
+    slower = entry | {"ours": False, "samples_per_s": {"1": NUMBERS | {"median": 123.44}}}
+    assert results_loader.ratios({"mpmae cpu, lz4": entry, "other": slower})[0].endswith("with 1 worker: 10.0 x other.")
 
 
 def test_every_case_of_the_loader_benchmark_must_give_the_same_batch(loader_work):
