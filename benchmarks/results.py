@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import results_reshard
 from matplotlib.ticker import LogLocator
 from page import Section, machine, plt, svg
 from record import load_records
@@ -218,6 +219,7 @@ SECTIONS = (  # in the order of RESULTS.md
     Section("training step", step_section, "training-step", step_plot, "figure", readme_figure),
     Section("initial weights", init_section, "initial-weights", init_plot),
     Section("data steps", data_section, readme_mark="disk", readme=readme_disk),
+    Section("reshard", results_reshard.section, "reshard", results_reshard.plot),
 )
 
 

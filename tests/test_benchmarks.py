@@ -11,7 +11,7 @@ def benchmarks(repo, monkeypatch):
     """The benchmark scripts, importable as they import each other."""
     monkeypatch.syspath_prepend(str(repo / "benchmarks"))
     yield
-    for name in ("record", "results", "page", "init"):
+    for name in ("record", "results", "results_reshard", "reshard", "reshard_tiles", "page", "init"):
         sys.modules.pop(name, None)
 
 
@@ -116,3 +116,21 @@ def test_an_outcome_is_read_from_the_runs_folder(benchmarks, tmp_path):
     assert point["by_modality"] == {"sentinel2": 0.5, "biome": 1.5}
     assert (point["relative"], point["relative_pixel"]) == (1.0, 0.5)
     assert point["relative_total"] == pytest.approx(3.5 / 3)
+
+
+def test_reshard_measures_every_way_and_makes_a_page(benchmarks, mmearth_dir, tmp_path):
+    import reshard
+    import results_reshard
+
+    result = reshard.measure(mmearth_dir, tmp_path, num_tiles=12, rounds=2)
+    assert result["num_tiles"] == 12
+    assert {way.split()[0] for way in result["ways"]} == {"h5py", "inflate", "build"}
+    assert all(rates["tiles_per_s"]["median"] > 0 for rates in result["ways"].values())
+    table = {"num_chunks": 5, "us_per_chunk": 1.5, "bytes_per_chunk": 12}
+    case = {"page cache": "warm", "rounds": 2, "source": "gzip chunks of one tile", "megabytes": 250}
+    record = {**STEP, "what": "reshard", "case": case, "results": {"sources": {"synth": result}, "chunk_table": table}}
+    text = results_reshard.section(record)
+    assert "| build lz4, 1 worker |" in text
+    assert "CPU µs a tile: read and inflate" in text
+    assert results_reshard.plot(record).count("<svg") == 1
+    assert not list(tmp_path.iterdir())
