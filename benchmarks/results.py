@@ -13,6 +13,7 @@ from typing import Any
 
 import results_loader
 import results_order
+import results_reshard
 from matplotlib.ticker import LogLocator
 from page import Section, machine, plt, svg
 from record import load_records
@@ -225,6 +226,7 @@ SECTIONS = (  # in the order of RESULTS.md
     Section("data steps", data_section, readme_mark="disk", readme=readme_disk),
     Section("loader", results_loader.section, "loader", results_loader.plot),
     Section("loader on a GPU", gpu_loader_section, "loader-gpu", results_loader.plot),
+    Section("reshard", results_reshard.section, "reshard", results_reshard.plot),
 )
 
 

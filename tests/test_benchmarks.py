@@ -190,3 +190,21 @@ def test_the_loader_benchmark_says_what_it_leaves_out(benchmarks, monkeypatch):
     monkeypatch.setattr(loader.torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no CUDA GPU; nothing was measured"):
         loader.main()
+
+
+def test_reshard_measures_every_way_and_makes_a_page(benchmarks, mmearth_dir, tmp_path):
+    import reshard
+    import results_reshard
+
+    result = reshard.measure(mmearth_dir, tmp_path, num_tiles=12, rounds=2)
+    assert result["num_tiles"] == 12
+    assert {way.split()[0] for way in result["ways"]} == {"h5py", "inflate", "build"}
+    assert all(rates["tiles_per_s"]["median"] > 0 for rates in result["ways"].values())
+    table = {"num_chunks": 5, "us_per_chunk": 1.5, "bytes_per_chunk": 12}
+    case = {"page cache": "warm", "rounds": 2, "source": "gzip chunks of one tile", "megabytes": 250}
+    record = {**STEP, "what": "reshard", "case": case, "results": {"sources": {"synth": result}, "chunk_table": table}}
+    text = results_reshard.section(record)
+    assert "| build lz4, 1 worker |" in text
+    assert "CPU µs a tile: read and inflate" in text
+    assert results_reshard.plot(record).count("<svg") == 1
+    assert not list(tmp_path.iterdir())
