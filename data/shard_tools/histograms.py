@@ -83,7 +83,7 @@ def _panels(shard_set: ShardSet, name: str, tiles: list[Tile]) -> list[_Panel]:
     valid = np.stack([rule.valid(v) for v in values])
     levels = np.array([tile.product_level.decode(errors="replace") for tile in tiles])
     panels = []
-    for band, title in enumerate(spec.bands):
+    for band, title in enumerate(shard_set.bands(name)):
         x, kept = values[:, band], valid[:, band]
         if name == "sentinel2":
             groups = {

@@ -20,7 +20,7 @@ from mpmae.modalities import MODALITIES, NoData, no_data_rule
 from mpmae.shard_tools.source_checks import NUM_EXAMPLES, examples
 from mpmae.shard_tools.sources.foreign import UnreadableError
 from mpmae.shard_tools.sources.layers import Layer
-from mpmae.shard_tools.tile import Tile
+from mpmae.shard_tools.tile import Tile, TileError
 
 PIXEL_M = 10.0
 MAX_ID_BYTES = 100
@@ -178,9 +178,10 @@ class ImageSource:
             raise self._unreadable(row, name, error) from error
         return self._layers[name].empty(cut.side, cut.side) if values is None else values
 
-    def _unreadable(self, row: int, name: str, error: UnreadableError) -> SourceError:
-        return SourceError(
-            f"{self.where}: {self.describe(row)}, {name}: {error}; download the file again or leave the tile out"
+    def _unreadable(self, row: int, name: str, error: UnreadableError) -> TileError:
+        return TileError(
+            f"{self.where}: {self.describe(row)}, {name}: {error}; download the file again or leave the tile out",
+            modality=name,
         )
 
     def _read(self, name: str, cut: Cut) -> np.ndarray | None:
