@@ -1,4 +1,4 @@
-"""Cache tiers for stored (compressed) samples: pinned host memory and device memory over the page cache.
+"""Cache tiers for stored (compressed) samples: host memory and device memory over the page cache.
 
 A tier answers what the one below it answers, and keeps what its budget holds:
 
@@ -8,6 +8,10 @@ What a tier keeps is a fixed choice, made from the index before anything is read
 Samples are shuffled when a set is written and every order visits all of them, so any choice of that size saves the same
 reads, and no entry is ever thrown out. Everything is kept and moved in blocks of 512 bytes, tar's own grid: members keep the
 alignment that they have in the tar, and copies on the device are gathers of whole rows.
+
+Only the buffers that go to the device are pinned, one per batch and reused. The host tier's memory is not: its samples pass
+through such a buffer anyway, so that a batch is one copy, and PyTorch rounds pinned memory up to a power of two, which would
+break the budget.
 
 Shapes: N samples of a batch, n of a split, M members per sample (pixel modalities, then scalars).
 """
@@ -109,7 +113,7 @@ class _Slots:
 
 
 def _host_bytes(num_bytes: int) -> torch.Tensor:
-    """Uninitialised uint8 host memory, pinned where there is CUDA (reused by PyTorch once its copies have ended)."""
+    """Uninitialised uint8 memory to copy to the device from: pinned where there is CUDA, reused once copied."""
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
 
 
@@ -125,7 +129,7 @@ class HostTier:
         self._store = store
         self._slots = _Slots("host tier", store.index, budget_bytes, ids)
         self._sizes = span_bytes(store.index)
-        self._arena = _host_bytes(self._slots.total_blocks * BLOCK_BYTES).numpy()
+        self._arena = np.empty(self._slots.total_blocks * BLOCK_BYTES, np.uint8)
 
     def __len__(self) -> int:
         return len(self._slots.first)
