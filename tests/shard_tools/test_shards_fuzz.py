@@ -18,7 +18,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from mpmae.errors import ShardError
+from mpmae.loader import Augmentation
 from mpmae.loader.read import ShardReader
+from mpmae.loader.transform import Assembler, draw_views
+from mpmae.modalities import TARGETS
 from mpmae.shard_codecs import decode_pixels
 from mpmae.shard_format import Manifest, index_bytes, index_name, load_manifest, parse_index, parse_manifest, tar_member
 from mpmae.shard_tools.build import build
@@ -83,7 +86,7 @@ def shard_errors_that_name(name: str) -> Iterator[None]:
 
 
 def read_everything(folder: Path) -> None:
-    """Every sample through both readers."""
+    """Every sample through both readers, some through the compiled loops of the loader."""
     shard_set = ShardSet(folder)
     for _ in shard_set.tiles(None):
         pass
@@ -91,7 +94,12 @@ def read_everything(folder: Path) -> None:
         reader = ShardReader(folder, split)
         for sample_id in range(len(reader)):
             reader.sample(sample_id)
-        reader.spans(np.arange(len(reader)))
+        if len(reader):
+            ids = np.arange(min(len(reader), 4))
+            size_px = min(reader.manifest.tile_size_px, 12)
+            views = draw_views(Augmentation(), 0, 0, ids, reader.manifest.tile_size_px, size_px)
+            names = [name for name in TARGETS if name in reader.manifest.modalities]
+            Assembler(reader, names, size_px).batch(ids, views, {}, len(ids))
         reader.close()
 
 
