@@ -14,6 +14,7 @@ CORE = {
     "mpmae.errors",
     "mpmae.index_checks",
     "mpmae.files",
+    "mpmae.in_order",
     "mpmae.modalities",
     "mpmae.pixel_loops",
     "mpmae.shard_codecs",

@@ -22,6 +22,7 @@ import numpy as np
 from mpmae.counter_rng import Stream, random_bits
 from mpmae.errors import ShardError, SourceError
 from mpmae.files import TEMP_SUFFIX, sync, write_whole
+from mpmae.in_order import num_cores
 from mpmae.modalities import MODALITIES
 from mpmae.shard_codecs import encode_pixels
 from mpmae.shard_format import (
@@ -38,7 +39,6 @@ from mpmae.shard_format import (
 )
 from mpmae.shard_tools import output
 from mpmae.shard_tools.encode import BadTile, Sample, TileEncoder
-from mpmae.shard_tools.in_order import num_cores
 from mpmae.shard_tools.journal import JOURNAL_NAME, Journal
 from mpmae.shard_tools.lock import locked
 from mpmae.shard_tools.progress import MB, Meter, say

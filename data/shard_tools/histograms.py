@@ -13,8 +13,8 @@ from matplotlib.ticker import MaxNLocator
 
 from mpmae.counter_rng import Stream, random_bits
 from mpmae.errors import ShardError
+from mpmae.in_order import in_order
 from mpmae.modalities import MODALITIES, PRODUCT_LEVELS
-from mpmae.shard_tools.in_order import in_order
 from mpmae.shard_tools.output import disk_errors
 from mpmae.shard_tools.shard_set import Sample, ShardSet
 from mpmae.shard_tools.tile import Tile

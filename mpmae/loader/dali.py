@@ -31,12 +31,13 @@ import numpy as np
 import torch
 
 from mpmae.errors import ConfigError
+from mpmae.in_order import in_order
 from mpmae.loader.batch import Batch
 from mpmae.loader.device_batch import DeviceAssembler, PreparedBatch
 from mpmae.loader.maps import Views
 from mpmae.loader.order import BatchPlan, TrainOrder
 from mpmae.loader.read import ShardReader
-from mpmae.loader.requests import BatchRequest, ahead, evaluation_requests, training_requests
+from mpmae.loader.requests import BatchRequest, evaluation_requests, training_requests
 from mpmae.loader.tiers import DeviceTier, PackedBatch
 from mpmae.loader.transform import Assembler, Augmentation, draw_views
 from mpmae.modalities import MODALITIES
@@ -127,12 +128,12 @@ class DaliLoader:
             views = draw_views(self._augmentation, self._seed, request.epoch, ids, tile_size_px, self._img_size_px)
             return request.epoch, maker.prepare(request, views)
 
-        def make_next() -> tuple[int, object] | None:
+        def make_next(_: None) -> tuple[int, object] | None:
             item = next(prepared, None)
             return item and (item[0], maker.make(item[1]))
 
-        prepared = ahead((partial(prepare, request) for request in requests), self._num_workers, self._prefetch)
-        made = ahead(itertools.repeat(make_next), 1, self._prefetch)
+        prepared = in_order(prepare, requests, self._num_workers, self._prefetch)
+        made = in_order(make_next, itertools.repeat(None), 1, self._prefetch)
         try:
             while (item := next(made)) is not None:
                 yield item[0], maker.hand_over(item[1])
@@ -249,12 +250,12 @@ class _CpuMaker:
     def prepare(self, request: BatchRequest, views: Views) -> tuple[BatchRequest, np.ndarray, dict[str, np.ndarray]]:
         """The request, its scalars and the pipeline's inputs."""
         raw = self._assembler.raw_batch(request.sample_ids)
-        levels = self._assembler._levels(request.sample_ids, raw.records)
+        levels = self._assembler.levels(request.sample_ids, raw.records)
         inputs = dict(raw.pixels)
         inputs["start"] = np.stack([views.top, views.left], axis=1).astype(np.int32)
         inputs["hflip"], inputs["vflip"] = views.hflip.astype(np.int32), views.vflip.astype(np.int32)
         for name in self._continuous:
-            statistics = self._assembler._stats[name]
+            statistics = self._assembler.statistics[name]
             inputs[f"mean_{name}"] = statistics.mean[levels[name]][:, :, None, None]
             inputs[f"std_{name}"] = statistics.std[levels[name]][:, :, None, None]
         return request, raw.records, inputs
@@ -308,15 +309,15 @@ class _CpuMaker:
 
     def _normalised(self, name: str, raw):
         mean, std = (fn.external_source(name=f"{what}_{name}", ndim=3, dtype=types.FLOAT) for what in ("mean", "std"))
-        dtype, rule = np.dtype(self._entries[name].dtype), self._assembler._no_data[name]
+        dtype, rule = np.dtype(self._entries[name].dtype), self._assembler.no_data[name]
         valid = (raw - raw) == 0 if rule.non_finite and dtype.kind == "f" else raw == raw
-        for code in self._assembler._maps[name]._codes.tolist():
+        for code in self._assembler.maps[name].codes.tolist():
             valid = valid & (raw != types.Constant(code, dtype=_CPU_TYPES[dtype.name]))
         clean = _zero_unless(valid, fn.cast(raw, dtype=types.FLOAT))
         return _zero_unless(valid, (clean - mean) / std), valid
 
     def _classes(self, name: str, raw):
-        lookup = self._assembler._maps[name]._lookup
+        lookup = self._assembler.maps[name].lookup
         codes = list(range(len(lookup)))  # all of them: an empty table crashes DALI 2.4
         classes = fn.lookup_table(raw, keys=codes, values=lookup.tolist(), default_value=-1, dtype=types.INT64)
         return classes, classes >= 0

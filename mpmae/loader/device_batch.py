@@ -100,8 +100,8 @@ class DeviceAssembler:
 
     def _tensors(self, name: str) -> dict:
         if MODALITIES[name].kind == "categorical":
-            return {"table": torch.from_numpy(self._assembler._maps[name]._lookup).to(self._device)}
-        rule, statistics = self._assembler._no_data[name], self._assembler._stats[name]
+            return {"table": torch.from_numpy(self._assembler.maps[name].lookup).to(self._device)}
+        rule, statistics = self._assembler.no_data[name], self._assembler.statistics[name]
         tensors = {"mean": statistics.mean, "std": statistics.std, "codes": np.array(rule.codes, np.int64)}
         return {key: torch.from_numpy(array).to(self._device) for key, array in tensors.items()} | {
             "non_finite": rule.non_finite
@@ -115,7 +115,7 @@ class DeviceAssembler:
             "sample_ids": ids,
             "padding": np.zeros(len(ids), bool) if request.padding is None else request.padding,
         }
-        levels = self._assembler._levels(ids, staged.scalars)
+        levels = self._assembler.levels(ids, staged.scalars)
         arrays |= {f"level.{name}": levels[name].astype(np.int32) for name in self._continuous}
         for name, entry in self.entries.items():
             if entry.codec == "raw":

@@ -1,11 +1,9 @@
-"""Which batches a loader is asked for, in order, and the threads that work ahead: shared by the loaders.
+"""Which batches a loader is asked for, in order: shared by the loaders.
 
 Shapes: N samples of a batch.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -56,21 +54,3 @@ def evaluation_requests(
     num_present = reader.num_present(everyone, modalities)
     for ids, padding in evaluation_batches(everyone, batch_size, rank, world_size):
         yield BatchRequest(0, ids, num_present, len(everyone), padding)
-
-
-def ahead(jobs: Iterable[Callable[[], _T]], num_workers: int, depth: int) -> Iterator[_T]:
-    """Results of `jobs` in order, from `num_workers` threads that work up to `depth` jobs ahead of the caller.
-
-    Closing the iterator ends the threads, after the jobs that they are at.
-    """
-    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="loader")
-    pending: deque[Future] = deque()
-    try:
-        for job in jobs:
-            pending.append(pool.submit(job))
-            if len(pending) > depth:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mpmae.errors import ConfigError, ShardError
-from mpmae.loader import Augmentation, CpuLoader, ShardReader, TrainOrder, plan_batches
+from mpmae.loader import Augmentation, CpuLoader, ExactOrder, ShardReader, TrainOrder, plan_batches
 from mpmae.loader.tiers import HostTier
 from mpmae.modalities import MODALITIES
 from mpmae.shard_tools.build import build
@@ -41,7 +41,10 @@ def loaders(reader, img_size_px, **options):
 
 
 def training(loader, start=0, num=3, batch_size=6):
-    order, plan = TrainOrder(len(loader.reader), batch_size, seed=1), plan_batches(batch_size, batch_size // 2, 1)
+    order, plan = (
+        TrainOrder(ExactOrder(len(loader.reader)), batch_size, seed=1),
+        plan_batches(batch_size, batch_size // 2, 1),
+    )
     batches = loader.training(order, plan, 0, start)
     try:
         return list(itertools.islice(batches, 2 * num))
@@ -96,7 +99,7 @@ def test_closing_early_ends_the_threads(readers):
     before = threading.active_count()
     for num in (0, 1, 3):
         ours, _ = loaders(readers[64], 56)
-        batches = ours.training(TrainOrder(len(ours.reader), 6, seed=1), plan_batches(6, 6, 1), 0, 0)
+        batches = ours.training(TrainOrder(ExactOrder(len(ours.reader)), 6, seed=1), plan_batches(6, 6, 1), 0, 0)
         for _ in range(num):
             next(batches)
         batches.close()

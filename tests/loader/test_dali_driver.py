@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mpmae.errors import ConfigError
-from mpmae.loader import CpuLoader, ShardReader, TrainOrder, plan_batches
+from mpmae.loader import CpuLoader, ExactOrder, ShardReader, TrainOrder, plan_batches
 from mpmae.loader.device_batch import DeviceAssembler
 from mpmae.loader.tiers import DeviceTier
 from mpmae.loader.transform import Assembler
@@ -93,7 +93,7 @@ def loader(shards_dir, monkeypatch):
 
 
 def test_batches_waits_and_release(loader):
-    order, plan = TrainOrder(len(loader.reader), 8, seed=1), plan_batches(8, None, 1)
+    order, plan = TrainOrder(ExactOrder(len(loader.reader)), 8, seed=1), plan_batches(8, None, 1)
     expected = CpuLoader(loader.reader, TARGETS, 56, seed=1).training(order, plan, 0, 0)
     batches = loader.training(order, plan, 0, 0)
     for (_, got), (_, batch) in itertools.islice(zip(batches, expected, strict=False), 12):

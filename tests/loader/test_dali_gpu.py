@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpmae.loader import Augmentation, CpuLoader, ShardReader, TrainOrder, plan_batches
+from mpmae.loader import Augmentation, CpuLoader, ExactOrder, ShardReader, TrainOrder, plan_batches
 from mpmae.loader.tiers import DeviceTier, HostTier
 from mpmae.modalities import MODALITIES
 from mpmae.shard_tools.build import build
@@ -43,7 +43,7 @@ def modalities_of(reader) -> tuple[str, ...]:
 
 
 def training(loader, num=12, batch_size=8, start=0):
-    order, plan = TrainOrder(len(loader.reader), batch_size, seed=1), plan_batches(batch_size, None, 1)
+    order, plan = TrainOrder(ExactOrder(len(loader.reader)), batch_size, seed=1), plan_batches(batch_size, None, 1)
     return itertools.islice(loader.training(order, plan, 0, start), num)
 
 
@@ -98,7 +98,7 @@ def test_a_busy_stream_sees_whole_batches(reader):
 def test_closing_early_ends_the_threads(reader):
     before = threading.active_count()
     for num in (0, 1, 3):
-        batches = gpu_loader(reader).training(TrainOrder(len(reader), 8, seed=1), plan_batches(8, None, 1), 0, 0)
+        batches = gpu_loader(reader).training(TrainOrder(ExactOrder(len(reader)), 8, seed=1), plan_batches(8, None, 1), 0, 0)
         for _ in range(num):
             next(batches)
         batches.close()

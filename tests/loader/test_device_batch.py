@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mpmae.errors import ConfigError
-from mpmae.loader import Augmentation, CpuLoader, ShardReader, TrainOrder, plan_batches
+from mpmae.loader import Augmentation, CpuLoader, ExactOrder, ShardReader, TrainOrder, plan_batches
 from mpmae.loader.device_batch import DeviceAssembler
 from mpmae.loader.requests import evaluation_requests, training_requests
 from mpmae.loader.tiers import DeviceTier
@@ -53,7 +53,7 @@ def batches(reader, requests, augmentation, img_size_px=56, **options):
 
 @pytest.mark.parametrize("augmentation", [Augmentation(), Augmentation.none()])
 def test_training_equals_the_cpu_loader(reader, augmentation):
-    names, order, plan = modalities_of(reader), TrainOrder(len(reader), 12, 1), plan_batches(12, 6, 1)
+    names, order, plan = modalities_of(reader), TrainOrder(ExactOrder(len(reader)), 12, 1), plan_batches(12, 6, 1)
     expected = CpuLoader(reader, names, 56, seed=1, augmentation=augmentation).training(order, plan, 0, 0)
     requests = training_requests(reader, names, order, plan, 0, 0)
     for got, (_, batch) in zip(itertools.islice(batches(reader, requests, augmentation), 10), expected, strict=False):
