@@ -22,6 +22,7 @@ import numpy as np
 from mpmae.counter_rng import Stream, random_bits
 from mpmae.errors import ShardError, SourceError
 from mpmae.files import TEMP_SUFFIX, sync, write_whole
+from mpmae.in_order import num_cores
 from mpmae.modalities import MODALITIES
 from mpmae.shard_codecs import encode_pixels
 from mpmae.shard_format import (
@@ -38,7 +39,6 @@ from mpmae.shard_format import (
 )
 from mpmae.shard_tools import output
 from mpmae.shard_tools.encode import BadTile, Sample, TileEncoder
-from mpmae.shard_tools.in_order import num_cores
 from mpmae.shard_tools.journal import JOURNAL_NAME, Journal
 from mpmae.shard_tools.lock import locked
 from mpmae.shard_tools.progress import MB, Meter, say
@@ -103,8 +103,6 @@ def build(source_dir: str | Path, output_dir: str | Path, **options: Any) -> Man
     chosen = BuildOptions(**options)
     chosen.check()
     with MMEarthSource(source_dir, chosen.modalities) as source:
-        for note in source.notes() if chosen.progress else ():
-            say(note)
         return build_from(source, output_dir, **options)
 
 
@@ -125,6 +123,8 @@ def build_from(source: TileSource, output_dir: str | Path, **options: Any) -> Ma
     orders = {split: _order(source.splits[split], chosen.seed) for split in _chosen_splits(source, chosen.splits)}
     manifest = _empty_manifest(source, chosen)
     tell = say if chosen.progress else lambda text: None
+    for note in source.notes():
+        tell(note)
     with ExitStack() as stack:
         with output.disk_errors(str(folder), folder):
             stack.enter_context(locked(folder, tell))

@@ -13,8 +13,8 @@ from matplotlib.ticker import MaxNLocator
 
 from mpmae.counter_rng import Stream, random_bits
 from mpmae.errors import ShardError
+from mpmae.in_order import in_order
 from mpmae.modalities import MODALITIES, PRODUCT_LEVELS
-from mpmae.shard_tools.in_order import in_order
 from mpmae.shard_tools.output import disk_errors
 from mpmae.shard_tools.shard_set import Sample, ShardSet
 from mpmae.shard_tools.tile import Tile
@@ -83,7 +83,7 @@ def _panels(shard_set: ShardSet, name: str, tiles: list[Tile]) -> list[_Panel]:
     valid = np.stack([rule.valid(v) for v in values])
     levels = np.array([tile.product_level.decode(errors="replace") for tile in tiles])
     panels = []
-    for band, title in enumerate(spec.bands):
+    for band, title in enumerate(shard_set.bands(name)):
         x, kept = values[:, band], valid[:, band]
         if name == "sentinel2":
             groups = {

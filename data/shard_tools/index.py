@@ -14,10 +14,10 @@ import numpy as np
 from mpmae.counter_rng import Stream, random_bits
 from mpmae.errors import ShardError
 from mpmae.files import write_whole
+from mpmae.in_order import in_order
 from mpmae.index_checks import rows_of
 from mpmae.shard_format import ShardEntry, dali_index_name, index_bytes, index_name, sample_key
 from mpmae.shard_tools import output
-from mpmae.shard_tools.in_order import in_order
 from mpmae.shard_tools.progress import track
 from mpmae.shard_tools.shard_set import ShardSet
 from mpmae.shard_tools.source import MMEarthSource

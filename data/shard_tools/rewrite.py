@@ -16,6 +16,7 @@ import numpy as np
 from mpmae.counter_rng import Stream, random_bits
 from mpmae.errors import ShardError
 from mpmae.files import sync, write_whole
+from mpmae.in_order import in_order, num_cores
 from mpmae.shard_codecs import decode_scalars
 from mpmae.shard_format import (
     MANIFEST_NAME,
@@ -28,7 +29,6 @@ from mpmae.shard_format import (
     sample_key,
 )
 from mpmae.shard_tools import output
-from mpmae.shard_tools.in_order import in_order, num_cores
 from mpmae.shard_tools.lock import locked
 from mpmae.shard_tools.progress import MB, say, track
 from mpmae.shard_tools.scan import ScannedSet

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from mpmae.errors import ShardError
+from mpmae.in_order import in_order
 from mpmae.modalities import PRODUCT_LEVELS
 from mpmae.shard_codecs import decode_scalars
 from mpmae.shard_format import ShardEntry
-from mpmae.shard_tools.in_order import in_order
 from mpmae.shard_tools.progress import track
 from mpmae.shard_tools.shard_set import Sample, ShardSet
 

@@ -9,7 +9,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from mpmae.errors import ShardError
-from mpmae.modalities import NoData
+from mpmae.modalities import MODALITIES, NoData
 from mpmae.shard_format import TAR_HEADER_BYTES, ShardEntry, index_name, load_index, load_manifest, sample_key
 from mpmae.shard_tools.tile import Tile, decode_members
 
@@ -57,6 +57,10 @@ class ShardSet:
     def modalities(self) -> tuple[str, ...]:
         """All modalities: the pixel modalities, then the tile modalities."""
         return self.manifest.modalities
+
+    def bands(self, name: str) -> tuple[str, ...]:
+        """Band names of modality `name` in this set, of a tile vector those of its spec."""
+        return next((entry.bands for entry in self.manifest.pixels if entry.name == name), MODALITIES[name].bands)
 
     def no_data(self, name: str) -> NoData:
         """How modality `name` writes absent values in this set."""

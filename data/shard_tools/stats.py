@@ -17,8 +17,8 @@ from functools import partial
 import numpy as np
 
 from mpmae.errors import SourceError
+from mpmae.in_order import in_order
 from mpmae.modalities import MODALITIES, NoData
-from mpmae.shard_tools.in_order import in_order
 from mpmae.shard_tools.progress import track
 from mpmae.shard_tools.shard_set import CHUNK_SAMPLES, ShardSet
 from mpmae.shard_tools.stats_loops import add_floats, add_integers

@@ -15,6 +15,7 @@ import numpy as np
 
 from mpmae.errors import MpmaeError, ShardError
 from mpmae.files import TEMP_SUFFIX
+from mpmae.in_order import in_order
 from mpmae.modalities import PRODUCT_LEVELS
 from mpmae.shard_format import (
     SCALARS_MEMBER,
@@ -26,7 +27,6 @@ from mpmae.shard_format import (
     member_name,
     sample_key,
 )
-from mpmae.shard_tools.in_order import in_order
 from mpmae.shard_tools.output import dali_index
 from mpmae.shard_tools.progress import track
 from mpmae.shard_tools.shard_set import CHUNK_SAMPLES, Sample, ShardSet

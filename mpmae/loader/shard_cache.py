@@ -68,7 +68,7 @@ class ShardCache:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._locked():
                 self._make_room(0, ALWAYS_NS)
-            self._warn_of_a_small_disk()
+                self._warn_of_a_small_disk()
         except OSError as error:
             raise ConfigError(
                 f"the shard cache {self.folder} cannot be used ({error.strerror or error}); "

@@ -17,7 +17,7 @@ import webdataset
 from moto.server import ThreadedMotoServer
 
 from mpmae.errors import ConfigError, ShardError
-from mpmae.loader import CpuLoader, ShardReader, TrainOrder, plan_batches, shard_folder
+from mpmae.loader import CpuLoader, ExactOrder, ShardReader, TrainOrder, plan_batches, shard_folder
 from mpmae.loader.remote import RemoteFolder
 from mpmae.modalities import TARGETS
 from mpmae.retries import Retries
@@ -43,7 +43,7 @@ def folder(server, tmp_path):
 
 def batches(reader, start=0, num=3):
     loader = CpuLoader(reader, TARGETS, 56, seed=1, num_workers=3)
-    training = loader.training(TrainOrder(len(reader), 12, seed=1), plan_batches(12, 6, 1), 0, start)
+    training = loader.training(TrainOrder(ExactOrder(len(reader)), 12, seed=1), plan_batches(12, 6, 1), 0, start)
     return [batch for _, batch in itertools.islice(training, 2 * num)]
 
 

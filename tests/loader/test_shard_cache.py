@@ -315,6 +315,26 @@ def test_a_limit_beyond_the_disk_is_warned_of(tmp_path, caplog):
     assert "may grow to 1073741824.0 GiB, but its disk has room for" in caplog.text
 
 
+def test_a_cache_opens_while_files_come_and_go(tmp_path):
+    """As when one rank fetches before another has begun."""
+    cache, stop = ShardCache(tmp_path, 4 * KIB), threading.Event()
+
+    def churn():
+        for number in range(10**6):
+            if stop.is_set():
+                return
+            cache.add(*content(number % 20))
+
+    with ThreadPoolExecutor(2) as pool:
+        churning = [pool.submit(churn) for _ in range(2)]
+        try:
+            for _ in range(100):
+                ShardCache(tmp_path, 4 * KIB)
+        finally:
+            stop.set()
+        assert [future.result() for future in churning] == [None, None]
+
+
 def test_a_file_larger_than_the_cache(tmp_path):
     with pytest.raises(ConfigError, match=r"may hold 1024 bytes .* alone has 2048 .*raise data.cache_size_gb"):
         get(ShardCache(tmp_path, KIB), 0, 2 * KIB)
