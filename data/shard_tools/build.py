@@ -11,33 +11,27 @@ and at most 12 tiles a worker in flight, of up to a few MB each.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 
-from mpmae.counter_rng import Stream, random_bits
 from mpmae.errors import ShardError, SourceError
 from mpmae.files import TEMP_SUFFIX, sync, write_whole
 from mpmae.in_order import num_cores
-from mpmae.modalities import MODALITIES
 from mpmae.shard_codecs import encode_pixels
 from mpmae.shard_format import (
     MANIFEST_NAME,
     TAR_END,
     BandStats,
-    Codec,
     Manifest,
-    ScalarEntry,
     ShardEntry,
-    SourceInfo,
     load_manifest,
-    pixel_entry,
 )
 from mpmae.shard_tools import output
+from mpmae.shard_tools.build_plan import BuildOptions, chosen_splits, empty_manifest, shuffled
 from mpmae.shard_tools.encode import BadTile, Sample, TileEncoder
 from mpmae.shard_tools.journal import JOURNAL_NAME, Journal
 from mpmae.shard_tools.lock import locked
@@ -49,53 +43,8 @@ from mpmae.shard_tools.tile_source import TileSource
 
 NUM_TRIAL_TILES = 16
 ESTIMATE_MARGIN = 1.1
-QUANTISE_STEP_DB = 0.01
 STATS_SPLIT = "train"
 GO_ON = "go on with --resume"
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """How a shard set is made.
-
-    modalities, splits: which to take (None: all there are). shard_size_mb: a tar is cut before it exceeds this (10^6 bytes);
-    a sample is never split. quantise_sentinel1: store it as hundredths of a dB, with the error bound in the manifest.
-    workers: threads (None: one per core); the bytes do not depend on it. resume: go on with an interrupted build of the same
-    source and options; begins one where there is none, leaves a finished set as it is. skip_bad: leave tiles out that cannot
-    be read, and list them in skipped.json. overwrite: replace the shard set that is there; files of other origin are never
-    removed. progress: tell on stderr how far it is.
-    """
-
-    codec: Codec = "lz4"
-    modalities: Sequence[str] | None = None
-    splits: Sequence[str] | None = None
-    seed: int = 0
-    shard_size_mb: float = 256
-    max_samples_per_shard: int | None = None
-    quantise_sentinel1: bool = False
-    workers: int | None = None
-    resume: bool = False
-    skip_bad: bool = False
-    overwrite: bool = False
-    progress: bool = True
-
-    def check(self) -> None:
-        """Raises ShardError with every option that cannot be."""
-        problems = []
-        if self.codec not in get_args(Codec):
-            problems.append(f"codec {self.codec!r}; expected {' or '.join(get_args(Codec))}")
-        if not 0 < self.shard_size_mb < float("inf"):
-            problems.append(f"shard_size_mb {self.shard_size_mb}; expected a number above 0")
-        if self.max_samples_per_shard is not None and self.max_samples_per_shard < 1:
-            problems.append(f"max_samples_per_shard {self.max_samples_per_shard}; expected at least 1")
-        if self.seed < 0:
-            problems.append(f"seed {self.seed}; expected at least 0")
-        if self.workers is not None and self.workers < 1:
-            problems.append(f"workers {self.workers}; expected at least 1")
-        if self.resume and self.overwrite:
-            problems.append("resume goes on with what overwrite removes; expected at most one of them")
-        if problems:
-            raise ShardError(problems)
 
 
 def build(source_dir: str | Path, output_dir: str | Path, **options: Any) -> Manifest:
@@ -120,8 +69,8 @@ def build_from(source: TileSource, output_dir: str | Path, **options: Any) -> Ma
     chosen.check()
     if folder.resolve() == source.folder.resolve():
         raise ShardError(f"{folder} is the source folder; give another folder for the shard set")
-    orders = {split: _order(source.splits[split], chosen.seed) for split in _chosen_splits(source, chosen.splits)}
-    manifest = _empty_manifest(source, chosen)
+    orders = {split: shuffled(source.splits[split], chosen.seed) for split in chosen_splits(source, chosen.splits)}
+    manifest = empty_manifest(source, chosen)
     tell = say if chosen.progress else lambda text: None
     for note in source.notes():
         tell(note)
@@ -232,7 +181,7 @@ class _Build:
         return digest.hexdigest()
 
     def _stats_of(self, split: str) -> StatsPass | None:
-        return self.stats if split == STATS_SPLIT or STATS_SPLIT not in self.orders else None
+        return self.stats if split == STATS_SPLIT or not len(self.orders.get(STATS_SPLIT, ())) else None
 
     def _write(self, split: str) -> list[dict[str, Any]]:
         """Write what is left of a split; its skipped tiles, those of the interrupted build among them."""
@@ -315,56 +264,3 @@ class _Build:
                 f"tiles, plus {ESTIMATE_MARGIN - 1:.0%}), the disk has {free_bytes / MB:,.0f} MB; free some space, give a "
                 "folder elsewhere or take fewer modalities"
             )
-
-
-def _chosen_splits(source: TileSource, wanted: Sequence[str] | None) -> list[str]:
-    unknown = [split for split in wanted or () if split not in source.splits]
-    if unknown:
-        raise SourceError(f"{source.where} has no split {', '.join(unknown)}; it has {', '.join(source.splits)}")
-    chosen = [split for split in source.splits if wanted is None or split in wanted]
-    if not any(len(source.splits[split]) for split in chosen):
-        raise SourceError(f"{source.where}: the splits {', '.join(chosen)} have no tiles")
-    return chosen
-
-
-def _order(rows: np.ndarray, seed: int) -> np.ndarray:
-    keys = random_bits(seed, Stream.SHARD_ORDER, 0, rows)[:, 0]
-    return rows[np.argsort(keys, kind="stable")]
-
-
-def _empty_manifest(source: TileSource, options: BuildOptions) -> Manifest:
-    """The manifest without its shards. Raises SourceError for a modality that the source lacks."""
-    names = (*source.pixels, *source.scalars)
-    unknown = [name for name in options.modalities or () if name not in names]
-    if options.quantise_sentinel1 and "sentinel1" not in names:
-        unknown.append("sentinel1, which is to be quantised")
-    if unknown:
-        raise SourceError(f"{source.where} has no modality {', '.join(unknown)}; it has {', '.join(names)}")
-    chosen = names if options.modalities is None else options.modalities
-    pixels = []
-    for name in (name for name in source.pixels if name in chosen):
-        quantise = {"quantise_step": QUANTISE_STEP_DB} if options.quantise_sentinel1 and name == "sentinel1" else {}
-        form = source.dtypes[name], source.shapes[name], source.bands[name], options.codec
-        pixels.append(pixel_entry(name, MODALITIES[name].kind, *form, **quantise))
-    scalars = [
-        ScalarEntry(
-            name=name,
-            dtype=source.dtypes[name].str,
-            length=source.shapes[name][0],
-            encoding="one_hot" if MODALITIES[name].one_hot else "plain",
-            no_data=source.no_data(name),
-        )
-        for name in source.scalars
-        if name in chosen
-    ]
-    stats = source.band_stats or {}
-    return Manifest(
-        source=SourceInfo(name=source.name, fingerprint=source.fingerprint, num_tiles=source.num_tiles),
-        tile_size_px=source.tile_size_px,
-        codec=options.codec,
-        seed=options.seed,
-        pixels=tuple(pixels),
-        scalars=tuple(scalars),
-        band_stats={key: value for key, value in stats.items() if key in chosen or key.rpartition("_")[0] in chosen},
-        splits={},
-    )

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -186,7 +187,8 @@ class ShardWriter:
     def add(self, row: int, presence: int, members: list[bytes], tile: str) -> int:
         """Append a sample, whose bytes in the tar are counted; `tile` names it in errors."""
         sizes = [len(data) for data in members]
-        num_bytes = tar_bytes(sizes)
+        steps = [TAR_HEADER_BYTES + size + -size % TAR_HEADER_BYTES for size in sizes]
+        num_bytes = sum(steps)
         full = self._file is not None and (
             self._offset + num_bytes + len(TAR_END) > self.max_bytes or len(self._rows) == self.max_samples
         )
@@ -195,10 +197,8 @@ class ShardWriter:
         with disk_errors(f"{self.folder / self.name}, {tile}", self.folder, self._again):
             if self._file is None:
                 self._start()
-            offsets, offset = [], self._offset + TAR_HEADER_BYTES
-            for size in sizes:
-                offsets.append(offset)
-                offset += tar_bytes([size])
+            first = self._offset + TAR_HEADER_BYTES
+            offsets = list(accumulate(steps[:-1], initial=first))
             self._write(self._members.pack(sample_key(self._num_written), members))
         self._rows.append((row, presence, offsets, sizes))
         self._num_written += 1

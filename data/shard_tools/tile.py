@@ -12,7 +12,7 @@ import numpy as np
 from mpmae.errors import ShardError, SourceError
 from mpmae.modalities import NoData
 from mpmae.shard_codecs import ALL_NO_DATA, decode_pixels, decode_scalars, encode_pixels, pack_one_hot, unpack_one_hot
-from mpmae.shard_format import Manifest
+from mpmae.shard_format import Manifest, PixelEntry
 
 
 @dataclass(frozen=True)
@@ -69,16 +69,15 @@ class SampleEncoder:
     def __init__(self, manifest: Manifest):
         self._pixels, self._scalars = manifest.pixels, manifest.scalars
         self._record_dtype = manifest.scalars_dtype
+        self._last: dict[str, tuple[np.ndarray, bytes, bool]] = {}
 
     def encode(self, tile: Tile) -> tuple[int, list[bytes]]:
         """The presence bits and the bytes of each of `manifest.members`; ModalityError for what a shard cannot hold."""
         members, present = [], []
         for entry in self._pixels:
-            try:
-                members.append(encode_pixels(entry, tile.values[entry.name]))
-            except ValueError as error:
-                raise ModalityError(entry.name, str(error)) from error
-            present.append(_has_valid(entry.no_data, tile.values[entry.name]))
+            member, is_present = self._pixels_of(entry, tile.values[entry.name])
+            members.append(member)
+            present.append(is_present)
         values = [tile.tile_id, tile.product_level]
         for entry in self._scalars:
             value = tile.values[entry.name]
@@ -93,6 +92,20 @@ class SampleEncoder:
             values.append(value)
         members.append(np.array(tuple(values), self._record_dtype).tobytes())
         return sum(1 << i for i, is_present in enumerate(present) if is_present), members
+
+    def _pixels_of(self, entry: PixelEntry, values: np.ndarray) -> tuple[bytes, bool]:
+        # A source may give one read-only array for all tiles that lack a modality.
+        last = self._last.get(entry.name)
+        if last is not None and last[0] is values:
+            return last[1:]
+        try:
+            member = encode_pixels(entry, values)
+        except ValueError as error:
+            raise ModalityError(entry.name, str(error)) from error
+        is_present = _has_valid(entry.no_data, values)
+        if not values.flags.writeable:
+            self._last[entry.name] = values, member, is_present
+        return member, is_present
 
 
 def encode_members(manifest: Manifest, tile: Tile) -> list[bytes]:

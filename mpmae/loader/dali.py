@@ -215,7 +215,7 @@ class _GpuMaker:
         batch, event = made
         stream = torch.cuda.current_stream(self._stream.device)
         stream.wait_event(event)
-        for tensor in (*batch.values.values(), *batch.valid.values(), batch.sample_ids, batch.padding):
+        for tensor in (*batch.values.values(), *batch.valid.values(), batch.padding):
             tensor.record_stream(stream)
         return batch
 

@@ -112,7 +112,6 @@ class DeviceAssembler:
         ids = np.asarray(request.sample_ids, np.int64)
         arrays = {
             "views": views.table().astype(np.int32),
-            "sample_ids": ids,
             "padding": np.zeros(len(ids), bool) if request.padding is None else request.padding,
         }
         levels = self._assembler.levels(ids, staged.scalars)
@@ -137,7 +136,10 @@ class DeviceAssembler:
         }
 
     def batch(self, prepared: PreparedBatch, packed: PackedBatch, inflated: dict[str, torch.Tensor]) -> Batch:
-        """The batch; kernels are queued on the current stream. inflated: uint8 [N, bytes] by modality of codec lz4."""
+        """The batch; kernels are queued on the current stream. inflated: uint8 [N, bytes] by modality of codec lz4.
+
+        The sample ids stay on the host, where the visible patches are drawn from them: fetching them would wait for the GPU.
+        """
         small = prepared.small.on(self._device)
         values, valid = {}, {}
         for name, entry in self.entries.items():
@@ -159,7 +161,8 @@ class DeviceAssembler:
             if kind in ("values", "valid"):
                 (values if kind == "values" else valid)[name] = tensor
         request = prepared.request
-        return Batch(values, valid, small["sample_ids"], request.num_present, request.global_batch_size, small["padding"])
+        ids = torch.from_numpy(np.array(request.sample_ids, np.int64))
+        return Batch(values, valid, ids, request.num_present, request.global_batch_size, small["padding"])
 
 
 def _stored_maps(entry: PixelEntry) -> StoredMaps:
