@@ -3,6 +3,7 @@
 Shapes: C bands, N values.
 """
 
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,7 @@ NUM_TILES, NUM_BINS, MAX_COLUMNS = 256, 60, 8
 RANGE_PERCENTILES = (0.1, 99.9)
 CELL_INCHES, ROW_INCHES, DPI = 1.75, 1.55, 110
 HEADROOM = 1.15
+FOOT_CHARACTERS = 190
 COLOURS = {"l1c": "#d1495b", "l2a": "#00798c", None: "#3d5a80"}
 QUIET = "0.35"
 
@@ -134,13 +136,19 @@ def _figure(panels: list[_Panel], title: str, levels: set[str]) -> Figure:
     for level in sorted(levels & set(PRODUCT_LEVELS), reverse=True):
         figure.text(x, 1 - 0.14 / height, level.upper(), color=COLOURS[level], ha="right", va="top", weight="bold")
         x -= 0.5 / width
-    names: dict[str, list[str]] = {}
-    for panel in empty:
-        names.setdefault(MODALITIES[panel.modality].title, []).append(panel.title)
-    if names:
-        text = "no data: " + "; ".join(f"{name} {' '.join(bands)}" for name, bands in names.items())
-        figure.text(0.2 / width, 0.12 / height, text, fontsize=8, color=QUIET)
+    if empty:
+        text = "no data: " + _names(empty, {panel.modality for panel in panels})
+        figure.text(0.2 / width, 0.08 / height, "\n".join(textwrap.wrap(text, FOOT_CHARACTERS)), fontsize=8, color=QUIET)
     return figure
+
+
+def _names(empty: list[_Panel], drawn: set[str]) -> str:
+    """The modalities without values; of one that has some, the bands without."""
+    bands: dict[str, list[str]] = {}
+    for panel in empty:
+        bands.setdefault(panel.modality, []).append(panel.title)
+    parts = [f"{MODALITIES[m].title} {' '.join(names)}" if m in drawn else MODALITIES[m].title for m, names in bands.items()]
+    return "; ".join(parts)
 
 
 def _draw(axes: Axes, panel: _Panel) -> None:
