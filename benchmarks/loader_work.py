@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from loader_tiles import Transform
 
-from mpmae.shard_format import load_manifest
+from mpmae.shard_files import load_manifest
 
 SEED = 0
 

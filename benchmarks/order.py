@@ -21,7 +21,8 @@ from record import clean_commit, spread, write_record
 
 from mpmae.counter_rng import Stream, random_bits
 from mpmae.loader import ExactOrder, TrainOrder, WindowOrder
-from mpmae.shard_format import MANIFEST_NAME, Manifest, ShardEntry, SourceInfo, load_manifest
+from mpmae.shard_files import load_manifest
+from mpmae.shard_format import MANIFEST_NAME, Manifest, ShardEntry, SourceInfo
 
 NUM_SHARDS, SHARD_SIZE = 300, 4000
 BATCH_SIZE = 4096

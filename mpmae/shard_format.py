@@ -17,26 +17,21 @@ import hashlib
 import io
 import json
 import math
-import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from mpmae.errors import ConfigError, ShardError
-from mpmae.index_checks import MAX_HEADER_BYTES, layout_problem, rows_of
 from mpmae.manifest_checks import manifest_problems
 from mpmae.modalities import PRODUCT_LEVELS, Kind, NoData, band_indices, no_data_rule
-from mpmae.remote_store import RemoteStore, is_remote, without_scheme
 
 FORMAT_NAME = "mpmae-shards"
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, 2)
 MANIFEST_NAME = "manifest.json"
-MAX_MANIFEST_BYTES = 1 << 28
-INDEX_AGAIN = "restore it or make it again with `mpmae-shards index`"
 SCALARS_MEMBER = "scalars"
 Codec = Literal["raw", "lz4", "zstd"]
 Filter = Literal["none", "delta-planes"]
@@ -216,69 +211,6 @@ class Manifest(_Strict):
         return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
 
 
-def load_manifest(shards_dir: str | Path, storage_options: Mapping[str, Any] | None = None) -> Manifest:
-    """Read and check `manifest.json` of a folder or URL; ShardError naming the file, the field and what to do.
-
-    storage_options: those of fsspec's filesystem, for a URL.
-    """
-    if is_remote(shards_dir):
-        store = RemoteStore(str(shards_dir), storage_options)
-        return parse_manifest(store.read(MANIFEST_NAME), store.at(MANIFEST_NAME))
-    shards_dir = without_scheme(str(shards_dir))
-    path = Path(shards_dir) / MANIFEST_NAME
-    if not path.is_file():
-        what = "has no manifest.json (an unfinished build?)" if Path(shards_dir).is_dir() else "does not exist"
-        raise ShardError(f"{shards_dir} {what}; make a shard set with `mpmae-shards build SOURCE OUTPUT`")
-    try:
-        return parse_manifest(_read_at_most(path, MAX_MANIFEST_BYTES), path)
-    except OSError as error:
-        raise ShardError(f"{path} cannot be read ({error.strerror or error}); check the disk and the permissions") from error
-
-
-def parse_manifest(data: bytes, where: str | Path) -> Manifest:
-    """The manifest in the bytes of a manifest.json, which messages call `where`; ShardError as for `load_manifest`."""
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise ShardError(f"{where} has more than {MAX_MANIFEST_BYTES} bytes: no manifest is that long; restore the file")
-    try:
-        raw = json.loads(data, object_pairs_hook=_unique_keys)
-    except RecursionError as error:
-        raise ShardError(f"{where} is not JSON of a manifest (nested too deeply); restore the file") from error
-    except ValueError as error:
-        raise ShardError(f"{where} is not JSON ({error}); rebuild the set or restore the file") from error
-    if not isinstance(raw, Mapping) or raw.get("format") != FORMAT_NAME:
-        raise ShardError(f"{where} is not a manifest of an mpmae shard set (its `format` is not {FORMAT_NAME!r})")
-    version = raw.get("format_version")
-    if type(version) is not int or version not in READABLE_VERSIONS:
-        raise ShardError(
-            f"{where}: format_version {version!r:.40}, this version of mpmae reads "
-            f"{' and '.join(map(str, READABLE_VERSIONS))}; update mpmae or rebuild the set"
-        )
-    try:
-        return Manifest.model_validate_json(data, strict=True)
-    except ValidationError as error:
-        problems = []
-        for e in error.errors():
-            own = e.get("ctx", {}).get("error")  # what `Manifest._check` found
-            problems += own.args if isinstance(own, ValueError) else [f"{'.'.join(map(str, e['loc']))}: {e['msg']}"]
-        raise ShardError([f"{where}: {problem}; rebuild the set or restore the file" for problem in problems]) from error
-
-
-def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    tree = dict(pairs)
-    if len(tree) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
-    return tree
-
-
-def _read_at_most(path: Path, max_bytes: int) -> bytes:
-    """The bytes of a file, one more than `max_bytes` of a longer one. Raises OSError."""
-    if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
-        raise OSError("not a file")
-    with path.open("rb") as file:
-        return file.read(min(path.stat().st_size, max_bytes) + 1)
-
-
 def index_name(shard_name: str) -> str:
     """`train-00000.tar` -> `train-00000.index.npy`."""
     return Path(shard_name).stem + ".index.npy"
@@ -327,78 +259,8 @@ def member_name(key: str, member: str, codec: Codec) -> str:
     return f"{key}.{member}.{'raw' if member == SCALARS_MEMBER else codec}"
 
 
-TAR_HEADER_BYTES = tarfile.BLOCKSIZE
-TAR_END = b"\0" * (2 * tarfile.BLOCKSIZE)
-_NAME_BYTES, _SIZE, _CHECKSUM = 100, slice(124, 136), slice(148, 156)
-
-
-def _blank_header() -> bytearray:
-    info = tarfile.TarInfo()
-    info.mode, info.mtime = 0o644, 0
-    header = bytearray(info.tobuf(tarfile.USTAR_FORMAT))
-    header[_SIZE], header[_CHECKSUM] = bytes(12), b" " * 8
-    return header
-
-
-_BLANK_HEADER = _blank_header()
-_BLANK_SUM = sum(_BLANK_HEADER)
-
-
-def tar_header(name: str, size: int) -> bytes:
-    """Header block of a USTAR member with fixed owner, mode and time; `name` is ASCII, of at most 100 characters."""
-    header, encoded, digits = bytearray(_BLANK_HEADER), name.encode("ascii"), b"%011o\0" % size
-    assert len(encoded) <= _NAME_BYTES, name
-    assert len(digits) == 12, size
-    header[: len(encoded)], header[_SIZE] = encoded, digits
-    header[_CHECKSUM] = b"%06o\0 " % (_BLANK_SUM + sum(encoded) + sum(digits))
-    return bytes(header)
-
-
-def tar_size(header: bytes) -> int | None:
-    """Data bytes of the member that a header block announces; None for a block that `tar_header` cannot have made."""
-    digits = header[_SIZE].removesuffix(b"\0")
-    if len(digits) != 11 or digits.strip(b"01234567"):
-        return None
-    size = int(digits, 8)
-    name = header[:_NAME_BYTES].rstrip(b"\0")
-    return size if name.isascii() and header == tar_header(name.decode(), size) else None
-
-
-def tar_member(name: str, data: bytes) -> bytes:
-    """Header, data and padding of one USTAR member."""
-    return tar_header(name, len(data)) + data + b"\0" * (-len(data) % tarfile.BLOCKSIZE)
-
-
 def index_bytes(rows: np.ndarray) -> bytes:
     """The .index.npy bytes of index rows (`manifest.index_dtype`)."""
     buffer = io.BytesIO()
     np.save(buffer, rows, allow_pickle=False)
     return buffer.getvalue()
-
-
-def load_index(path: Path, manifest: Manifest, shard: ShardEntry) -> np.ndarray:
-    """Index rows of a shard; ShardError when the file is absent, has changed or does not fit the manifest."""
-    try:
-        data = _read_at_most(path, MAX_HEADER_BYTES + shard.num_samples * manifest.index_dtype.itemsize)
-    except FileNotFoundError:
-        raise ShardError(f"{path} is missing; {INDEX_AGAIN}") from None
-    except OSError as error:
-        raise ShardError(f"{path}: cannot read the index ({error}); run `mpmae-shards verify`") from error
-    return parse_index(data, path, manifest, shard)
-
-
-def parse_index(data: bytes, where: str | Path, manifest: Manifest, shard: ShardEntry) -> np.ndarray:
-    """The rows in the bytes of an index file, which messages call `where`, read-only; ShardError as for `load_index`.
-
-    The rows list every byte of a tar of `shard.num_bytes`: offsets ascend, and the members of a sample are adjacent.
-    """
-    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
-        raise ShardError(f"{where}: its sha256 is not the manifest's: its bytes have changed; {INDEX_AGAIN}")
-    try:
-        rows = rows_of(data, manifest.index_dtype, shard.num_samples)
-    except ValueError as error:
-        raise ShardError(f"{where}: cannot read the index ({error}); {INDEX_AGAIN}") from error
-    problem = layout_problem(rows, manifest.members, shard.num_bytes)
-    if problem:
-        raise ShardError(f"{where} does not fit {shard.name}: {problem}; rebuild the set or restore the file")
-    return rows

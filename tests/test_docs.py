@@ -7,7 +7,7 @@ import yaml
 
 from mpmae.config import load_config
 from mpmae.loader import TrainOrder, WindowOrder
-from mpmae.shard_format import load_manifest
+from mpmae.shard_files import load_manifest
 
 
 def blocks(repo, language: str) -> list[str]:

@@ -10,7 +10,9 @@ import pytest
 
 from mpmae.errors import ShardError
 from mpmae.modalities import no_data_rule
-from mpmae.shard_format import index_bytes, index_name, load_index, load_manifest, tar_header, tar_size
+from mpmae.shard_files import load_index, load_manifest
+from mpmae.shard_format import index_bytes, index_name
+from mpmae.tar_members import tar_header, tar_size
 
 
 @pytest.fixture

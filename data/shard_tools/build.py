@@ -22,14 +22,8 @@ from mpmae.errors import ShardError, SourceError
 from mpmae.files import TEMP_SUFFIX, sync, write_whole
 from mpmae.in_order import num_cores
 from mpmae.shard_codecs import encode_pixels
-from mpmae.shard_format import (
-    MANIFEST_NAME,
-    TAR_END,
-    BandStats,
-    Manifest,
-    ShardEntry,
-    load_manifest,
-)
+from mpmae.shard_files import load_manifest
+from mpmae.shard_format import MANIFEST_NAME, BandStats, Manifest, ShardEntry
 from mpmae.shard_tools import output
 from mpmae.shard_tools.build_plan import BuildOptions, chosen_splits, empty_manifest, shuffled
 from mpmae.shard_tools.encode import BadTile, Sample, TileEncoder
@@ -40,6 +34,7 @@ from mpmae.shard_tools.source import MMEarthSource
 from mpmae.shard_tools.stats import StatsPass
 from mpmae.shard_tools.tile import TileError
 from mpmae.shard_tools.tile_source import TileSource
+from mpmae.tar_members import TAR_END
 
 NUM_TRIAL_TILES = 16
 ESTIMATE_MARGIN = 1.1

@@ -10,7 +10,8 @@ from rich.console import Console
 
 from mpmae.errors import MpmaeError
 from mpmae.files import write_whole
-from mpmae.shard_format import MANIFEST_NAME, load_manifest
+from mpmae.shard_files import load_manifest
+from mpmae.shard_format import MANIFEST_NAME
 from mpmae.shard_tools.build_cli import add_build
 from mpmae.shard_tools.cli_parts import add_command
 from mpmae.shard_tools.inspect import print_summary, summarise

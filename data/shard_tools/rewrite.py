@@ -18,16 +18,7 @@ from mpmae.errors import ShardError
 from mpmae.files import sync, write_whole
 from mpmae.in_order import in_order, num_cores
 from mpmae.shard_codecs import decode_scalars
-from mpmae.shard_format import (
-    MANIFEST_NAME,
-    TAR_END,
-    TAR_HEADER_BYTES,
-    BandStats,
-    Manifest,
-    ShardEntry,
-    member_name,
-    sample_key,
-)
+from mpmae.shard_format import MANIFEST_NAME, BandStats, Manifest, ShardEntry, member_name, sample_key
 from mpmae.shard_tools import output
 from mpmae.shard_tools.lock import locked
 from mpmae.shard_tools.progress import MB, say, track
@@ -36,6 +27,7 @@ from mpmae.shard_tools.shard_set import CHUNK_SAMPLES, Sample
 from mpmae.shard_tools.stats import Accumulator, StatsPass
 from mpmae.shard_tools.tar_walk import header_problem
 from mpmae.shard_tools.tile import Tile
+from mpmae.tar_members import TAR_END, TAR_HEADER_BYTES
 
 MAX_CHUNK_BYTES = 10**9
 STATS_SPLIT = "train"

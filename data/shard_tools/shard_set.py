@@ -10,8 +10,10 @@ import numpy as np
 
 from mpmae.errors import ShardError
 from mpmae.modalities import MODALITIES, NoData
-from mpmae.shard_format import TAR_HEADER_BYTES, ShardEntry, index_name, load_index, load_manifest, sample_key
+from mpmae.shard_files import load_index, load_manifest
+from mpmae.shard_format import ShardEntry, index_name, sample_key
 from mpmae.shard_tools.tile import Tile, decode_members
+from mpmae.tar_members import TAR_HEADER_BYTES
 
 CHUNK_SAMPLES = 64
 

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from mpmae.errors import ShardError
-from mpmae.shard_format import TAR_END, TAR_HEADER_BYTES, Manifest, member_name, sample_key, tar_header, tar_size
+from mpmae.shard_format import Manifest, member_name, sample_key
+from mpmae.tar_members import TAR_END, TAR_HEADER_BYTES, tar_header, tar_size
 
 _EMPTY_BLOCK = bytes(TAR_HEADER_BYTES)
 _MAX_NAME = 100

@@ -17,16 +17,7 @@ from mpmae.errors import MpmaeError, ShardError
 from mpmae.files import TEMP_SUFFIX
 from mpmae.in_order import in_order
 from mpmae.modalities import PRODUCT_LEVELS
-from mpmae.shard_format import (
-    SCALARS_MEMBER,
-    TAR_END,
-    TAR_HEADER_BYTES,
-    ShardEntry,
-    dali_index_name,
-    index_name,
-    member_name,
-    sample_key,
-)
+from mpmae.shard_format import SCALARS_MEMBER, ShardEntry, dali_index_name, index_name, member_name, sample_key
 from mpmae.shard_tools.output import dali_index
 from mpmae.shard_tools.progress import track
 from mpmae.shard_tools.shard_set import CHUNK_SAMPLES, Sample, ShardSet
@@ -35,6 +26,7 @@ from mpmae.shard_tools.tar_walk import header_problem, walk_samples
 from mpmae.shard_tools.tile import Tile, decode_members, presence_bits
 from mpmae.shard_tools.tile_source import TileSource
 from mpmae.shard_tools.verify_rows import SeenRows
+from mpmae.tar_members import TAR_END, TAR_HEADER_BYTES
 
 HASH_CHUNK_BYTES = 1 << 22
 

@@ -11,7 +11,8 @@ from mpmae.errors import ShardError
 from mpmae.loader.open_files import OpenFiles
 from mpmae.remote_store import is_remote, without_scheme
 from mpmae.retries import RemoteStatistics
-from mpmae.shard_format import Manifest, ShardEntry, index_name, load_index, load_manifest
+from mpmae.shard_files import load_index, load_manifest
+from mpmae.shard_format import Manifest, ShardEntry, index_name
 
 
 class ShardFiles(Protocol):

@@ -18,7 +18,8 @@ from mpmae.loader.prefetch import Prefetcher
 from mpmae.loader.shard_cache import DEFAULT_MAX_BYTES, ShardCache, default_cache_dir
 from mpmae.remote_store import RemoteStore
 from mpmae.retries import RemoteStatistics, Retries
-from mpmae.shard_format import MANIFEST_NAME, Manifest, ShardEntry, index_name, parse_index, parse_manifest
+from mpmae.shard_files import parse_index, parse_manifest
+from mpmae.shard_format import MANIFEST_NAME, Manifest, ShardEntry, index_name
 
 _LOG = logging.getLogger(__name__)
 TOUCH_S = 3.0

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from mpmae.errors import ShardError
-from mpmae.shard_format import SCALARS_MEMBER, TAR_HEADER_BYTES, Manifest
+from mpmae.shard_format import SCALARS_MEMBER, Manifest
+from mpmae.tar_members import TAR_HEADER_BYTES
 
 BLOCK_BYTES = TAR_HEADER_BYTES
 _WORDS = BLOCK_BYTES // 8

@@ -22,7 +22,8 @@ from mpmae.loader.remote import RemoteFolder
 from mpmae.modalities import TARGETS
 from mpmae.retries import Retries
 from mpmae.shard_codecs import decode_pixels
-from mpmae.shard_format import index_name, load_manifest
+from mpmae.shard_files import load_manifest
+from mpmae.shard_format import index_name
 from tests.loader.http_server import serve
 from tests.loader.test_open_files import open_descriptors
 

@@ -16,7 +16,7 @@ from mpmae.errors import ShardError, SourceError
 from mpmae.files import TEMP_SUFFIX
 from mpmae.modalities import MMEARTH, MODALITIES, no_data_rule
 from mpmae.shard_codecs import decode_pixels
-from mpmae.shard_format import load_manifest
+from mpmae.shard_files import load_manifest
 from mpmae.shard_tools import output
 from mpmae.shard_tools.build import build
 from mpmae.shard_tools.shard_set import ShardSet

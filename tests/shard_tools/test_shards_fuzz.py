@@ -23,12 +23,14 @@ from mpmae.loader.read import ShardReader
 from mpmae.loader.transform import Assembler, draw_views
 from mpmae.modalities import TARGETS
 from mpmae.shard_codecs import decode_pixels
-from mpmae.shard_format import Manifest, index_bytes, index_name, load_manifest, parse_index, parse_manifest, tar_member
+from mpmae.shard_files import load_manifest, parse_index, parse_manifest
+from mpmae.shard_format import Manifest, index_bytes, index_name
 from mpmae.shard_tools.build import build
 from mpmae.shard_tools.shard_set import ShardSet
 from mpmae.shard_tools.synth import synth
 from mpmae.shard_tools.tar_walk import walk_samples
 from mpmae.shard_tools.verify import verify
+from mpmae.tar_members import tar_member
 
 NAME = "train-00000.tar"
 fuzz = settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

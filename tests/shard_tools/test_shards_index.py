@@ -6,7 +6,8 @@ import h5py
 import numpy as np
 import pytest
 
-from mpmae.shard_format import index_bytes, index_name, load_manifest
+from mpmae.shard_files import load_manifest
+from mpmae.shard_format import index_bytes, index_name
 from mpmae.shard_tools.index import rebuild_indices
 from mpmae.shard_tools.subset import Wanted, subset
 from mpmae.shard_tools.verify import verify

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mpmae.errors import ShardError
-from mpmae.shard_format import load_manifest
+from mpmae.shard_files import load_manifest
 from mpmae.shard_tools.build import build
 from mpmae.shard_tools.merge import merge
 from mpmae.shard_tools.rewrite import RewriteOptions

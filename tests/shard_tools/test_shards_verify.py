@@ -11,7 +11,8 @@ import pytest
 
 from mpmae.errors import ShardError, SourceError
 from mpmae.files import TEMP_SUFFIX
-from mpmae.shard_format import index_bytes, index_name, load_manifest
+from mpmae.shard_files import load_manifest
+from mpmae.shard_format import index_bytes, index_name
 from mpmae.shard_tools import output
 from mpmae.shard_tools.build import build
 from mpmae.shard_tools.shard_set import ShardSet

@@ -5,7 +5,7 @@ import pytest
 from mpmae.config import load_config
 from mpmae.errors import ConfigError
 from mpmae.loader import ExactOrder, TrainOrder, WindowOrder
-from mpmae.shard_format import load_manifest
+from mpmae.shard_files import load_manifest
 from mpmae.train.plan import make_plan, state_bytes_per_rank
 
 

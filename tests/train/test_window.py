@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpmae.shard_format import load_manifest
+from mpmae.shard_files import load_manifest
 from tests.loader.http_server import serve
 from tests.train.launches import kill_after_step, launch_ok, metrics
 
