@@ -88,9 +88,10 @@ class DatasetReader:
         if len(data) != self._row_bytes:
             raise ChunkError(f"it has {len(data)} bytes, expected {self._row_bytes}")
         values = np.frombuffer(data, self._dtype).reshape(self._row_shape)
-        values = values.astype(self._native, copy=False)
-        values.flags.writeable = False
+        if self._dtype != self._native:
+            values = values.astype(self._native)
         if size <= MAX_KEPT_BYTES and not left_out:
+            values.flags.writeable = False
             self._kept = stored, values
         return values
 
