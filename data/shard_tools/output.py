@@ -95,9 +95,10 @@ def files_of_shard(name: str) -> tuple[str, ...]:
 
 
 def own_files(folder: Path) -> list[str]:
-    """Names of the files of a shard set, whole or unfinished, in `folder`; manifest and journal come first.
+    """Names of the files of a shard set, whole or unfinished, in `folder`, in the order to remove them.
 
-    A tar is known by its index beside it (which is written first): other tools name tars the same way.
+    A tar is known by its index beside it (which is written first): other tools name tars the same way. So manifest and
+    journal come first and indices last: whenever a removal is cut off, what is left is still known to be ours.
     """
     own = []
     if _has_format(folder / MANIFEST_NAME, FORMAT_NAME):
@@ -106,7 +107,7 @@ def own_files(folder: Path) -> list[str]:
         own.append(JOURNAL_NAME)
     if _has_format(folder / SKIPPED_NAME, SKIPPED_FORMAT):
         own.append(SKIPPED_NAME)
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.iterdir(), key=lambda path: (path.suffix != ".tar", path.name)):
         shard = path.name.removesuffix(TEMP_SUFFIX)
         for suffix in (".index.npy", ".idx"):
             shard = shard.removesuffix(suffix) + ".tar" if shard.endswith(suffix) else shard

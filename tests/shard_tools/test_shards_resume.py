@@ -102,7 +102,7 @@ def test_killed_while_it_replaces_a_set(opened, tmp_path, monkeypatch):
     options = {"max_samples_per_shard": 5, "progress": False}
     build_from(opened, tmp_path / "whole", seed=1, **options)
     expected = digests(tmp_path / "whole")
-    for n in range(1, 20, 3):
+    for n in range(1, 30):
         folder = tmp_path / f"killed-{n}"
         build_from(opened, folder, seed=0, **options)
         with monkeypatch.context() as patch:
