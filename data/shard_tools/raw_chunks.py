@@ -21,7 +21,8 @@ try:
 except ImportError:  # no wheel for this processor
     inflater = zlib
 
-READ_ERRORS = (OSError, RuntimeError, KeyError, ValueError)
+# What h5py raises on damaged files, depending on which bytes are wrong.
+READ_ERRORS = (OSError, RuntimeError, LookupError, ValueError, TypeError, OverflowError, MemoryError)
 NUM_CHECKED_ROWS = 3
 MAX_KEPT_BYTES = 256
 
@@ -33,7 +34,8 @@ class ChunkError(Exception):
 class DatasetReader:
     """Rows of a dataset, from any thread: outside HDF5 where its layout allows, else through h5py.
 
-    `why_hdf5` is empty for a dataset that is read outside HDF5, else it says why it is not; it is known after `load`.
+    `why_hdf5` is empty for a dataset that is read outside HDF5, else it says why it is not. `num_unwritten`: rows without a
+    chunk, which are the fill value; 0 where only HDF5 knows. Both are known after `load`.
     `descriptor` is that of the open file.
     """
 
@@ -42,13 +44,18 @@ class DatasetReader:
         self._row_shape, self._dtype = dataset.shape[1:], dataset.dtype
         self._row_bytes = int(np.prod(self._row_shape)) * self._dtype.itemsize
         self._native = dataset.dtype.newbyteorder("<")
+        self._num_file_bytes = os.fstat(descriptor).st_size
         self._lock = threading.Lock()
         self._is_loaded = False
         self._kept: tuple[bytes, np.ndarray] | None = None
-        self.why_hdf5 = ""
+        self.why_hdf5, self.num_unwritten = "", 0
 
     def load(self) -> None:
-        """Take the chunk addresses: 1.4 µs a row, and the index's disk reads. The first row asked for does it otherwise."""
+        """Take the chunk addresses: 1.4 µs a row, and the index's disk reads. The first row asked for does it otherwise.
+
+        Raises ChunkError for an index with chunks that cannot be: HDF5 would give the rows that they belong to as fill
+        values, without a word.
+        """
         with self._lock:
             if self._is_loaded:
                 return
@@ -73,7 +80,8 @@ class DatasetReader:
 
     def _outside(self, row: int) -> np.ndarray:
         size, offset = int(self._size[row]), int(self._offset[row])
-        data = os.pread(self._descriptor, size, offset)
+        # A damaged size may be gigabytes, and `pread` would make room for them.
+        data = os.pread(self._descriptor, size, offset) if offset + size <= self._num_file_bytes else b""
         if len(data) != size:
             raise ChunkError(f"its {size} bytes at {offset} go past the end of the file")
         left_out = self._left_out.get(row, 0)
@@ -99,9 +107,13 @@ class DatasetReader:
         num_rows = len(self._dataset)
         self._offset, self._size = np.zeros(num_rows, np.uint64), np.zeros(num_rows, np.uint32)
         self._left_out: dict[int, int] = {}
+        wrong: list[int] = []
 
         def take(chunk) -> None:
             row = chunk.chunk_offset[0]
+            if row >= num_rows or self._size[row]:
+                wrong.append(row)
+                return
             self._offset[row], self._size[row] = chunk.byte_offset, chunk.size
             if chunk.filter_mask:
                 self._left_out[row] = chunk.filter_mask
@@ -110,7 +122,12 @@ class DatasetReader:
             self._dataset.id.chunk_iter(take)
         except READ_ERRORS as error:
             return f"its chunk index cannot be read: {error}"
+        if wrong:
+            raise ChunkError(
+                f"its chunk index is damaged: {len(wrong)} chunks twice or past its {num_rows} rows, first at row {wrong[0]}"
+            )
         written = np.flatnonzero(self._size)
+        self.num_unwritten = num_rows - len(written)
         rows = written[np.linspace(0, len(written) - 1, min(NUM_CHECKED_ROWS, len(written))).astype(int)].tolist()
         if all(self._agrees(row) for row in rows):
             return ""

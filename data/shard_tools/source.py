@@ -64,6 +64,10 @@ class MMEarthSource:
             raise SourceError(problems) from error
         try:
             self._open(modalities, trees, problems)
+        except READ_ERRORS as error:
+            self.close()
+            problems.append(f"{self.h5_path} is damaged ({error}); copy or download it again")
+            raise SourceError(problems) from error
         except BaseException:
             self.close()
             raise
@@ -95,6 +99,8 @@ class MMEarthSource:
         if problems:
             raise SourceError(problems)
         self.bands = {name: MODALITIES[name].bands for name in self.pixels}
+        shapes = {str(name): item for name, item in self._file.items() if isinstance(item, h5py.Dataset)}
+        self._h5_datasets = {name: [list(d.shape), d.dtype.str] for name, d in sorted(shapes.items()) if name != "metadata"}
         self._readers = {n: DatasetReader(d, self._descriptor, self._file.userblock_size) for n, d in datasets.items()}
 
     def __enter__(self) -> "MMEarthSource":
@@ -124,10 +130,9 @@ class MMEarthSource:
         metadata (tile ids, product levels) and the bytes of the JSON files that were read. It does not cover the pixel
         values beyond the size of their file; `verify` with the source compares those.
         """
-        shapes = {name: [list(d.shape), d.dtype.str] for name, d in self._file.items() if isinstance(d, h5py.Dataset)}
         content = {
             "h5": [self.h5_path.name, self.h5_path.stat().st_size],
-            "datasets": {name: shapes[name] for name in sorted(shapes) if name != "metadata"},
+            "datasets": self._h5_datasets,
             "tile_ids": hashlib.sha256(self.tile_ids.tobytes()).hexdigest(),
             "product_levels": hashlib.sha256(self.product_levels.tobytes()).hexdigest(),
             "json": dict(sorted(self._json_hashes.items())),
@@ -169,11 +174,32 @@ class MMEarthSource:
         return Tile(row, bytes(self.tile_ids[row]), bytes(self.product_levels[row]), values)
 
     def notes(self) -> list[str]:
-        """What a user should know before a long build: datasets that only HDF5 itself can read, one thread at a time."""
-        for reader in self._readers.values():
-            reader.load()
+        """What a user should know before a long build: datasets that are left out, that only HDF5 itself can read, one
+        thread at a time, and that lack rows.
+
+        Raises SourceError for datasets whose chunk index is damaged.
+        """
+        problems = []
+        for name, reader in self._readers.items():
+            try:
+                reader.load()
+            except ChunkError as error:
+                hint = "copy or download the file again, or leave the modality out"
+                problems.append(f"{self.h5_path}: {name}: {error}; {hint}")
+        if problems:
+            raise SourceError(problems)
         slow = [f"{name} ({reader.why_hdf5})" for name, reader in self._readers.items() if reader.why_hdf5]
-        return [f"{self.h5_path}: read through HDF5's lock, by one thread at a time: {', '.join(slow)}"] if slow else []
+        lacking = [
+            f"{name} ({reader.num_unwritten:,} of {self.num_tiles:,} rows)"
+            for name, reader in self._readers.items()
+            if reader.num_unwritten
+        ]
+        found = {
+            "left out, since they are no known modality": list(self.ignored),
+            "read through HDF5's lock, by one thread at a time": slow,
+            "never written, or lost, and taken as the dataset's fill value": lacking,
+        }
+        return [f"{self.h5_path}: {what}: {', '.join(names)}" for what, names in found.items() if names]
 
     def tiles(self, split: str | None, names: Sequence[str] | None = None) -> Iterator[Tile]:
         """The tiles of a split (None: of the file) in the order of their rows."""

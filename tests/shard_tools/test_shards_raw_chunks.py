@@ -1,7 +1,11 @@
 """Rows read outside HDF5 equal what h5py gives, whatever the layout; a damaged chunk is told, never passed on."""
 
 import os
+import random
+import re
+import struct
 import threading
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -9,7 +13,9 @@ import h5py
 import numpy as np
 import pytest
 
+from mpmae.errors import SourceError
 from mpmae.shard_tools import raw_chunks
+from mpmae.shard_tools.build import build
 from mpmae.shard_tools.raw_chunks import READ_ERRORS, ChunkError, DatasetReader
 from mpmae.shard_tools.source import MMEarthSource
 
@@ -186,6 +192,75 @@ def test_a_damaged_chunk_index_is_left_to_hdf5(tmp_path):
         assert "its chunk index cannot be read" in opened.reader.why_hdf5
         with pytest.raises(READ_ERRORS):
             opened.reader[0]
+
+
+def test_a_damaged_chunk_size_is_told_before_it_is_read(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        fill(file, compression="gzip")
+    with Opened(tmp_path / "a.h5") as opened:
+        opened.reader._size[6] = 2**32 - 1
+        tracemalloc.start()
+        with pytest.raises(ChunkError, match=r"4294967295 bytes at .* go past the end of the file"):
+            opened.reader[6]
+        assert tracemalloc.get_traced_memory()[1] < 10**6
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("row", "why"), [(NUM_ROWS, f"past its {NUM_ROWS} rows"), (2**55, "past"), (4, "twice")])
+def test_chunks_that_cannot_be_are_told(row, why, own_source):
+    """HDF5 itself gives the row that such a chunk should be as fill values."""
+    path = own_source / "tiny.h5"
+    with h5py.File(path, "r+", libver="earliest") as file:
+        del file["month"]
+        file.create_dataset("month", (NUM_ROWS, 2), "f4", chunks=(1, 2))[:] = 1
+        chunks = [file["month"].id.get_chunk_info(i) for i in range(NUM_ROWS)]
+    # Version 1 B-tree of chunks: a key is the size in bytes, the filter mask, the offsets; an address follows (HDF5 file
+    # format specification, III.A.1).
+    data = bytearray(path.read_bytes())
+    key = struct.pack("<IIQQQ", 8, 0, 5, 0, 0) + struct.pack("<Q", chunks[5].byte_offset)
+    assert data.count(key) == 1
+    place = data.index(key) + 8
+    data[place : place + 8] = struct.pack("<Q", row)
+    path.write_bytes(data)
+    with h5py.File(path) as file:
+        descriptor = os.open(path, os.O_RDONLY)
+        reader = DatasetReader(file["month"], descriptor)
+        with pytest.raises(ChunkError, match=f"chunk index is damaged: 1 chunks twice or past .* first at row {row}"):
+            reader[0]
+        os.close(descriptor)
+
+
+def test_what_a_source_lacks_or_leaves_out_is_told(own_source):
+    with h5py.File(own_source / "tiny.h5", "r+") as file:
+        num_tiles, form = len(file["month"]), {"chunks": (1, 2), "dtype": "f4"}
+        del file["month"]
+        file.create_dataset("month", (num_tiles, 2), **form)[: num_tiles - 2] = 1
+        file["extra"] = [1, 2]
+    with MMEarthSource(own_source) as source:
+        left_out, lacking = source.notes()
+    assert "no known modality: extra" in left_out
+    assert f"fill value: month (2 of {num_tiles} rows)" in lacking
+
+
+def test_any_damage_to_the_file_is_told(own_source, tmp_path):
+    """A build of a file with wrong bytes is a set, or a SourceError; never anything else."""
+    path, rng, num_told = own_source / "tiny.h5", random.Random(0), 0
+    original = path.read_bytes()
+    structure = [i for magic in (b"TREE", b"SNOD", b"HEAP") for i in found_at(original, magic)]
+    for _ in range(60):
+        data = bytearray(original)
+        for _ in range(rng.choice([1, 3])):
+            data[rng.choice(structure) + rng.randrange(400)] = rng.randrange(256)
+        path.write_bytes(data)
+        try:
+            build(own_source, tmp_path / "set", splits=["val"], overwrite=True, workers=1, progress=False)
+        except SourceError as error:
+            num_told += "tiny" in str(error)
+    assert num_told > 10
+
+
+def found_at(data: bytes, magic: bytes) -> list[int]:
+    return [match.start() for match in re.finditer(re.escape(magic), data)]
 
 
 def test_many_threads_read_the_same(tmp_path):
