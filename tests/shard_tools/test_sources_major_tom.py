@@ -136,6 +136,17 @@ def test_damage_names_tile_and_modality(core):
         source.read_tile(row, ["sentinel2", "sentinel1_rtc"])
 
 
+def test_files_without_rows_or_cells_are_named(core):
+    path = core[0] / "Core-S2L2A/images/part_00001.parquet"
+    table = pq.read_table(path)
+    pq.ParquetWriter(path, table.schema).close()
+    with pytest.raises(SourceError, match=r"part_00001\.parquet: no rows; download the file again"):
+        open_source(core[0], "major_tom", {"tile_size_px": "12"})
+    write_parquet(path, table.to_pydict() | {"grid_cell": [CELLS[0], None, CELLS[2]]})
+    with pytest.raises(SourceError, match=r"part_00001\.parquet: row 1 has no grid_cell"):
+        open_source(core[0], "major_tom", {"tile_size_px": "12"})
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

@@ -121,6 +121,10 @@ class MajorTomSource(ImageSource):
             wanted = [n for n in ("grid_cell", "product_id") if n in names]
             listed = table.read(columns=wanted).to_pydict()
             sizes = [table.metadata.row_group(i).num_rows for i in range(table.metadata.num_row_groups)]
+        if not sizes:
+            raise UnreadableError("no rows")
+        if None in listed["grid_cell"]:
+            raise UnreadableError(f"row {listed['grid_cell'].index(None)} has no grid_cell")
         cells = np.array([str(cell).encode() for cell in listed["grid_cell"]])
         products = np.array([str(p).encode() for p in listed.get("product_id", [""] * len(cells))])
         rows = np.concatenate([np.arange(size) for size in sizes])
