@@ -6,10 +6,10 @@ header of the file, not its length, not the numbers.
 
 import numpy as np
 
+from mpmae.tar_members import TAR_END, TAR_HEADER_BYTES, member_bytes
+
 MAGIC = b"\x93NUMPY\x01\x00"
 MAX_HEADER_BYTES = 1 << 16
-TAR_BLOCK_BYTES = 512
-TAR_END_BYTES = 2 * TAR_BLOCK_BYTES
 
 
 def rows_of(data: bytes, dtype: np.dtype, num_rows: int) -> np.ndarray:
@@ -37,9 +37,9 @@ def layout_problem(rows: np.ndarray, members: tuple[str, ...], num_bytes: int) -
     two blocks of zeros end it.
     """
     sizes = rows["size"].astype(np.uint64).ravel()
-    blocks = sizes + (-sizes % np.uint64(TAR_BLOCK_BYTES)) + np.uint64(TAR_BLOCK_BYTES)
-    ends = np.cumsum(blocks)
-    expected = ends - blocks + np.uint64(TAR_BLOCK_BYTES)
+    steps = member_bytes(sizes)
+    ends = np.cumsum(steps)
+    expected = ends - steps + np.uint64(TAR_HEADER_BYTES)
     offsets = rows["offset"].ravel()
     wrong = np.flatnonzero(offsets != expected)
     if len(wrong):
@@ -48,7 +48,7 @@ def layout_problem(rows: np.ndarray, members: tuple[str, ...], num_bytes: int) -
             f"sample {sample}: {members[member]} at byte {offsets[wrong[0]]}, expected at byte {expected[wrong[0]]}, where "
             "the member before it ends"
         )
-    end = int(ends[-1]) + TAR_END_BYTES if len(ends) else TAR_END_BYTES
+    end = (int(ends[-1]) if len(ends) else 0) + len(TAR_END)
     if end != num_bytes:
         return f"its members end the tar at byte {end}, the manifest says {num_bytes}"
     return None

@@ -2,6 +2,8 @@
 
 import tarfile
 
+import numpy as np
+
 TAR_HEADER_BYTES = tarfile.BLOCKSIZE
 TAR_END = b"\0" * (2 * tarfile.BLOCKSIZE)
 _NAME_BYTES, _SIZE, _CHECKSUM = 100, slice(124, 136), slice(148, 156)
@@ -17,6 +19,11 @@ def _blank_header() -> bytearray:
 
 _BLANK_HEADER = _blank_header()
 _BLANK_SUM = sum(_BLANK_HEADER)
+
+
+def member_bytes(size: int | np.ndarray) -> int | np.ndarray:
+    """Bytes that a member with `size` bytes of data takes in a tar: its header, the data, zeros up to a block."""
+    return TAR_HEADER_BYTES + size + -size % TAR_HEADER_BYTES
 
 
 def tar_header(name: str, size: int) -> bytes:

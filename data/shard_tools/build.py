@@ -10,7 +10,6 @@ and at most 12 tiles a worker in flight, of up to a few MB each.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing
 from pathlib import Path
@@ -25,20 +24,20 @@ from mpmae.shard_codecs import encode_pixels
 from mpmae.shard_files import load_manifest
 from mpmae.shard_format import MANIFEST_NAME, BandStats, Manifest, ShardEntry
 from mpmae.shard_tools import output
-from mpmae.shard_tools.build_plan import BuildOptions, chosen_splits, empty_manifest, shuffled
-from mpmae.shard_tools.encode import BadTile, Sample, TileEncoder
+from mpmae.shard_tools.build_plan import BuildOptions, chosen_splits, empty_manifest
+from mpmae.shard_tools.encode import BadTile, EncodedSample, TileEncoder
 from mpmae.shard_tools.journal import JOURNAL_NAME, Journal
 from mpmae.shard_tools.lock import locked
 from mpmae.shard_tools.progress import MB, Meter, say
+from mpmae.shard_tools.shuffle import shuffle
 from mpmae.shard_tools.source import MMEarthSource
-from mpmae.shard_tools.stats import StatsPass
+from mpmae.shard_tools.stats import STATS_SPLIT, StatsPass
 from mpmae.shard_tools.tile import TileError
 from mpmae.shard_tools.tile_source import TileSource
 from mpmae.tar_members import TAR_END
 
 NUM_TRIAL_TILES = 16
 ESTIMATE_MARGIN = 1.1
-STATS_SPLIT = "train"
 GO_ON = "go on with --resume"
 
 
@@ -64,7 +63,8 @@ def build_from(source: TileSource, output_dir: str | Path, **options: Any) -> Ma
     chosen.check()
     if folder.resolve() == source.folder.resolve():
         raise ShardError(f"{folder} is the source folder; give another folder for the shard set")
-    orders = {split: shuffled(source.splits[split], chosen.seed) for split in chosen_splits(source, chosen.splits)}
+    rows = {split: source.splits[split] for split in chosen_splits(source, chosen.splits)}
+    orders = {split: of_split[shuffle(of_split, chosen.seed)] for split, of_split in rows.items()}
     manifest = empty_manifest(source, chosen)
     tell = say if chosen.progress else lambda text: None
     for note in source.notes():
@@ -209,7 +209,7 @@ class _Build:
                 position += 1
         return state.skipped + skipped
 
-    def _add(self, writer: output.ShardWriter, sample: Sample) -> int:
+    def _add(self, writer: output.ShardWriter, sample: EncodedSample) -> int:
         num_bytes = writer.add(sample.row, sample.presence, sample.members, self.source.describe(sample.row))
         if sample.moments:
             self.stats.merge(sample.moments)
@@ -248,14 +248,9 @@ class _Build:
         trial = left[np.linspace(0, len(left) - 1, min(NUM_TRIAL_TILES, len(left))).astype(int)]
         encoder = TileEncoder(self.source, self.manifest)
         samples = [encoder.one(row) for row in trial.tolist()]
-        per_sample = [output.tar_bytes([len(d) for d in s.members]) for s in samples if isinstance(s, Sample)]
+        per_sample = [output.tar_bytes([len(d) for d in s.members]) for s in samples if isinstance(s, EncodedSample)]
         if not per_sample:
             return
         needed_bytes = int(np.mean(per_sample) * len(left) * ESTIMATE_MARGIN) + len(TAR_END)
-        free_bytes = shutil.disk_usage(self.folder).free + freed_bytes
-        if needed_bytes > free_bytes:
-            raise ShardError(
-                f"{self.folder}: the shard set needs about {needed_bytes / MB:,.0f} MB (from {len(trial)} of {len(left)} "
-                f"tiles, plus {ESTIMATE_MARGIN - 1:.0%}), the disk has {free_bytes / MB:,.0f} MB; free some space, give a "
-                "folder elsewhere or take fewer modalities"
-            )
+        of = f"from {len(trial)} of {len(left)} tiles, plus {ESTIMATE_MARGIN - 1:.0%}"
+        output.check_space(self.folder, needed_bytes, freed_bytes, f"about {needed_bytes / MB:,.0f} MB ({of})", "modalities")

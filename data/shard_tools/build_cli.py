@@ -4,13 +4,13 @@ import argparse
 import json
 from pathlib import Path
 
-from mpmae.errors import SourceError
-from mpmae.shard_tools.build import build, build_from
+from mpmae.shard_tools.build import build_from
+from mpmae.shard_tools.build_plan import BuildOptions
 from mpmae.shard_tools.cli_parts import add_command, names
 from mpmae.shard_tools.output import SKIPPED_NAME
 from mpmae.shard_tools.progress import MB, say
+from mpmae.shard_tools.source_cli import add_format, open_given
 
-MMEARTH = "mmearth"
 DESCRIPTION = """\
 Write the shard set of a dataset; by default of an MMEarth folder (NAME.h5, NAME_splits.json, NAME_tile_info.json,
 NAME_band_stats.json). The same source and options give the same bytes, with any number of workers and however often the
@@ -23,15 +23,7 @@ def add_build(commands) -> None:
     command = add_command(commands, "build", run_build, "dataset -> shard set", DESCRIPTION)
     command.add_argument("source", type=Path, metavar="SOURCE", help="folder of the dataset")
     command.add_argument("output", type=Path, metavar="OUTPUT", help="folder for the shard set; absent or empty")
-    command.add_argument("--format", default=MMEARTH, metavar="NAME", help="format of SOURCE; see docs/new_source.md")
-    command.add_argument(
-        "--option",
-        action="append",
-        default=[],
-        type=_option,
-        metavar="KEY=VALUE",
-        help="option of the format; may be repeated",
-    )
+    add_format(command)
     command.add_argument(
         "--codec",
         choices=("lz4", "raw", "zstd"),
@@ -79,15 +71,9 @@ def run_build(args: argparse.Namespace) -> int:
     kept = ("codec", "quantise_sentinel1", "modalities", "splits", "seed", "shard_size_mb", "max_samples_per_shard")
     options = {name: getattr(args, name) for name in (*kept, "workers", "resume", "skip_bad", "overwrite")}
     try:
-        if args.format == MMEARTH:
-            if args.option:
-                raise SourceError(f"--option {args.option[0][0]}: the format {MMEARTH} has no options")
-            manifest = build(args.source, args.output, **options)
-        else:
-            from mpmae.shard_tools.sources import open_source  # its formats need packages that MMEarth's does not
-
-            with open_source(args.source, args.format, dict(args.option)) as source:
-                manifest = build_from(source, args.output, **options)
+        BuildOptions(**options).check()  # before a source is opened, which takes a while
+        with open_given(args, args.source, args.modalities, need_band_stats=True) as source:
+            manifest = build_from(source, args.output, **options)
     except KeyboardInterrupt:
         say(f"finished shards are kept in {args.output}: add --resume to go on")
         raise
@@ -102,10 +88,3 @@ def run_build(args: argparse.Namespace) -> int:
         say(text)
     print(f"shard set of {manifest.source.name} ({len(manifest.modalities)} modalities, {manifest.codec}): {args.output}")
     return 0
-
-
-def _option(text: str) -> tuple[str, str]:
-    key, equals, value = text.partition("=")
-    if not key or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected KEY=VALUE")
-    return key, value

@@ -7,12 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-import numpy as np
-
-from mpmae.counter_rng import Stream, random_bits
 from mpmae.errors import ShardError, SourceError
 from mpmae.modalities import MODALITIES
 from mpmae.shard_format import Codec, Manifest, ScalarEntry, SourceInfo, pixel_entry
+from mpmae.shard_tools.output import option_problems
 from mpmae.shard_tools.tile_source import TileSource
 
 QUANTISE_STEP_DB = 0.01
@@ -48,14 +46,7 @@ class BuildOptions:
         problems = []
         if self.codec not in get_args(Codec):
             problems.append(f"codec {self.codec!r}; expected {' or '.join(get_args(Codec))}")
-        if not 0 < self.shard_size_mb < float("inf"):
-            problems.append(f"shard_size_mb {self.shard_size_mb}; expected a number above 0")
-        if self.max_samples_per_shard is not None and self.max_samples_per_shard < 1:
-            problems.append(f"max_samples_per_shard {self.max_samples_per_shard}; expected at least 1")
-        if self.seed < 0:
-            problems.append(f"seed {self.seed}; expected at least 0")
-        if self.workers is not None and self.workers < 1:
-            problems.append(f"workers {self.workers}; expected at least 1")
+        problems += option_problems(self.shard_size_mb, self.max_samples_per_shard, self.seed, self.workers)
         if self.resume and self.overwrite:
             problems.append("resume goes on with what overwrite removes; expected at most one of them")
         if problems:
@@ -71,12 +62,6 @@ def chosen_splits(source: TileSource, wanted: Sequence[str] | None) -> list[str]
     if not any(len(source.splits[split]) for split in chosen):
         raise SourceError(f"{source.where}: the splits {', '.join(chosen)} have no tiles")
     return chosen
-
-
-def shuffled(rows: np.ndarray, seed: int) -> np.ndarray:
-    """`rows` int64 [N] in an order that is a pure function of them and the seed."""
-    keys = random_bits(seed, Stream.SHARD_ORDER, 0, rows)[:, 0]
-    return rows[np.argsort(keys, kind="stable")]
 
 
 def empty_manifest(source: TileSource, options: BuildOptions) -> Manifest:

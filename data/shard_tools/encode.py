@@ -22,7 +22,7 @@ TILES_PER_TASK = 4
 
 
 @dataclass(frozen=True)
-class Sample:
+class EncodedSample:
     """A tile as a shard holds it; `moments` are those of its bands, where they are asked for."""
 
     row: int
@@ -56,7 +56,7 @@ class TileEncoder:
         self._source, self._names, self._stats = source, manifest.modalities, stats
         self._encoder = SampleEncoder(manifest)
 
-    def one(self, row: int) -> Sample | BadTile:
+    def one(self, row: int) -> EncodedSample | BadTile:
         """The sample of the tile at `row`, or what is wrong with it."""
         try:
             tile = self._source.read_tile(row, self._names)
@@ -70,14 +70,14 @@ class TileEncoder:
         except SourceError as error:
             return BadTile(row, error)
         moments = self._stats.of_chunk([tile]) if self._stats else {}
-        return Sample(row, presence, members, moments)
+        return EncodedSample(row, presence, members, moments)
 
-    def ordered(self, rows: np.ndarray, num_workers: int) -> Iterator[Sample | BadTile]:
+    def ordered(self, rows: np.ndarray, num_workers: int) -> Iterator[EncodedSample | BadTile]:
         """The samples of `rows` in their order, made by `num_workers` threads, at most 12 tiles a thread in flight."""
         tasks = np.array_split(rows, range(TILES_PER_TASK, len(rows), TILES_PER_TASK))
         with closing(in_order(self._several, tasks, num_workers)) as results:
             for samples in results:
                 yield from samples
 
-    def _several(self, rows: np.ndarray) -> list[Sample | BadTile]:
+    def _several(self, rows: np.ndarray) -> list[EncodedSample | BadTile]:
         return [self.one(row) for row in rows.tolist()]

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 
-from mpmae.counter_rng import Stream, random_bits
 from mpmae.errors import ShardError
 from mpmae.files import write_whole
 from mpmae.in_order import in_order
@@ -20,6 +19,7 @@ from mpmae.shard_format import ShardEntry, dali_index_name, index_bytes, index_n
 from mpmae.shard_tools import output
 from mpmae.shard_tools.progress import track
 from mpmae.shard_tools.shard_set import ShardSet
+from mpmae.shard_tools.shuffle import shuffle
 from mpmae.shard_tools.source import MMEarthSource
 from mpmae.shard_tools.tar_walk import walk_samples
 from mpmae.shard_tools.tile import decode_members, presence_bits
@@ -130,7 +130,7 @@ def _rows_by_order(shard_set: ShardSet, good: dict[str, np.ndarray], lost: list[
     missing = np.setdiff1d(np.arange(manifest.source.num_tiles, dtype=np.uint64), known)
     own = [good[shard.name]["row"] for shard in manifest.shards(split) if shard.name in good]
     rows = np.sort(np.concatenate([missing, *own]))
-    order = rows[np.argsort(random_bits(manifest.seed, Stream.SHARD_ORDER, 0, rows)[:, 0], kind="stable")]
+    order = rows[shuffle(rows, manifest.seed)]
     if len(order) != manifest.num_samples(split):
         return {}
     return {e.shard.name: order[e.first_ordinal : e.first_ordinal + e.shard.num_samples] for e in lost}

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import accumulate
@@ -27,8 +28,9 @@ from mpmae.shard_format import (
 )
 from mpmae.shard_tools.journal import JOURNAL_NAME, is_journal
 from mpmae.shard_tools.lock import LOCK_NAME
+from mpmae.shard_tools.progress import MB
 from mpmae.shard_tools.source_checks import examples
-from mpmae.tar_members import TAR_END, TAR_HEADER_BYTES, tar_member
+from mpmae.tar_members import TAR_END, TAR_HEADER_BYTES, member_bytes, tar_member
 
 SKIPPED_NAME, SKIPPED_FORMAT = "skipped.json", "mpmae-skipped-tiles"
 _SHARD_PATTERN = re.compile(r"[A-Za-z0-9_]+-\d{5,}\.tar")
@@ -36,7 +38,31 @@ _SHARD_PATTERN = re.compile(r"[A-Za-z0-9_]+-\d{5,}\.tar")
 
 def tar_bytes(member_sizes: list[int]) -> int:
     """Bytes that members of these sizes take in a tar."""
-    return sum(TAR_HEADER_BYTES + size + -size % TAR_HEADER_BYTES for size in member_sizes)
+    return sum(map(member_bytes, member_sizes))
+
+
+def option_problems(shard_size_mb: float, max_samples_per_shard: int | None, seed: int, workers: int | None) -> list[str]:
+    """What is wrong with the options that every command has that writes a set, one text each."""
+    found = []
+    if not 0 < shard_size_mb < float("inf"):
+        found.append(f"shard_size_mb {shard_size_mb}; expected a number above 0")
+    if max_samples_per_shard is not None and max_samples_per_shard < 1:
+        found.append(f"max_samples_per_shard {max_samples_per_shard}; expected at least 1")
+    if seed < 0:
+        found.append(f"seed {seed}; expected at least 0")
+    if workers is not None and workers < 1:
+        found.append(f"workers {workers}; expected at least 1")
+    return found
+
+
+def check_space(folder: Path, needed_bytes: int, freed_bytes: int, needs: str, fewer: str) -> None:
+    """ShardError when the disk of `folder`, with what will be freed there, has less than `needed_bytes`, told as `needs`."""
+    free_bytes = shutil.disk_usage(folder).free + freed_bytes
+    if needed_bytes > free_bytes:
+        raise ShardError(
+            f"{folder}: the shard set needs {needs}, the disk has {free_bytes / MB:,.0f} MB; free some space, give a folder "
+            f"elsewhere or take fewer {fewer}"
+        )
 
 
 def sample_bytes(manifest: Manifest, key: str, members: list[bytes]) -> bytes:
@@ -191,7 +217,7 @@ class ShardWriter:
     def add(self, row: int, presence: int, members: list[bytes], tile: str) -> int:
         """Append a sample, whose bytes in the tar are counted; `tile` names it in errors."""
         sizes = [len(data) for data in members]
-        steps = [TAR_HEADER_BYTES + size + -size % TAR_HEADER_BYTES for size in sizes]
+        steps = [member_bytes(size) for size in sizes]
         num_bytes = sum(steps)
         full = self._file is not None and (
             self._offset + num_bytes + len(TAR_END) > self.max_bytes or len(self._rows) == self.max_samples

@@ -5,7 +5,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from mpmae.counter_rng import Stream, random_bits
 from mpmae.errors import ShardError
 from mpmae.files import sync, write_whole
 from mpmae.in_order import in_order, num_cores
@@ -24,13 +22,13 @@ from mpmae.shard_tools.lock import locked
 from mpmae.shard_tools.progress import MB, say, track
 from mpmae.shard_tools.scan import ScannedSet
 from mpmae.shard_tools.shard_set import CHUNK_SAMPLES, Sample
-from mpmae.shard_tools.stats import Accumulator, StatsPass
+from mpmae.shard_tools.shuffle import shuffle
+from mpmae.shard_tools.stats import STATS_SPLIT, Accumulator, StatsPass
 from mpmae.shard_tools.tar_walk import header_problem
 from mpmae.shard_tools.tile import Tile
-from mpmae.tar_members import TAR_END, TAR_HEADER_BYTES
+from mpmae.tar_members import TAR_END, TAR_HEADER_BYTES, member_bytes
 
 MAX_CHUNK_BYTES = 10**9
-STATS_SPLIT = "train"
 _PLACE = np.dtype([("part", "<u4"), ("position", "<u4"), ("row", "<u8")])
 
 
@@ -51,16 +49,7 @@ class RewriteOptions:
 
     def problems(self) -> list[str]:
         """What is wrong with the options, one text each."""
-        found = []
-        if not 0 < self.shard_size_mb < float("inf"):
-            found.append(f"shard_size_mb {self.shard_size_mb}; expected a number above 0")
-        if self.max_samples_per_shard is not None and self.max_samples_per_shard < 1:
-            found.append(f"max_samples_per_shard {self.max_samples_per_shard}; expected at least 1")
-        if self.seed < 0:
-            found.append(f"seed {self.seed}; expected at least 0")
-        if self.workers is not None and self.workers < 1:
-            found.append(f"workers {self.workers}; expected at least 1")
-        return found
+        return output.option_problems(self.shard_size_mb, self.max_samples_per_shard, self.seed, self.workers)
 
 
 class Selection:
@@ -80,8 +69,7 @@ class Selection:
         splits = {}
         for split, parts in self._places.items():
             places = np.sort(np.concatenate(parts), order="row")
-            keys = random_bits(seed, Stream.SHARD_ORDER, 0, places["row"])[:, 0]
-            splits[split] = places[np.argsort(keys, kind="stable")]
+            splits[split] = places[shuffle(places["row"], seed)]
         return splits
 
 
@@ -126,7 +114,7 @@ def _write(
     num_bytes = copier.num_bytes(splits.values())
     workers = _workers(options.workers, num_bytes // sum(map(len, splits.values())))
     old_files, old_bytes = output.prepare(output_dir, options.overwrite)
-    _check_space(output_dir, num_bytes, old_bytes)
+    output.check_space(output_dir, num_bytes, old_bytes, f"{num_bytes / MB:,.0f} MB", "samples")
     with output.disk_errors(str(output_dir), output_dir):
         for path in old_files:
             path.unlink()
@@ -149,16 +137,6 @@ def _write(
     return manifest
 
 
-def _check_space(folder: Path, needed_bytes: int, freed_bytes: int) -> None:
-    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    free_bytes = shutil.disk_usage(existing).free + freed_bytes
-    if needed_bytes > free_bytes:
-        raise ShardError(
-            f"{folder}: the shard set needs {needed_bytes / MB:,.0f} MB, the disk has {free_bytes / MB:,.0f} MB; free some "
-            "space, give a folder elsewhere or take fewer samples"
-        )
-
-
 def _workers(wanted: int | None, sample_bytes: int) -> int:
     """Threads whose chunks, up to three each at a time, stay within MAX_CHUNK_BYTES."""
     workers = num_cores() if wanted is None else wanted
@@ -178,11 +156,11 @@ class _Copier:
 
     def num_bytes(self, splits: Iterable[np.ndarray]) -> int:
         """Bytes of the tars of the output, if each split is one tar."""
-        scalars_bytes, total = output.tar_bytes([self._manifest.scalars_dtype.itemsize]), 0
+        scalars_bytes, total = member_bytes(self._manifest.scalars_dtype.itemsize), 0
         for places in splits:
             for number, part in enumerate(self._parts):
                 sizes = part.index["size"][places["position"][places["part"] == number]][:, self._kept].astype(np.int64)
-                total += int((sizes + -sizes % TAR_HEADER_BYTES + TAR_HEADER_BYTES).sum()) + len(sizes) * scalars_bytes
+                total += int(member_bytes(sizes).sum()) + len(sizes) * scalars_bytes
             total += len(TAR_END)
         return total
 

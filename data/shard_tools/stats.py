@@ -25,6 +25,7 @@ from mpmae.shard_tools.stats_loops import add_floats, add_integers
 from mpmae.shard_tools.tile import Tile
 from mpmae.shard_tools.tile_source import TileSource
 
+STATS_SPLIT = "train"
 Stats = dict[str, dict[str, list[float]]]
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mpmae.counter_rng import Stream, random_bits
 from mpmae.errors import ShardError
 from mpmae.modalities import PRODUCT_LEVELS
 from mpmae.shard_format import FORMAT_VERSION, Manifest, SourceInfo
 from mpmae.shard_tools.rewrite import RewriteOptions, Selection, check_folders, combined_fingerprint, rewrite
 from mpmae.shard_tools.scan import ScannedSet, scan
 from mpmae.shard_tools.shard_set import ShardSet
+from mpmae.shard_tools.shuffle import shuffle
 from mpmae.shard_tools.source_checks import examples
 
 _SPLIT_NAME = re.compile(r"[A-Za-z0-9_]+")
@@ -117,8 +117,7 @@ def _drawn(part: ScannedSet, positions: np.ndarray, wanted: Wanted, seed: int) -
         num = min(num, wanted.num_samples)
     if wanted.fraction is not None:
         num = round(num * wanted.fraction)
-    keys = random_bits(seed, Stream.SHARD_ORDER, 0, part.index["row"][positions])[:, 0]
-    return positions[np.argsort(keys, kind="stable")[:num]]
+    return positions[shuffle(part.index["row"][positions], seed)[:num]]
 
 
 def _manifest(manifest: Manifest, wanted: Wanted, seed: int) -> Manifest:

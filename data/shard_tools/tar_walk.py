@@ -6,7 +6,7 @@ from typing import BinaryIO, NamedTuple
 
 from mpmae.errors import ShardError
 from mpmae.shard_format import Manifest, member_name, sample_key
-from mpmae.tar_members import TAR_END, TAR_HEADER_BYTES, tar_header, tar_size
+from mpmae.tar_members import TAR_END, TAR_HEADER_BYTES, member_bytes, tar_header, tar_size
 
 _EMPTY_BLOCK = bytes(TAR_HEADER_BYTES)
 _MAX_NAME = 100
@@ -56,7 +56,7 @@ def walk_samples(file: BinaryIO, manifest: Manifest, num_samples: int, first_ord
             if problem:
                 raise ShardError(f"sample {sample_key(ordinal)}: byte {offset}: {problem}")
             size, offset = tar_size(header), offset + TAR_HEADER_BYTES
-            num_padded = size + -size % TAR_HEADER_BYTES
+            num_padded = member_bytes(size) - TAR_HEADER_BYTES
             # A header may announce gigabytes that the file does not have, and `read` would make room for them.
             data = file.read(min(num_padded, total - offset))
             if len(data) < num_padded:
