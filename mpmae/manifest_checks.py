@@ -55,6 +55,8 @@ def _modality_problems(manifest: "Manifest") -> Iterator[str]:
             yield f"{field}.shape: {list(entry.shape)}, expected sides of tile_size_px = {side}"
         if len(entry.bands) != entry.shape[0]:
             yield f"{field}.bands: {len(entry.bands)} names, expected {entry.shape[0]} as in its shape"
+        if entry.codec != manifest.codec:
+            yield f"{field}.codec: {entry.codec}, expected {manifest.codec} as in the names of its members"
         if entry.no_data.zero_row:
             yield f"{field}.no_data.zero_row: true, expected false: maps have no one-hot rows"
         yield from _quantisation_problems(field, entry)

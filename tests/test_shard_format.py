@@ -46,6 +46,7 @@ MANIFEST_CASES = {
     "not square": (put("pixels", 0, "shape", [13, 64, 32]), "shape: [13, 64, 32], expected sides of tile_size_px = 64"),
     "tile size": (put("tile_size_px", 32), "pixels.1 (sentinel1).shape: [8, 64, 64], expected sides of tile_size_px = 32"),
     "bands": (put("pixels", 0, "bands", ["B1"]), "pixels.0 (sentinel2).bands: 1 names, expected 13"),
+    "codec": (put("pixels", 1, "codec", "zstd"), "pixels.1 (sentinel1).codec: zstd, expected lz4"),
     "length": (put("scalars", 0, "length", 0), "scalars.0 (era5).length: 0"),
     "unknown": (put("pixels", 0, "name", "sentinel9"), "pixels.0 (sentinel9).name: no such modality"),
     "twice": (put("scalars", 1, "name", "era5"), "scalars.1 (era5).name: era5 is listed twice"),

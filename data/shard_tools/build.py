@@ -5,7 +5,7 @@ same source and options give the same bytes, with any number of workers and howe
 `mpmae.shard_format`.
 
 Memory: below 2 GB at any size of MMEarth, since tiles pass through: 0.6 KB a tile of the source (1.2 million tiles: 0.7 GB)
-and at most 12 tiles a worker in flight, of up to a few MB each.
+and at most 8 tiles a worker, and 8, in flight, of up to a few MB each.
 """
 
 import hashlib
@@ -89,6 +89,7 @@ class _Build:
     ):
         self.source, self.folder, self.manifest = source, folder, manifest
         self.orders, self.options, self.tell = orders, options, tell
+        self._max_bytes = int(options.shard_size_mb * MB)
         self.stats = None
         if source.band_stats is None:
             self.stats = StatsPass({name: source.no_data(name) for name in manifest.modalities})
@@ -116,6 +117,11 @@ class _Build:
         different = [name for name in new if old[name] != new[name]]
         if list(manifest.splits) != list(self.orders):
             different.append("splits")
+        shards = [shard for split in manifest.splits.values() for shard in split]
+        if any(shard.num_bytes > self._max_bytes and shard.num_samples > 1 for shard in shards):
+            different.append("shard_size_mb")
+        if any(shard.num_samples > (self.options.max_samples_per_shard or shard.num_samples) for shard in shards):
+            different.append("max_samples_per_shard")
         if different:
             raise ShardError(
                 f"{self.folder} holds a finished set that differs in {', '.join(different)} from what is asked for; give "
@@ -192,9 +198,8 @@ class _Build:
 
         encoder = TileEncoder(self.source, self.manifest, self._stats_of(split))
         samples = encoder.ordered(order[position:], options.workers or num_cores())
-        max_bytes = int(options.shard_size_mb * MB)
         writer = output.ShardWriter(
-            self.folder, split, self.manifest, max_bytes, options.max_samples_per_shard, state.shards, record, GO_ON
+            self.folder, split, self.manifest, self._max_bytes, options.max_samples_per_shard, state.shards, record, GO_ON
         )
         meter = Meter(f"build {split}", len(order), num_done=position, enabled=options.progress)
         with writer, meter, closing(samples):

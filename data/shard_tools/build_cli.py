@@ -14,7 +14,7 @@ from mpmae.shard_tools.source_cli import add_format, open_given
 DESCRIPTION = """\
 Write the shard set of a dataset; by default of an MMEarth folder (NAME.h5, NAME_splits.json, NAME_tile_info.json,
 NAME_band_stats.json). The same source and options give the same bytes, with any number of workers and however often the
-build was interrupted. Memory stays below 2 GB at any size of MMEarth: 0.6 KB a tile of the source and up to 12 tiles a
+build was interrupted. Memory stays below 2 GB at any size of MMEarth: 0.6 KB a tile of the source and up to 8 tiles a
 worker. A tile that cannot be read stops the build with its name, unless --skip-bad is given."""
 
 

@@ -73,7 +73,7 @@ class TileEncoder:
         return EncodedSample(row, presence, members, moments)
 
     def ordered(self, rows: np.ndarray, num_workers: int) -> Iterator[EncodedSample | BadTile]:
-        """The samples of `rows` in their order, made by `num_workers` threads, at most 12 tiles a thread in flight."""
+        """The samples of `rows` in their order, made by `num_workers` threads, at most 8 a thread, and 8, in flight."""
         tasks = np.array_split(rows, range(TILES_PER_TASK, len(rows), TILES_PER_TASK))
         with closing(in_order(self._several, tasks, num_workers)) as results:
             for samples in results:

@@ -1,9 +1,11 @@
 """Memory does not follow the size of a dataset: a small constant a tile, whatever its JSON files weigh."""
 
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 
 from mpmae.shard_tools import json_stream
+from mpmae.shard_tools.build_plan import BuildOptions, empty_manifest
+from mpmae.shard_tools.encode import TileEncoder
 from mpmae.shard_tools.json_stream import ObjectStream
 from mpmae.shard_tools.source import MMEarthSource
 
@@ -75,11 +79,34 @@ def test_a_million_tiles_open_in_bounded_memory(tmp_path):
 
 
 def test_a_build_keeps_no_tiles(tmp_path):
+    """What is left of the 2 GB that a build may take is for the tiles in flight: 0.6 GB, 500 of MMEarth's largest."""
     peaks = []
-    for num_tiles in (2000, 8000):
+    for num_tiles in (2000, 12_000):
         source = large_folder(tmp_path / f"n{num_tiles}", num_tiles, 100)
         peaks.append(peak_bytes(BUILD, source, tmp_path / f"out{num_tiles}"))
-    assert (peaks[1] - peaks[0]) / 6000 < 1500
+    at_full_size = peaks[0] + ((peaks[1] - peaks[0]) / 10_000 + BYTES_PER_CHUNK * NUM_DATASETS) * MMEARTH_TILES
+    assert at_full_size < 1.4e9
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 5])
+def test_few_tiles_are_in_flight(num_workers, source_32):
+    rows, begun, taken, most = np.tile(np.arange(10), 20), itertools.count(), 0, 0
+    with MMEarthSource(source_32, ["sentinel2"]) as source:
+        encoder = TileEncoder(source, empty_manifest(source, BuildOptions()))
+        one, num_begun = encoder.one, 0
+
+        def counted(row: int):
+            nonlocal num_begun
+            num_begun = max(num_begun, next(begun) + 1)
+            return one(row)
+
+        encoder.one = counted
+        for _ in encoder.ordered(rows, num_workers):
+            if taken % 10 == 0:
+                time.sleep(0.01)  # long enough for the threads to run ahead as far as they may
+            most, taken = max(most, num_begun - taken), taken + 1
+    assert taken == len(rows)
+    assert num_workers * 4 <= most <= num_workers * 8 + 8
 
 
 def test_a_source_keeps_twelve_bytes_a_chunk(tmp_path):

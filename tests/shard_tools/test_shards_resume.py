@@ -102,7 +102,7 @@ def test_killed_while_it_replaces_a_set(opened, tmp_path, monkeypatch):
     options = {"max_samples_per_shard": 5, "progress": False}
     build_from(opened, tmp_path / "whole", seed=1, **options)
     expected = digests(tmp_path / "whole")
-    for n in range(1, 30):
+    for n in range(1, 20):
         folder = tmp_path / f"killed-{n}"
         build_from(opened, folder, seed=0, **options)
         with monkeypatch.context() as patch:
@@ -215,6 +215,8 @@ def test_resume_begins_goes_on_and_knows_the_end(opened, tmp_path, monkeypatch, 
     assert "is finished already: nothing to do" in capsys.readouterr().err
     with pytest.raises(ShardError, match="holds a finished set that differs in seed"):
         build_from(opened, tmp_path / "set", seed=5, resume=True, progress=False)
+    with pytest.raises(ShardError, match="differs in shard_size_mb, max_samples_per_shard"):
+        build_from(opened, tmp_path / "set", **options | {"max_samples_per_shard": 1, "shard_size_mb": 0.01})
     assert digests(tmp_path / "set") == before
     with pytest.raises(ShardError, match="expected at most one of them"):
         build_from(opened, tmp_path / "set", resume=True, overwrite=True)
