@@ -102,12 +102,13 @@ def test_bad_tiles_are_left_out_on_request(own_source, tmp_path, capsys):
     assert sum(manifests[0].num_samples(split) for split in manifests[0].splits) == 7
 
 
-def test_left_out_tiles_survive_a_resume(own_source, tmp_path, monkeypatch):
+def test_left_out_tiles_and_statistics_survive_a_resume(own_source, tmp_path, monkeypatch):
     spoiled(own_source)
     options = {"max_samples_per_shard": 2, "skip_bad": True, "progress": False}
-    build(own_source, tmp_path / "whole", **options)
-    with MMEarthSource(own_source) as source:
-        for num_samples in range(1, 7):
+    with MMEarthSource(own_source) as mmearth:
+        source = Computed(mmearth)
+        build_from(source, tmp_path / "whole", **options)
+        for num_samples in range(7):
             folder = tmp_path / f"{num_samples}"
             interrupted(source, folder, monkeypatch, num_samples, skip_bad=True)
             build_from(source, folder, resume=True, **options)
