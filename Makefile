@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 EO_VENV := .venv-eo
 EO_PIP := $(EO_VENV)/bin/python -m pip --disable-pip-version-check -q
+PEERS_VENV := .venv-peers
+PEERS_PIP := $(PEERS_VENV)/bin/python -m pip --disable-pip-version-check -q
 # Where there is no NVIDIA GPU, TORCH_ARGS can point pip at PyTorch's index of CPU wheels (see pytorch.org, "Get started").
 TORCH_ARGS ?=
 
-.PHONY: install demo test test-eo slow lint clean
+.PHONY: install demo test test-eo bench-peers slow lint clean
 
 install: $(VENV)/installed
 
@@ -34,6 +36,16 @@ $(EO_VENV)/installed: pyproject.toml setup.py requirements/constraints.txt
 	$(PYTHON) -m venv $(EO_VENV)
 	$(EO_PIP) install -c requirements/constraints.txt torch $(TORCH_ARGS)
 	$(EO_PIP) install -c requirements/constraints.txt -e '.[eo,test]'
+	@touch $@
+
+# The loader beside other projects' loaders, in a venv of their own: they need older packages than ours.
+bench-peers: $(PEERS_VENV)/installed
+	$(PEERS_VENV)/bin/python benchmarks/loader.py $(BENCH_ARGS)
+
+$(PEERS_VENV)/installed: pyproject.toml setup.py requirements/peers.txt
+	$(PYTHON) -m venv $(PEERS_VENV)
+	$(PEERS_PIP) install -c requirements/peers.txt torch $(TORCH_ARGS)
+	$(PEERS_PIP) install -c requirements/peers.txt -e '.[dali,peers]'
 	@touch $@
 
 slow: install

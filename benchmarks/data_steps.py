@@ -13,7 +13,7 @@ from typing import Any
 
 from record import clean_commit, spread, write_record
 
-from mpmae.loader import CpuLoader, ShardReader, TrainOrder, plan_batches
+from mpmae.loader import CpuLoader, ExactOrder, ShardReader, TrainOrder, plan_batches
 from mpmae.modalities import TARGETS
 from mpmae.shard_tools.build import build
 from mpmae.shard_tools.source import MMEarthSource
@@ -37,7 +37,7 @@ def load_once(shards: Path, num_workers: int) -> None:
     """One pass over the training split in batches of 32, all targets."""
     reader = ShardReader(shards, "train")
     loader = CpuLoader(reader, TARGETS, CROP_PX[reader.manifest.tile_size_px], seed=0, num_workers=num_workers)
-    order = TrainOrder(len(reader), 32, 0)
+    order = TrainOrder(ExactOrder(len(reader)), 32, 0)
     batches = loader.training(order, plan_batches(32, None, 1), 0, 0)
     for _ in itertools.islice(batches, order.steps_per_epoch):
         pass

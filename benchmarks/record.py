@@ -15,7 +15,7 @@ RECORDS = Path(__file__).resolve().parent / "records"
 
 def spread(samples: Sequence[float]) -> dict[str, float]:
     """20th percentile, median and 80th percentile of repeated measurements."""
-    cuts = statistics.quantiles(samples, n=5, method="inclusive")
+    cuts = statistics.quantiles(samples, n=5, method="inclusive") if len(samples) > 1 else [*samples] * 4
     return {"p20": cuts[0], "median": statistics.median(samples), "p80": cuts[3], "repeats": len(samples)}
 
 

@@ -26,11 +26,12 @@ from record import clean_commit, spread, write_record
 from reshard_tiles import repeat, stored_chunks
 
 from mpmae.shard_codecs import encode_pixels
-from mpmae.shard_format import load_manifest
+from mpmae.shard_files import load_manifest
+from mpmae.shard_format import sample_key
 from mpmae.shard_tools.build import build
+from mpmae.shard_tools.output import sample_bytes
 from mpmae.shard_tools.raw_chunks import DatasetReader
 from mpmae.shard_tools.source import MMEarthSource
-from mpmae.shard_tools.tar_members import TarMembers
 from mpmae.shard_tools.tile import SampleEncoder
 from mpmae.shard_tools.verify import verify
 
@@ -125,10 +126,10 @@ def alternate(ways: dict[str, Callable[[], Any]], num_tiles: int, rounds: int) -
 def limits(folder: Path, shards: Path, output: Path, num_tiles: int) -> dict[str, float]:
     """CPU microseconds that each step of a build takes of a tile, measured one by one on one thread."""
     manifest = load_manifest(shards)
-    encoder, tar = SampleEncoder(manifest), TarMembers(manifest)
+    encoder = SampleEncoder(manifest)
     with MMEarthSource(folder) as source, (output / "written").open("wb") as file:
         tiles = [source.read_tile(row) for row in range(num_tiles)]
-        samples = [tar.pack("00000000", encoder.encode(tile)[1]) for tile in tiles]
+        samples = [sample_bytes(manifest, sample_key(0), encoder.encode(tile)[1]) for tile in tiles]
         steps: dict[str, Callable[[int], Any]] = {
             "read and inflate": source.read_tile,
             "filter and LZ4": lambda i: [encode_pixels(e, tiles[i].values[e.name]) for e in manifest.pixels],

@@ -7,9 +7,12 @@ python benchmarks/results.py --check    (status 1 when they are not what the rec
 import argparse
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import results_loader
+import results_order
 import results_reshard
 from matplotlib.ticker import LogLocator
 from page import Section, machine, plt, svg
@@ -215,10 +218,14 @@ def readme_figure(record: dict[str, Any]) -> str:
     )
 
 
+gpu_loader_section = partial(results_loader.section, title="Loading tiles with a GPU", picture="loader-gpu")
 SECTIONS = (  # in the order of RESULTS.md
     Section("training step", step_section, "training-step", step_plot, "figure", readme_figure),
     Section("initial weights", init_section, "initial-weights", init_plot),
+    Section("order", results_order.section, "order", results_order.plot),
     Section("data steps", data_section, readme_mark="disk", readme=readme_disk),
+    Section("loader", results_loader.section, "loader", results_loader.plot),
+    Section("loader on a GPU", gpu_loader_section, "loader-gpu", results_loader.plot),
     Section("reshard", results_reshard.section, "reshard", results_reshard.plot),
 )
 

@@ -24,9 +24,11 @@ from torch import multiprocessing
 
 from mpmae.config import DataSection, RunConfig, load_config
 from mpmae.engine import create_engine, init_world
-from mpmae.loader import CpuLoader, ShardReader, TrainOrder, plan_batches
+from mpmae.loader import ExactOrder, TrainOrder, plan_batches
 from mpmae.masking import draw_visible
+from mpmae.train.data import open_loader, open_reader
 from mpmae.train.demo_data import ensure_demo_shards
+from mpmae.train.plan import make_order
 from mpmae.train.setup import build_model
 
 CASES = {"1 rank, 1 thread": (1, 1), "1 rank, 2 threads": (1, 2), "2 ranks, 1 thread each": (2, 1)}
@@ -51,12 +53,12 @@ def worker(rank: int, world_size: int, threads: int, port: int, config: RunConfi
     torch.set_num_threads(threads)
     world = init_world("ddp")
     torch.set_num_threads(threads)
-    reader = ShardReader(config.data.shards, "train")
+    reader = open_reader(config, "train")
     model = build_model(config, reader.manifest)
     plan = plan_batches(config.train.global_batch_size, None, world_size)
     engine = create_engine(config, model, world, None, plan.num_micro_steps, plan.micro_batch_size)
-    loader = CpuLoader(reader, ("sentinel2", *model.modalities_out[1:]), config.model.img_size, seed=0, num_workers=1)
-    order = TrainOrder(len(reader), plan.global_batch_size, 0)
+    loader = open_loader(config, reader, training=True)
+    order = make_order(config, reader.manifest)
     seconds: dict[str, list[float]] = defaultdict(list)
     batches = loader.training(order, plan, rank, 0)
     for step in range(steps + 3):
@@ -95,10 +97,10 @@ def run_case(world_size: int, threads: int, config: RunConfig, steps: int) -> di
 
 
 def loader_rate(config: RunConfig, num_samples: int) -> float:
-    """Samples/s of the loader alone, two threads, everything in the page cache."""
-    reader = ShardReader(config.data.shards, "train")
-    loader = CpuLoader(reader, tuple(config.model.modalities_out), config.model.img_size, seed=0, num_workers=2)
-    batches = loader.training(TrainOrder(len(reader), 32, 0), plan_batches(32, None, 1), 0, 0)
+    """Samples/s of the loader alone, everything in the page cache."""
+    reader = open_reader(config, "train")
+    loader = open_loader(config, reader, training=True)
+    batches = loader.training(TrainOrder(ExactOrder(len(reader)), 32, 0), plan_batches(32, None, 1), 0, 0)
     for _ in itertools.islice(batches, 4):
         pass
     started = time.perf_counter()
@@ -140,7 +142,8 @@ def main() -> None:
     if not options.no_record:
         clean_commit()
     ensure_demo_shards(options.shards)
-    config = load_config(None, [f"data.shards={options.shards}", f"train.global_batch_size={options.batch}"])
+    arguments = [f"data.shards={options.shards}", f"train.global_batch_size={options.batch}"]
+    config = load_config(None, [*arguments, "data.num_workers=1"])
     samples: dict[str, dict[str, list[float]]] = {case: defaultdict(list) for case in CASES}
     console = Console(width=200)
     for number in range(options.rounds):  # cases alternate, so that a noisy spell does not fall on one alone
@@ -149,7 +152,7 @@ def main() -> None:
             for name, values in run_case(world_size, threads, config, options.steps).items():
                 samples[case][name] += values
     cases = {case: summarise(seconds, options.batch) for case, seconds in samples.items()}
-    rate = loader_rate(config, 640)
+    rate = loader_rate(load_config(None, [*arguments, "data.num_workers=2"]), 640)
     show(console, cases, rate)
     if not options.no_record:
         medians = {case: statistics.median(samples[case]["step"]) for case in CASES}

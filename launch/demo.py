@@ -17,7 +17,8 @@ from rich.console import Console
 
 from mpmae.config import DataSection
 from mpmae.errors import MpmaeError, SourceError
-from mpmae.shard_format import MANIFEST_NAME, Manifest, load_manifest
+from mpmae.shard_files import load_manifest
+from mpmae.shard_format import MANIFEST_NAME, Manifest
 from mpmae.shard_tools.source import MMEarthSource
 from mpmae.train import ensure_demo_shards
 

@@ -9,7 +9,7 @@ import datetime
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -41,6 +41,15 @@ def _as_text(value: Any) -> Any:
     return value
 
 
+def _as_location(value: Any) -> Any:
+    """A text as a path, unless it is a URL of something else than a local file: that stays a text."""
+    text = _as_text(value)
+    if isinstance(text, str):
+        text = text.removeprefix("file://")
+        return text if "://" in text else Path(text)
+    return text
+
+
 def _names_or_bands(value: Any, validate_union: Any) -> Any:
     """One error instead of one for each member of the union."""
     try:
@@ -57,7 +66,12 @@ Float = Annotated[float, BeforeValidator(_no_bool)]
 Beta = Annotated[Float, Field(ge=0, lt=1)]
 Text = Annotated[str, BeforeValidator(_as_text)]
 TextPath = Annotated[Path, BeforeValidator(_as_text)]
+Location = Annotated[Path | str, BeforeValidator(_as_location)]
 Targets = Annotated[dict[str, tuple[str, ...] | None] | tuple[str, ...], WrapValidator(_names_or_bands)]
+
+
+_SECRET_WORDS = {"key", "secret", "password", "passphrase", "token", "sas", "credential", "credentials", "connection"}
+_PUBLIC_TOKENS = ("anon", "cloud", "google_default")
 
 
 class _Section(BaseModel):
@@ -72,15 +86,70 @@ class RunSection(_Section):
 
 
 class DataSection(_Section):
-    """Which samples, in which form."""
+    """Which samples, in which order and form, and how they are read."""
 
-    shards: TextPath = Path("build/demo/shards")
+    shards: Location = Field(Path("build/demo/shards"), description="a folder, or a URL such as s3://bucket/folder")
+    storage_options: dict[str, Any] = Field({}, description="arguments of the URL's file system (fsspec), never a secret")
+    cache_dir: TextPath | None = Field(None, description="where shards of a URL are kept; None: the user's cache folder")
+    cache_size_gb: Float | None = Field(None, gt=0, description="what cache_dir may grow to, in 10^9 bytes")
     train_split: Text = "train"
     val_split: Text = "val"
+    order: Literal["exact", "window"] = Field("exact", description="window: reads a few shards at a time, for URLs")
+    window_shards: Int | None = Field(None, ge=1, validate_default=True, description="shards mixed at a time, with window")
     hflip: bool = True
     vflip: bool = True
+    loader: Literal["cpu", "dali"] = "cpu"
     num_workers: Int = Field(2, ge=1, description="loader threads per rank")
     prefetch: Int = Field(4, ge=1, description="micro batches kept ready")
+    host_cache_gb: Float = Field(0.0, ge=0, description="stored samples kept in host memory, per rank")
+    device_cache_gb: Float = Field(0.0, ge=0, description="stored samples kept in GPU memory, per rank; dali only")
+
+    @field_validator("storage_options", "cache_dir", "cache_size_gb")
+    @classmethod
+    def _for_urls(cls, value: Any, info: ValidationInfo) -> Any:
+        if value and isinstance(info.data.get("shards"), Path):
+            raise PydanticCustomError("key_of_a_url", "expected none: data.shards is a folder, not a URL")
+        return value
+
+    @field_validator("storage_options")
+    @classmethod
+    def _nothing_secret(cls, options: dict[str, Any]) -> dict[str, Any]:
+        """The run's record holds the configuration, and trackers send it away."""
+        if secrets := sorted(_secrets(options)):
+            raise PydanticCustomError(
+                "secret_in_options",
+                "{secrets} would be written to run.json; leave secrets to the environment or the store's own file",
+                {"secrets": ", ".join(secrets)},
+            )
+        return options
+
+    @field_validator("window_shards")
+    @classmethod
+    def _window_of_an_order(cls, window_shards: int | None, info: ValidationInfo) -> int | None:
+        order = info.data.get("order")
+        if order == "exact" and window_shards is not None:
+            raise PydanticCustomError("window_without_order", "data.order = exact has no window; set data.order = window")
+        if order == "window" and window_shards is None:
+            raise PydanticCustomError("order_without_window", "data.order = window needs a number of shards, such as 16")
+        return window_shards
+
+    @field_validator("device_cache_gb")
+    @classmethod
+    def _device_of_dali(cls, size: float, info: ValidationInfo) -> float:
+        if size and info.data.get("loader") == "cpu":
+            raise PydanticCustomError("device_cache_of_cpu", "data.loader = cpu cannot use it; set data.loader = dali")
+        return size
+
+
+def _secrets(options: Mapping[str, Any], above: str = "") -> set[str]:
+    """Dotted names of the options that sound like a secret; the public tokens of gcsfs do not count."""
+    found = set()
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            found |= _secrets(value, f"{above}{name}.")
+        elif _SECRET_WORDS & set(str(name).lower().split("_")) and value not in _PUBLIC_TOKENS:
+            found.add(f"{above}{name}")
+    return found
 
 
 class ModelSection(_Section):
@@ -248,7 +317,8 @@ def _text_keys() -> set[str]:
         f"{section}.{key}"
         for section, f in RunConfig.model_fields.items()
         for key, field in f.annotation.model_fields.items()
-        if {field.annotation, *get_args(field.annotation)} & {str, Path, Text, TextPath}
+        if get_origin(field.annotation) is not dict
+        and {field.annotation, *get_args(field.annotation)} & {str, Path, Text, TextPath}
     }
 
 
@@ -260,6 +330,8 @@ def _explain(error: dict[str, Any], where: str, origins: Mapping[str, str]) -> s
         hint = f"; did you mean {close[0]}?" if close else f"; known sections: {', '.join(RunConfig.model_fields)}"
         return f"{origin[-1] if origin else where}: unknown key {key}{hint}"
     message = error["msg"][0].lower() + error["msg"][1:]
+    if error["type"] == "secret_in_options":  # the values must not reach a log
+        return f"{'override' if origin else where}: {key}: {message}"
     if not origin:
         return f"{where}: {key} = {error['input']!r}: {message}"
     part = f" at {key}" if key not in origins else ""

@@ -23,6 +23,7 @@ class Stream(IntEnum):
     MASK = 4
     SHARD_ORDER = 5
     SYNTH = 6
+    WINDOW = 7
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
-"""What each MMEarth modality is: its bands, its kind, its no-data codes and its classes.
+"""What each modality is: its bands, its kind, its no-data codes and its classes.
 
-Source: the MMEarth dataset (Nedungadi et al., ECCV 2024, arXiv 2405.02771), v001 layout. The table is fixed knowledge; the
+Sources: the MMEarth dataset (Nedungadi et al., ECCV 2024, arXiv 2405.02771), v001 layout; for the modalities that MMEarth
+lacks, TerraMesh (arXiv 2504.11172) and Major TOM (arXiv 2402.12095). The table is fixed knowledge; the bands there are, the
 dtype and the tile size are always read from the file at hand, and the no-data codes follow the dtype found.
 """
 
@@ -113,6 +114,18 @@ _WORLDCOVER = _classes(
     (95, "Mangroves", "#00cf75"),
     (100, "Moss and lichen", "#fae6a0"),
 )
+# Esri / Impact Observatory 10 m land cover as TerraMesh renumbers it: 0 = no data, then Esri's 1 2 4 5 7 8 9 10 11 as 1..9.
+_LULC = _classes(
+    (1, "Water", "#1a5bab"),
+    (2, "Trees", "#358221"),
+    (3, "Flooded vegetation", "#87d19e"),
+    (4, "Crops", "#ffdb5c"),
+    (5, "Built area", "#ed022a"),
+    (6, "Bare ground", "#ede9e4"),
+    (7, "Snow and ice", "#f2faff"),
+    (8, "Clouds", "#c8c8c8"),
+    (9, "Rangeland", "#c6ad8d"),
+)
 _S2_BANDS = _bands("B1 B2 B3 B4 B5 B6 B7 B8A B8 B9 B10 B11 B12")
 _ERA5 = tuple(
     f"{period}_{value}"
@@ -121,7 +134,7 @@ _ERA5 = tuple(
 )
 
 # The order of the targets is the reference's order of losses (and of its log variances).
-_SPECS = (
+_MMEARTH_SPECS = (
     ModalitySpec(
         "sentinel2",
         "Sentinel-2",
@@ -162,8 +175,31 @@ _SPECS = (
     ModalitySpec("sentinel2_scl", "Scene classification", "pixel", "categorical", ("SCL",), gsd_m=20, is_target=False),
 )
 
-MODALITIES: dict[str, ModalitySpec] = {spec.name: spec for spec in _SPECS}
-TARGETS: tuple[str, ...] = tuple(spec.name for spec in _SPECS if spec.is_target)
+# Radiometric terrain correction gives gamma nought, MMEarth's sentinel1 is sigma nought of the ground-range product: two
+# distributions, so two modalities. Only the polarisations over land are in use.
+_OTHER_SPECS = (
+    ModalitySpec(
+        "sentinel1_rtc",
+        "Sentinel-1 terrain-corrected",
+        "pixel",
+        "continuous",
+        _bands("asc_VV asc_VH desc_VV desc_VH"),
+        "dB",
+        10,
+    ),
+    ModalitySpec("dem", "Copernicus elevation", "pixel", "continuous", ("elevation",), "m", 30),
+    ModalitySpec("ndvi", "NDVI", "pixel", "continuous", ("NDVI",), "", 10),
+    ModalitySpec("lulc", "Esri land cover", "pixel", "categorical", ("label",), gsd_m=10, classes=_LULC, num_classes=9),
+    ModalitySpec(
+        "sentinel2_rgb", "Sentinel-2 8-bit colour", "pixel", "continuous", _bands("red green blue"), "", 10, is_target=False
+    ),
+)
+
+MODALITIES: dict[str, ModalitySpec] = {spec.name: spec for spec in (*_MMEARTH_SPECS, *_OTHER_SPECS)}
+MMEARTH: tuple[str, ...] = tuple(spec.name for spec in _MMEARTH_SPECS)
+# What a model reconstructs unless told otherwise: the published twelve; ALL_TARGETS: what it can be told to.
+TARGETS: tuple[str, ...] = tuple(spec.name for spec in _MMEARTH_SPECS if spec.is_target)
+ALL_TARGETS: tuple[str, ...] = TARGETS + tuple(spec.name for spec in _OTHER_SPECS if spec.is_target)
 PRODUCT_LEVELS: tuple[str, ...] = ("l1c", "l2a")
 
 
@@ -188,7 +224,7 @@ def no_data_rule(name: str, dtype: np.dtype | str, reference_quirks: bool = Fals
     makes the loss infinite (vectors). Source: MMEarth-train 1f368b3, `mmearth_dataset.py` and `MODALITIES.py`.
     """
     spec, dtype = spec_of(name), np.dtype(dtype)
-    if reference_quirks and dtype.kind != "f" and not spec.one_hot and spec.is_target:
+    if reference_quirks and dtype.kind != "f" and not spec.one_hot and name in TARGETS:
         code = _REFERENCE_CODES.get(name)
         return NoData(codes=(code,) if code is not None and code <= np.iinfo(dtype).max else ())
     if spec.one_hot:
@@ -196,13 +232,13 @@ def no_data_rule(name: str, dtype: np.dtype | str, reference_quirks: bool = Fals
     if dtype.kind == "f":
         return NoData(codes={"sentinel2": (0,), "canopy_height_eth": (255,)}.get(name, ()), non_finite=True)
     limits = np.iinfo(dtype)
-    if name in ("sentinel2", "dynamic_world"):
+    if name in ("sentinel2", "dynamic_world", "lulc", "sentinel2_rgb"):
         return NoData(codes=(0,))
     if name == "esa_worldcover":
         return NoData(codes=(0, min(255, limits.max)))
     if name == "canopy_height_eth":
         return NoData(codes=(min(255, limits.max),))
-    if spec.is_target:  # written as -inf
+    if spec.is_target and (name in MMEARTH or limits.min < 0):  # written as -inf
         return NoData(codes=(limits.min,) if limits.min < 0 else ())
     return NoData(codes=(limits.max,))
 

@@ -17,13 +17,12 @@ import hashlib
 import io
 import json
 import math
-import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from mpmae.errors import ConfigError, ShardError
 from mpmae.manifest_checks import manifest_problems
@@ -197,7 +196,9 @@ class Manifest(_Strict):
 
     def input_statistics(self, bands: Sequence[str]) -> dict[str, dict[str, list[float]]]:
         """Mean and std of Sentinel-2 `bands`, in raw units, by key of `band_stats` (`sentinel2_l1c`, `sentinel2_l2a`)."""
-        available = next(entry.bands for entry in self.pixels if entry.name == "sentinel2")
+        available = next((entry.bands for entry in self.pixels if entry.name == "sentinel2"), None)
+        if available is None:
+            raise ShardError(f"the shard set has no sentinel2; it has {', '.join(self.modalities)}")
         rows = band_indices("sentinel2", tuple(bands), available)
         levels = [f"sentinel2_{level}" for level in PRODUCT_LEVELS if f"sentinel2_{level}" in self.band_stats]
         return {
@@ -208,35 +209,6 @@ class Manifest(_Strict):
     def dump(self) -> str:
         """The text of manifest.json."""
         return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
-
-
-def load_manifest(shards_dir: str | Path) -> Manifest:
-    """Read and check `manifest.json`; ShardError naming the file, the field and what to do."""
-    path = Path(shards_dir) / MANIFEST_NAME
-    if not path.is_file():
-        what = "has no manifest.json (an unfinished build?)" if Path(shards_dir).is_dir() else "does not exist"
-        raise ShardError(f"{shards_dir} {what}; make a shard set with `mpmae-shards build SOURCE OUTPUT`")
-    try:
-        raw = json.loads(path.read_text())
-    except OSError as error:
-        raise ShardError(f"{path} cannot be read ({error.strerror or error}); check the disk and the permissions") from error
-    except ValueError as error:
-        raise ShardError(f"{path} is not JSON ({error}); rebuild the set or restore the file") from error
-    if not isinstance(raw, Mapping) or raw.get("format") != FORMAT_NAME:
-        raise ShardError(f"{path} is not a manifest of an mpmae shard set (its `format` is not {FORMAT_NAME!r})")
-    if raw.get("format_version") not in READABLE_VERSIONS:
-        raise ShardError(
-            f"{path}: format_version {raw.get('format_version')}, this version of mpmae reads "
-            f"{' and '.join(map(str, READABLE_VERSIONS))}; update mpmae or rebuild the set"
-        )
-    try:
-        return Manifest.model_validate(raw)
-    except ValidationError as error:
-        problems = []
-        for e in error.errors():
-            own = e.get("ctx", {}).get("error")  # what `Manifest._check` found
-            problems += own.args if isinstance(own, ValueError) else [f"{'.'.join(map(str, e['loc']))}: {e['msg']}"]
-        raise ShardError([f"{path}: {problem}; rebuild the set or restore the file" for problem in problems]) from error
 
 
 def index_name(shard_name: str) -> str:
@@ -287,50 +259,8 @@ def member_name(key: str, member: str, codec: Codec) -> str:
     return f"{key}.{member}.{'raw' if member == SCALARS_MEMBER else codec}"
 
 
-def tar_member(name: str, data: bytes) -> bytes:
-    """Header, data and padding of one USTAR member with fixed owner, mode and time."""
-    info = tarfile.TarInfo(name)
-    info.size, info.mode, info.mtime = len(data), 0o644, 0
-    return info.tobuf(tarfile.USTAR_FORMAT) + data + b"\0" * (-len(data) % tarfile.BLOCKSIZE)
-
-
-TAR_HEADER_BYTES = tarfile.BLOCKSIZE
-TAR_END = b"\0" * (2 * tarfile.BLOCKSIZE)
-
-
 def index_bytes(rows: np.ndarray) -> bytes:
     """The .index.npy bytes of index rows (`manifest.index_dtype`)."""
     buffer = io.BytesIO()
     np.save(buffer, rows, allow_pickle=False)
     return buffer.getvalue()
-
-
-def load_index(path: Path, manifest: Manifest, shard: ShardEntry) -> np.ndarray:
-    """Index rows of a shard; ShardError when the file is absent, has changed or does not fit the manifest."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise ShardError(f"{path} is missing; restore it or rebuild the set") from None
-    except OSError as error:
-        raise ShardError(f"{path}: cannot read the index ({error}); run `mpmae-shards verify`") from error
-    if hashlib.sha256(data).hexdigest() != shard.index_sha256:
-        raise ShardError(f"{path}: its sha256 is not the manifest's: its bytes have changed; restore or rebuild it")
-    try:
-        rows = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
-    except ValueError as error:
-        raise ShardError(f"{path}: cannot read the index ({error}); run `mpmae-shards verify`") from error
-    if rows.dtype != manifest.index_dtype or rows.shape != (shard.num_samples,):
-        raise ShardError(
-            f"{path}: {rows.shape} rows of {rows.dtype}, expected {shard.num_samples} of {manifest.index_dtype}"
-        )
-    total = np.uint64(shard.num_bytes)
-    size = rows["size"].astype(np.uint64)
-    outside = (size > total) | (rows["offset"] > total - np.minimum(size, total))
-    if outside.any():
-        sample, member = np.argwhere(outside)[0].tolist()
-        raise ShardError(
-            f"{path}: {outside.sum()} members lie outside the {shard.num_bytes} bytes of {shard.name}, first "
-            f"{manifest.members[member]} of sample {sample} ({size[sample, member]} bytes at "
-            f"{rows['offset'][sample, member]}); rebuild the set or restore the file"
-        )
-    return rows

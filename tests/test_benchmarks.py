@@ -11,8 +11,8 @@ def benchmarks(repo, monkeypatch):
     """The benchmark scripts, importable as they import each other."""
     monkeypatch.syspath_prepend(str(repo / "benchmarks"))
     yield
-    for name in ("record", "results", "results_reshard", "reshard", "reshard_tiles", "page", "init"):
-        sys.modules.pop(name, None)
+    for path in (repo / "benchmarks").glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 STEP = {
@@ -116,6 +116,80 @@ def test_an_outcome_is_read_from_the_runs_folder(benchmarks, tmp_path):
     assert point["by_modality"] == {"sentinel2": 0.5, "biome": 1.5}
     assert (point["relative"], point["relative_pixel"]) == (1.0, 0.5)
     assert point["relative_total"] == pytest.approx(3.5 / 3)
+
+
+@pytest.fixture
+def loader_work(benchmarks, mmearth_dir, tmp_path):
+    """A loader benchmark's files over tiny tiles, twice over."""
+    from loader_work import Work
+
+    return Work(mmearth_dir, tmp_path, repeats=2, batch_size=16, img_size_px=56)
+
+
+def test_the_loader_benchmark_from_tiles_to_page(loader_work):
+    import loader
+    import results_loader
+    from loader_cases import RAW
+
+    turns = loader.Turns(loader_work, scratch="")
+    result = turns.take(RAW, num_workers=[1], seconds=0.05)
+    assert loader_work.num_tiles == 120
+    assert result["process_to_first_batch_s"] > result["open_to_first_batch_s"] > 0
+    samples = {key: [result[key]] for key in ("process_to_first_batch_s", "open_to_first_batch_s")}
+    entry = loader.summary(RAW, samples | {"1": [1234.4]}, loader_work, written_bytes=120_000, tile_bytes=10**6)
+    assert result["samples_per_s"]["1"] > 0
+    assert entry["decoded_mb_per_s"]["1"]["median"] == 1234.4
+    case = {
+        "command": "make bench-peers", "source": "tiles", "num_tiles": 120, "repeats": 2, "tile_size_px": 64, "rounds": 1,
+        "img_size_px": 56, "batch_size": 16, "modalities": ["era5"], "decoded_bytes_per_tile": 10**6, "transform": "crop",
+        "page_cache": "warm", "seconds": 0.05, "gate": "equal", "packages": {"litdata": None, "h5py": "3"},
+    }  # fmt: skip
+    results = {
+        "cases": {RAW.name: entry | {"first_process_to_first_batch_s": 9.0}},
+        "left_out": {"litdata, raw": ["litdata"]},
+        "limits": dict.fromkeys(results_loader.LIMITS, NUMBERS),
+    }
+    record = {**STEP, "case": case, "results": results}
+    page = results_loader.section(record)
+    assert "| **mpmae cpu, raw** | 1,234 / **1,234** / 1,234 | 1,234 |" in page
+    assert "Left out: litdata, raw (litdata not installed)." in page
+    assert "1,234" in results_loader.plot(record)
+    slower = entry | {"ours": False, "samples_per_s": {"1": NUMBERS | {"median": 123.44}}}
+    assert results_loader.ratios({"mpmae cpu, lz4": entry, "other": slower})[0].endswith("with 1 worker: 10.0 x other.")
+
+
+def test_every_case_of_the_loader_benchmark_must_give_the_same_batch(loader_work):
+    import loader_gate
+    from loader_cases import HDF5, RAW
+    from loader_work import prepare
+
+    prepare(RAW, loader_work)
+    for case in (HDF5, RAW):
+        batches = case.open(loader_work, prepare(case, loader_work), 1, loader_gate.gate_views(loader_work))
+        batch = next(batches)
+        batches.close()
+        assert loader_gate.gate_problems(batch._asdict(), loader_work) == []
+    batch.values["aster"][3, 1, 5, 6] += 1
+    batch.values["era5"][0, 0] = float("nan")
+    batch.valid["biome"][2] ^= True
+    shorter = batch._asdict() | {"rows": batch.rows[:15]}
+    assert loader_gate.gate_problems(batch._asdict(), loader_work) == [
+        "values of aster: 1 of 100352 differ",
+        "values of era5: 1 of 192 differ",
+        "valid of biome: 1 of 16 differ",
+    ]
+    assert loader_gate.gate_problems(shorter, loader_work)[0] == "15 tiles of 16"
+
+
+def test_the_loader_benchmark_says_what_it_leaves_out(benchmarks, monkeypatch):
+    import loader
+    from loader_work import Case
+
+    assert Case("x", "x", None, None, ("json", "no_such_package.part")).missing() == ["no_such_package.part"]
+    monkeypatch.setattr(sys, "argv", ["loader.py", "--device", "cuda"])
+    monkeypatch.setattr(loader.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no CUDA GPU; nothing was measured"):
+        loader.main()
 
 
 def test_reshard_measures_every_way_and_makes_a_page(benchmarks, mmearth_dir, tmp_path):

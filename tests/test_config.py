@@ -52,6 +52,24 @@ def test_the_promised_keys_exist():
         (["optim.lr=0.1", "optim.min_lr=0.2"], ["override optim.min_lr=0.2: expected at most optim.lr = 0.1"]),
         (["model.modalities_out=[1]"], ["override model.modalities_out=[1]: expected names, as in [sentinel2, biome]"]),
         (["model.modalities_out={biome: 3}"], ["override model.modalities_out={biome: 3}: expected names"]),
+        (["data.order=windows"], ["override data.order=windows: ", "'exact' or 'window'"]),
+        (["data.window_shards=4"], ["override data.window_shards=4: data.order = exact has no window"]),
+        (["data.order=window"], ["the configuration: data.window_shards = None: ", "needs a number of shards, such as 16"]),
+        (["data.order=window", "data.window_shards=0"], ["override data.window_shards=0: ", "greater than or equal to 1"]),
+        (["data.cache_dir=/scratch"], ["override data.cache_dir=/scratch: expected none: data.shards is a folder"]),
+        (
+            ["data.cache_size_gb=5", "data.shards=file:///tiles"],
+            ["override data.cache_size_gb=5: expected none: data.shards is a folder"],
+        ),
+        (["data.storage_options={anon: true}"], ["expected none: data.shards is a folder"]),
+        (["data.shards=s3://b/x", "data.cache_size_gb=0"], ["override data.cache_size_gb=0: ", "greater than 0"]),
+        (["data.device_cache_gb=2"], ["override data.device_cache_gb=2: data.loader = cpu cannot use it"]),
+        (["data.host_cache_gb=-1"], ["greater than or equal to 0"]),
+        (["data.loader=gpu"], ["'cpu' or 'dali'"]),
+        (
+            ["data.window_shards=4", "data.cache_dir=x", "data.device_cache_gb=1"],
+            ["has no window", "data.shards is a folder", "cannot use it"],
+        ),
         (
             ["model.modalities_out.biome=3"],
             ["override model.modalities_out.biome=3 at model.modalities_out: expected names"],
@@ -93,6 +111,49 @@ def test_numbers_and_dates_in_a_file_are_path_texts(tmp_path):
     path.write_text("run:\n  dir: 2024\ndata:\n  shards: 2024-01-05\n")
     config = load_config(path)
     assert (config.run.dir, config.data.shards) == (Path("2024"), Path("2024-01-05"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("s3://bucket/tiles", "s3://bucket/tiles"),
+        ("https://host/a//b?c=1", "https://host/a//b?c=1"),
+        ("file:///data/tiles", Path("/data/tiles")),
+        ("data/tiles", Path("data/tiles")),
+        ("2024_01", Path("2024_01")),
+    ],
+)
+def test_shards_are_a_folder_or_a_url(text, expected):
+    found = load_config(None, [f"data.shards={text}"]).data.shards
+    assert found == expected  # a path never equals a text
+
+
+def test_everything_about_remote_shards_at_once(tmp_path):
+    keys = ["data.shards=s3://bucket/tiles", "data.order=window", "data.window_shards=16", "data.cache_dir=/scratch/shards"]
+    keys += ["data.cache_size_gb=200", "data.storage_options.anon=true", "data.storage_options.endpoint_url=http://host"]
+    config = load_config(None, keys)
+    assert config.data.storage_options == {"anon": True, "endpoint_url": "http://host"}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert load_config(path) == config
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["{key: AKIA1, secret: hunter2}", "{client_kwargs: {aws_secret_access_key: hunter2}}", "{token: hunter2}"],
+)
+def test_secrets_stay_out_of_the_configuration_and_of_messages(options, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"data:\n  shards: s3://bucket/tiles\n  storage_options: {options}\n")
+    for arguments in ((path,), (None, ["data.shards=s3://bucket/tiles", f"data.storage_options={options}"])):
+        with pytest.raises(ConfigError, match=r"data.storage_options: .*would be written to run.json") as caught:
+            load_config(*arguments)
+        assert "hunter2" not in str(caught.value)
+
+
+def test_the_public_tokens_are_no_secrets():
+    config = load_config(None, ["data.shards=gs://bucket/tiles", "data.storage_options={token: anon}"])
+    assert config.data.storage_options == {"token": "anon"}
 
 
 def test_bad_files(tmp_path):

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,19 @@ REPO = Path(__file__).resolve().parents[1]
 FOLDER_OF = {"mpmae.kernels": "kernels", "mpmae.shard_tools": "data/shard_tools", "mpmae": "mpmae"}
 CORE = {
     "mpmae.errors",
+    "mpmae.index_checks",
     "mpmae.files",
+    "mpmae.in_order",
     "mpmae.modalities",
     "mpmae.pixel_loops",
     "mpmae.shard_codecs",
+    "mpmae.shard_files",
     "mpmae.shard_format",
+    "mpmae.tar_members",
     "mpmae.manifest_checks",
     "mpmae.counter_rng",
+    "mpmae.remote_store",
+    "mpmae.retries",
 }
 
 
@@ -36,6 +43,7 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+@cache
 def imports(path: Path) -> set[str]:
     """Every imported name, also those inside functions; `from a import b` gives `a.b`."""
     names = set()
@@ -70,7 +78,7 @@ def test_kernels_import_no_mpmae_but_their_own():
     ("package", "allowed"),
     [
         ("mpmae.shard_tools", {*CORE, "mpmae.shard_tools"}),
-        ("mpmae.loader", {*CORE, "mpmae.loader"}),
+        ("mpmae.loader", {*CORE, "mpmae.loader", "mpmae.kernels.unfilter"}),
         ("mpmae.modalities", CORE),
         ("mpmae.shard_format", CORE),
     ],
@@ -84,7 +92,7 @@ def test_package_stays_low(package, allowed):
 def test_only_one_model_module_imports_kernels():
     importers = importers_of("mpmae.kernels")
     assert len([m for m in importers if inside(m, "mpmae.models")]) <= 1
-    allowed = ("mpmae.models", "mpmae.kernels", "mpmae.loader.dali", "benchmarks")
+    allowed = ("mpmae.models", "mpmae.kernels", "mpmae.loader.device_batch", "benchmarks")
     assert all(any(inside(m, p) for p in allowed) for m in importers)
 
 
@@ -98,7 +106,13 @@ def test_heavy_packages_have_one_door():
     assert importers_of("torch.utils.tensorboard") <= {"mpmae.train.track"}
     assert importers_of("terratorch") <= {"mpmae.integrations.terratorch"}
     assert importers_of("torchvision") <= {"mpmae.integrations.torchgeo"}
+    assert importers_of("nvidia") <= {"mpmae.loader.dali"}
+    assert importers_of("triton") <= {"mpmae.kernels.unfilter.triton"}
     assert not importers_of("timm")
+    assert importers_of("zarr") <= {"mpmae.shard_tools.sources.zarr_zip"}
+    assert importers_of("numcodecs") <= {"mpmae.shard_tools.sources.zarr_v2"}
+    assert importers_of("rasterio") <= {"mpmae.shard_tools.sources.rasters"}
+    assert importers_of("pyarrow") <= {"mpmae.shard_tools.sources.major_tom"}
 
 
 def test_nothing_imports_the_integrations():
@@ -120,6 +134,12 @@ def test_launch_files_shadow_no_module():
     for path in (REPO / "launch").glob("*.py"):
         assert path.stem not in standard
         assert path.stem not in {"mpmae", "torch", "deepspeed", "numpy", "wandb", "rich", "h5py", "lz4", "yaml"}
+
+
+def test_the_sources_need_their_packages_only_when_a_set_is_read():
+    names = ("zarr", "numcodecs", "rasterio", "pyarrow")
+    code = f"import sys, mpmae.shard_tools.sources; sys.exit(any(name in sys.modules for name in {names}))"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_shard_tools_run_without_torch():

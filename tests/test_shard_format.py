@@ -3,13 +3,16 @@
 import hashlib
 import json
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
 
 from mpmae.errors import ShardError
 from mpmae.modalities import no_data_rule
-from mpmae.shard_format import index_bytes, index_name, load_index, load_manifest
+from mpmae.shard_files import load_index, load_manifest
+from mpmae.shard_format import index_bytes, index_name
+from mpmae.tar_members import tar_header, tar_size
 
 
 @pytest.fixture
@@ -55,6 +58,18 @@ MANIFEST_CASES = {
     ),
     "num_samples": (put("splits", "train", 0, "num_samples", -1), "splits.train.0.num_samples: -1"),
     "num_bytes": (put("splits", "train", 0, "num_bytes", 2**64), "splits.train.0.num_bytes: 18446744073709551616"),
+    "name": (put("splits", "train", 0, "name", "train-00000"), "expected a plain file name that ends in .tar"),
+    "spread": (put("band_stats", "aster", "std", [0, 1]), "band_stats.aster.std: [0.0, 1.0], expected numbers above 0"),
+    "tile of terabytes": (put("pixels", 0, "shape", [13, 2**40, 2**40]), "pixels.0 (sentinel2).shape: [13, 1099511627776"),
+    "vector of terabytes": (put("scalars", 0, "length", 2**40), "scalars.0 (era5).length: 1099511627776"),
+    "big-endian": (put("pixels", 0, "dtype", ">u2"), "pixels.0 (sentinel2).dtype: '>u2'"),
+    "huge code": (
+        put("pixels", 0, "no_data", "codes", [2**70]),
+        "pixels.0 (sentinel2).no_data.codes: 1180591620717411303424",
+    ),
+    "text for a number": (put("splits", "train", 0, "num_bytes", "512"), "splits.train.0.num_bytes: Input should be"),
+    "newer": (put("format_version", 3), "format_version 3, this version of mpmae reads 1 and 2; update mpmae"),
+    "version true": (put("format_version", True), "format_version True"),
     "path": (put("splits", "train", 0, "name", "../train-00000.tar"), "splits.train.0.name: '../train-00000.tar'"),
     "number of 401 digits": (put("band_stats", "aster", "mean", [10**400, 0]), "band_stats.aster.mean"),
     "number of 5001 digits": (put("seed", "BIG"), "is not JSON"),
@@ -99,23 +114,78 @@ def test_an_index_that_is_none(data, own_shards):
         load_changed(own_shards, data)
 
 
-@pytest.mark.parametrize("offset", [2**64 - 1, -1, 0])
-def test_offsets_outside_the_shard(offset, own_shards):
+def overlap(rows):
+    rows["offset"][2, 1] = rows["offset"][2, 0]
+
+
+def far(rows):
+    rows["offset"][2, 1] = 2**64 - 1
+
+
+def behind(rows):
+    rows["offset"][2, 1] -= 512
+
+
+def swap(rows):
+    rows["offset"][2, [1, 2]] = rows["offset"][2, [2, 1]]
+
+
+def wrong_order(rows):
+    rows[[1, 2]] = rows[[2, 1]]
+
+
+def beyond(rows):
+    rows["size"][-1, -1] += 512
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (overlap, "sample 2: sentinel1 at byte"),
+        (far, "sample 2: sentinel1 at byte 18446744073709551615, expected at byte"),
+        (behind, "sample 2: sentinel1 at byte"),
+        (swap, "sample 2: sentinel1 at byte"),
+        (wrong_order, "sample 1: sentinel2 at byte"),
+        (beyond, "its members end the tar at byte"),
+    ],
+)
+def test_an_index_that_is_no_layout_of_its_tar(change, expected, own_shards):
     manifest = load_manifest(own_shards)
     shard = manifest.shards("train")[0]
     rows = np.load(own_shards / index_name(shard.name))
-    assert len(load_changed(own_shards, index_bytes(rows))) == shard.num_samples
-    size = int(rows["size"][2, 1])
-    # -1: the last byte lies just outside; 0: the member ends with the shard
-    rows["offset"][2, 1] = offset if offset > 0 else shard.num_bytes - size - offset
-    changed = index_bytes(rows)
-    if offset == 0:
-        load_changed(own_shards, changed)
-        return
-    with pytest.raises(
-        ShardError, match=r"1 members lie outside the \d+ bytes of train-00000\.tar, first sentinel1 of sample 2"
+    np.testing.assert_array_equal(load_changed(own_shards, index_bytes(rows)), rows)
+    change(rows)
+    with pytest.raises(ShardError, match=rf"index\.npy does not fit train-00000\.tar: {expected}"):
+        load_changed(own_shards, index_bytes(rows))
+
+
+def test_headers_of_indices_are_never_evaluated(own_shards):
+    manifest = load_manifest(own_shards)
+    good = (own_shards / index_name(manifest.shards("train")[0].name)).read_bytes()
+    length = int.from_bytes(good[8:10], "little")
+    for text in (
+        b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000,), }",
+        b"(" * 60_000,
+        b"{'descr': '|O', 'fortran_order': False, 'shape': (20,), }",
     ):
-        load_changed(own_shards, changed)
+        data = good[:8] + max(length, len(text)).to_bytes(2, "little") + text.ljust(length) + good[10 + length :]
+        with pytest.raises(ShardError, match="cannot read the index"):
+            load_changed(own_shards, data)
+    with pytest.raises(ShardError, match=r"bytes of rows, expected \d+ for 20"):
+        load_changed(own_shards, good[:-1])
+
+
+def test_tar_headers_are_those_of_tarfile():
+    for name, size in (("00000012.sentinel2.lz4", 0), ("x" * 100, 1), ("a", 8**11 - 1)):
+        info = tarfile.TarInfo(name)
+        info.size, info.mode, info.mtime = size, 0o644, 0
+        header = info.tobuf(tarfile.USTAR_FORMAT)
+        assert tar_header(name, size) == header
+        assert tar_size(header) == size
+        for position in (0, 101, 130, 150, 156, 257, 511):
+            changed = bytearray(header)
+            changed[position] ^= 1
+            assert tar_size(bytes(changed)) is None
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<f2", "<f4"])
@@ -126,3 +196,19 @@ def test_sentinel2_code_0_is_no_data_in_any_dtype(dtype):
 
 def test_sentinel2_floats_that_are_no_numbers():
     assert not no_data_rule("sentinel2", "f4").valid(np.array([np.nan, -np.inf], "f4")).any()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"format": "mpmae-shards", "seed": 1, "seed": 2}', "the key 'seed' is there twice"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"format": "mpmae-shards", "format_version": 2}', "pixels: Field required"),
+        ("\xff\xfe", "is not JSON"),
+        ("[]", "is not a manifest"),
+    ],
+)
+def test_texts_that_are_no_manifest(text, expected, tmp_path):
+    (tmp_path / "manifest.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ShardError, match=expected):
+        load_manifest(tmp_path)

@@ -20,19 +20,13 @@ import numpy as np
 
 from mpmae.errors import ShardError, SourceError
 from mpmae.files import TEMP_SUFFIX, sync, write_whole
+from mpmae.in_order import num_cores
 from mpmae.shard_codecs import encode_pixels
-from mpmae.shard_format import (
-    MANIFEST_NAME,
-    TAR_END,
-    BandStats,
-    Manifest,
-    ShardEntry,
-    load_manifest,
-)
+from mpmae.shard_files import load_manifest
+from mpmae.shard_format import MANIFEST_NAME, BandStats, Manifest, ShardEntry
 from mpmae.shard_tools import output
 from mpmae.shard_tools.build_plan import BuildOptions, chosen_splits, empty_manifest, shuffled
 from mpmae.shard_tools.encode import BadTile, Sample, TileEncoder
-from mpmae.shard_tools.in_order import num_cores
 from mpmae.shard_tools.journal import JOURNAL_NAME, Journal
 from mpmae.shard_tools.lock import locked
 from mpmae.shard_tools.progress import MB, Meter, say
@@ -40,6 +34,7 @@ from mpmae.shard_tools.source import MMEarthSource
 from mpmae.shard_tools.stats import StatsPass
 from mpmae.shard_tools.tile import TileError
 from mpmae.shard_tools.tile_source import TileSource
+from mpmae.tar_members import TAR_END
 
 NUM_TRIAL_TILES = 16
 ESTIMATE_MARGIN = 1.1
@@ -52,8 +47,6 @@ def build(source_dir: str | Path, output_dir: str | Path, **options: Any) -> Man
     chosen = BuildOptions(**options)
     chosen.check()
     with MMEarthSource(source_dir, chosen.modalities) as source:
-        for note in source.notes() if chosen.progress else ():
-            say(note)
         return build_from(source, output_dir, **options)
 
 
@@ -74,6 +67,8 @@ def build_from(source: TileSource, output_dir: str | Path, **options: Any) -> Ma
     orders = {split: shuffled(source.splits[split], chosen.seed) for split in chosen_splits(source, chosen.splits)}
     manifest = empty_manifest(source, chosen)
     tell = say if chosen.progress else lambda text: None
+    for note in source.notes():
+        tell(note)
     with ExitStack() as stack:
         with output.disk_errors(str(folder), folder):
             stack.enter_context(locked(folder, tell))

@@ -3,7 +3,7 @@
 Shapes: P tile side in pixels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -62,12 +62,13 @@ def contact_sheet(shards_dir: str | Path, png: str | Path, split: str | None = N
             "hspace": 0.05,
         },
     )
+    bands = {entry.name: entry.bands for entry in shard_set.manifest.pixels}
     for row, tile in zip(axes, tiles, strict=True):
         for cell, (name, draw) in zip(row, columns.items(), strict=True):
             _empty(cell)
             valid = shard_set.no_data(name).valid(tile.values[name])
             if valid.any():
-                draw(cell, tile, tile.values[name], valid)
+                draw(cell, bands[name], tile.values[name], valid)
             else:
                 cell.text(0.5, 0.5, "no data", ha="center", va="center", color="0.4", transform=cell.transAxes)
         row[0].text(-0.05, 0.5, _label(tile), ha="right", va="center", fontsize=8, transform=row[0].transAxes)
@@ -114,10 +115,10 @@ def _with_gaps(rgb: np.ndarray, valid: np.ndarray) -> np.ndarray:
     return np.where(valid[..., None], np.clip(rgb, 0, 1), GREY)
 
 
-def _draw_sentinel2(cell: Axes, tile: Tile, values: np.ndarray, valid: np.ndarray) -> None:
-    bands = [MODALITIES["sentinel2"].bands.index(band) for band in ("B4", "B3", "B2")]
-    rgb, shown = values[bands].astype(np.float32), valid[bands].all(axis=0)
-    if not shown.any():
+def _draw_sentinel2(cell: Axes, bands: Sequence[str], values: np.ndarray, valid: np.ndarray) -> None:
+    rows = [bands.index(band) for band in ("B4", "B3", "B2") if band in bands]
+    rgb, shown = values[rows].astype(np.float32), valid[rows].all(axis=0)
+    if len(rows) < 3 or not shown.any():
         cell.text(0.5, 0.5, "no B4 B3 B2", ha="center", va="center", color="0.4", transform=cell.transAxes)
         return
     # Half of a stretch per band takes the haze of L1C away, half of a common one keeps the hue.
@@ -128,24 +129,24 @@ def _draw_sentinel2(cell: Axes, tile: Tile, values: np.ndarray, valid: np.ndarra
     cell.imshow(_with_gaps(np.moveaxis(np.clip(image, 0, 1) ** 0.8, 0, -1), shown), interpolation="nearest")
 
 
-def _draw_sentinel1(cell: Axes, tile: Tile, values: np.ndarray, valid: np.ndarray) -> None:
-    names = MODALITIES["sentinel1"].bands
-    first = next((i for i in range(0, len(names), 2) if valid[i : i + 2].any(axis=(1, 2)).all()), None)
+def _draw_sentinel1(cell: Axes, bands: Sequence[str], values: np.ndarray, valid: np.ndarray) -> None:
+    pairs = [i for i in range(len(bands) - 1) if bands[i + 1] == bands[i].replace("_VV", "_VH").replace("_HH", "_HV")]
+    first = next((i for i in pairs if valid[i : i + 2].any(axis=(1, 2)).all()), None)
     if first is None:
         i = int(np.flatnonzero(valid.any(axis=(1, 2)))[0])
         grey = (values[i] - VV_DB[0]) / (VV_DB[1] - VV_DB[0])
         cell.imshow(_with_gaps(np.repeat(grey[..., None], 3, axis=-1), valid[i]), interpolation="nearest")
-        _note(cell, names[i].replace("_", " "))
+        _note(cell, bands[i].replace("_", " "))
         return
     shown = valid[first : first + 2].all(axis=0)
     co, cross = (np.where(shown, band, 0) for band in values[first : first + 2])
     channels = [(x - low) / (high - low) for x, (low, high) in ((co, VV_DB), (cross, VH_DB), (co - cross, RATIO_DB))]
     cell.imshow(_with_gaps(np.stack(channels, axis=-1), shown), interpolation="nearest")
-    orbit, polarisation = names[first].split("_")
-    _note(cell, f"{orbit} {polarisation}/{names[first + 1].split('_')[1]}")
+    orbit, polarisation = bands[first].split("_")
+    _note(cell, f"{orbit} {polarisation}/{bands[first + 1].split('_')[1]}")
 
 
-def _draw_aster(cell: Axes, tile: Tile, values: np.ndarray, valid: np.ndarray) -> None:
+def _draw_aster(cell: Axes, bands: Sequence[str], values: np.ndarray, valid: np.ndarray) -> None:
     shown = valid[0]
     if not shown.any():
         return
@@ -166,29 +167,31 @@ def _draw_aster(cell: Axes, tile: Tile, values: np.ndarray, valid: np.ndarray) -
     _note(cell, f"{low:.0f} to {high:.0f} m")
 
 
-def _draw_canopy(cell: Axes, tile: Tile, values: np.ndarray, valid: np.ndarray) -> None:
+def _draw_canopy(cell: Axes, bands: Sequence[str], values: np.ndarray, valid: np.ndarray) -> None:
     rgb = colormaps["YlGn"](np.clip(values[0] / CANOPY_MAX_M, 0, 1))[..., :3]
     cell.imshow(_with_gaps(rgb, valid[0]), interpolation="nearest")
     if valid[0].any():
         _note(cell, f"up to {values[0][valid[0]].max():.0f} m")
 
 
-def _draw_classes(name: str) -> Callable[[Axes, Tile, np.ndarray, np.ndarray], None]:
+def _draw_classes(name: str) -> Callable[[Axes, Sequence[str], np.ndarray, np.ndarray], None]:
     palette = np.full((256, 3), GREY)
     for land_class in MODALITIES[name].classes:
         palette[land_class.code] = to_rgb(land_class.colour)
 
-    def draw(cell: Axes, tile: Tile, values: np.ndarray, valid: np.ndarray) -> None:
+    def draw(cell: Axes, bands: Sequence[str], values: np.ndarray, valid: np.ndarray) -> None:
         codes = np.clip(values[0].astype(np.int64), 0, 255)
         cell.imshow(_with_gaps(palette[codes], valid[0]), interpolation="nearest")
 
     return draw
 
 
-_COLUMNS: dict[str, Callable[[Axes, Tile, np.ndarray, np.ndarray], None]] = {
+_COLUMNS: dict[str, Callable[[Axes, Sequence[str], np.ndarray, np.ndarray], None]] = {
     "sentinel2": _draw_sentinel2,
     "sentinel1": _draw_sentinel1,
+    "sentinel1_rtc": _draw_sentinel1,
     "aster": _draw_aster,
+    "dem": _draw_aster,
     "canopy_height_eth": _draw_canopy,
     "dynamic_world": _draw_classes("dynamic_world"),
     "esa_worldcover": _draw_classes("esa_worldcover"),

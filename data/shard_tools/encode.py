@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from mpmae.errors import SourceError
+from mpmae.in_order import in_order
 from mpmae.shard_format import Manifest
-from mpmae.shard_tools.in_order import in_order
 from mpmae.shard_tools.stats import StatsPass
 from mpmae.shard_tools.tile import ModalityError, SampleEncoder, TileError
 from mpmae.shard_tools.tile_source import TileSource

@@ -17,8 +17,6 @@ from mpmae.files import TEMP_SUFFIX, sync, write_whole
 from mpmae.shard_format import (
     FORMAT_NAME,
     MANIFEST_NAME,
-    TAR_END,
-    TAR_HEADER_BYTES,
     Manifest,
     ShardEntry,
     dali_index_name,
@@ -30,7 +28,7 @@ from mpmae.shard_format import (
 from mpmae.shard_tools.journal import JOURNAL_NAME, is_journal
 from mpmae.shard_tools.lock import LOCK_NAME
 from mpmae.shard_tools.source_checks import examples
-from mpmae.shard_tools.tar_members import TarMembers
+from mpmae.tar_members import TAR_END, TAR_HEADER_BYTES, tar_member
 
 SKIPPED_NAME, SKIPPED_FORMAT = "skipped.json", "mpmae-skipped-tiles"
 _SHARD_PATTERN = re.compile(r"[A-Za-z0-9_]+-\d{5,}\.tar")
@@ -39,6 +37,12 @@ _SHARD_PATTERN = re.compile(r"[A-Za-z0-9_]+-\d{5,}\.tar")
 def tar_bytes(member_sizes: list[int]) -> int:
     """Bytes that members of these sizes take in a tar."""
     return sum(TAR_HEADER_BYTES + size + -size % TAR_HEADER_BYTES for size in member_sizes)
+
+
+def sample_bytes(manifest: Manifest, key: str, members: list[bytes]) -> bytes:
+    """A sample as it stands in its tar."""
+    named = zip(manifest.members, members, strict=True)
+    return b"".join(tar_member(member_name(key, member, manifest.codec), data) for member, data in named)
 
 
 def dali_index(manifest: Manifest, rows: np.ndarray, first_ordinal: int) -> bytes:
@@ -164,7 +168,6 @@ class ShardWriter:
         self.entries = list(finished)
         self._on_shard, self._again = on_shard, again
         self._num_written = sum(shard.num_samples for shard in finished)
-        self._members = TarMembers(manifest)
         self._file = None
 
     def __enter__(self) -> "ShardWriter":
@@ -199,7 +202,7 @@ class ShardWriter:
                 self._start()
             first = self._offset + TAR_HEADER_BYTES
             offsets = list(accumulate(steps[:-1], initial=first))
-            self._write(self._members.pack(sample_key(self._num_written), members))
+            self._write(sample_bytes(self.manifest, sample_key(self._num_written), members))
         self._rows.append((row, presence, offsets, sizes))
         self._num_written += 1
         return num_bytes

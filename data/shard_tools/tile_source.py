@@ -47,6 +47,9 @@ class TileSource(Protocol):
     def no_data(self, name: str) -> NoData:
         """How modality `name` writes absent values."""
 
+    def notes(self) -> Sequence[str]:
+        """What a user should know before a long build, a line each: what is dropped, lacking or slow."""
+
     def describe(self, row: int) -> str:
         """How messages call the tile at `row`: its id and row."""
 

@@ -2,7 +2,17 @@
 
 from mpmae.loader.batch import Batch
 from mpmae.loader.cpu import CpuLoader
-from mpmae.loader.order import BatchPlan, TrainOrder, epoch_order, evaluation_batches, evaluation_ids, plan_batches
+from mpmae.loader.folder import shard_folder
+from mpmae.loader.order import (
+    BatchPlan,
+    EpochOrder,
+    ExactOrder,
+    TrainOrder,
+    WindowOrder,
+    evaluation_batches,
+    evaluation_ids,
+    plan_batches,
+)
 from mpmae.loader.read import ShardReader
 from mpmae.loader.transform import Augmentation
 
@@ -11,10 +21,13 @@ __all__ = [
     "Batch",
     "BatchPlan",
     "CpuLoader",
+    "EpochOrder",
+    "ExactOrder",
     "ShardReader",
     "TrainOrder",
-    "epoch_order",
+    "WindowOrder",
     "evaluation_batches",
     "evaluation_ids",
     "plan_batches",
+    "shard_folder",
 ]

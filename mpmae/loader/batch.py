@@ -18,7 +18,7 @@ class Batch:
         tile, continuous    float32 [N, K], normalised, 0 where there is no data
         tile, categorical   int64 [N], class id, -1 where there is no data
     valid: bool, the shape of the values: True where there is data. A NaN or infinite value counts as not valid in any case.
-    sample_ids: int64 [N], position of the sample in its split.
+    sample_ids: int64 [N], position of the sample in its split; on the host as a loader gives them.
     num_present: per modality, in how many tiles of the whole GLOBAL batch it is present (the divisor of its loss).
     global_batch_size: samples of the global batch, padding not counted.
     padding: bool [N], True for repeats that only fill up an evaluation batch; they must not count.

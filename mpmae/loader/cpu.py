@@ -1,14 +1,14 @@
 """The loader that needs no GPU: threads that read, decode and assemble micro batches ahead of the training step."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from mpmae.in_order import in_order
 from mpmae.loader.batch import Batch
-from mpmae.loader.order import BatchPlan, TrainOrder, evaluation_batches, evaluation_ids
+from mpmae.loader.order import BatchPlan, TrainOrder
 from mpmae.loader.read import ShardReader
+from mpmae.loader.requests import BatchRequest, evaluation_requests, training_requests
 from mpmae.loader.transform import Assembler, Augmentation, draw_views
 
 
@@ -40,18 +40,7 @@ class CpuLoader:
 
     def training(self, order: TrainOrder, plan: BatchPlan, rank: int, start_step: int) -> Iterator[tuple[int, Batch]]:
         """(epoch, micro batch) from step `start_step` on, `plan.num_micro_steps` per step, without end."""
-
-        def jobs() -> Iterator[Callable[[], tuple[int, Batch]]]:
-            step = start_step
-            while True:
-                epoch, global_batch = order.global_batch(step)
-                num_present = self.reader.num_present(global_batch, self.modalities)
-                for micro_step in range(plan.num_micro_steps):
-                    ids = plan.share(global_batch, rank, micro_step)
-                    yield self._job(epoch, ids, num_present, len(global_batch))
-                step += 1
-
-        return self._run(jobs())
+        return self._run(training_requests(self.reader, self.modalities, order, plan, rank, start_step))
 
     def evaluation(
         self, batch_size: int, rank: int, world_size: int, max_samples: int | None = None
@@ -61,35 +50,18 @@ class CpuLoader:
         `num_present` and `global_batch_size` count the whole evaluated set, so that the shares of all batches and ranks add
         up to the set's mean loss.
         """
-        everyone = evaluation_ids(len(self.reader), max_samples)
-        num_present = self.reader.num_present(everyone, self.modalities)
-        batches = evaluation_batches(everyone, batch_size, rank, world_size)
-        return self._run(self._job(0, ids, num_present, len(everyone), padding) for ids, padding in batches)
+        return self._run(evaluation_requests(self.reader, self.modalities, batch_size, rank, world_size, max_samples))
 
     def batch_of(self, sample_ids: np.ndarray) -> Batch:
         """The given samples (int64 [N]) as one batch by themselves, with the views of epoch 0."""
         num_present = self.reader.num_present(sample_ids, self.modalities)
-        return self._job(0, sample_ids, num_present, len(sample_ids))()[1]
+        return self._assemble(BatchRequest(0, sample_ids, num_present, len(sample_ids)))[1]
 
-    def _job(
-        self, epoch: int, ids: np.ndarray, num_present: dict[str, int], total: int, padding: np.ndarray | None = None
-    ) -> Callable[[], tuple[int, Batch]]:
-        def assemble() -> tuple[int, Batch]:
-            tile_size_px = self.reader.manifest.tile_size_px
-            views = draw_views(self._augmentation, self._seed, epoch, ids, tile_size_px, self._img_size_px)
-            return epoch, self._assembler.batch(ids, views, num_present, total, padding)
+    def _run(self, requests: Iterable[BatchRequest]) -> Iterator[tuple[int, Batch]]:
+        return in_order(self._assemble, requests, self._num_workers, self._prefetch)
 
-        return assemble
-
-    def _run(self, jobs: Iterable[Callable[[], tuple[int, Batch]]]) -> Iterator[tuple[int, Batch]]:
-        pool = ThreadPoolExecutor(self._num_workers, thread_name_prefix="loader")
-        pending: deque[Future] = deque()
-        try:
-            for job in jobs:
-                pending.append(pool.submit(job))
-                if len(pending) > self._prefetch:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    def _assemble(self, request: BatchRequest) -> tuple[int, Batch]:
+        ids, tile_size_px = request.sample_ids, self.reader.manifest.tile_size_px
+        views = draw_views(self._augmentation, self._seed, request.epoch, ids, tile_size_px, self._img_size_px)
+        counts = request.num_present, request.global_batch_size
+        return request.epoch, self._assembler.batch(ids, views, *counts, request.padding)

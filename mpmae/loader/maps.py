@@ -61,7 +61,7 @@ class ContinuousMaps(_Maps):
         self._mean, self._std, self._check_finite = mean, std, no_data.non_finite
         fits = [code for code in no_data.codes if self.dtype.kind == "f" or _fits(code, self.dtype)]
         with np.errstate(over="ignore"):  # float16: as numpy compares
-            self._codes = np.array(fits, entry.dtype).astype(self.dtype)
+            self.codes = np.array(fits, entry.dtype).astype(self.dtype)
 
     def fill(self, stored: np.ndarray, views: np.ndarray, levels: np.ndarray, values: np.ndarray, valid: np.ndarray) -> None:
         """Write `values` float32 and `valid` bool, [N, C, H, H], of members `stored`, uint8 [N, B], decompressed.
@@ -75,7 +75,7 @@ class ContinuousMaps(_Maps):
             levels,
             self._mean,
             self._std,
-            self._codes,
+            self.codes,
             self._check_finite,
             self._room(values.shape[-1]),
             values,
@@ -88,12 +88,12 @@ class CategoricalMaps(_Maps):
 
     def __init__(self, entry: PixelEntry, lookup: np.ndarray):
         super().__init__(entry)
-        self._lookup = lookup
+        self.lookup = lookup
 
     def fill(self, stored: np.ndarray, views: np.ndarray, levels: np.ndarray, values: np.ndarray, valid: np.ndarray) -> None:
         """Write `values` int64 and `valid` bool, as `ContinuousMaps.fill` does; `levels` does not matter."""
         pixel_loops.class_maps(
-            *self._source(stored), self._step, views, self._lookup, self._room(values.shape[-1]), values, valid
+            *self._source(stored), self._step, views, self.lookup, self._room(values.shape[-1]), values, valid
         )
 
 

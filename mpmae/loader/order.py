@@ -1,13 +1,15 @@
 """Which samples make up which batch: a pure function of (seed, epoch, step), the same at any world size.
 
-Nothing here holds state: to resume, ask for the next step. `exact` order is a true permutation of the split per epoch.
+Nothing here holds state: to resume, ask for the next step. An `EpochOrder` says how the samples of an epoch follow each
+other, `TrainOrder` cuts that into global batches, `BatchPlan` cuts a global batch into ranks and micro steps.
 
-Shapes: B global batch size, W world size.
+Shapes: n samples of the split, B global batch size, W world size.
 """
 
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -15,13 +17,93 @@ from mpmae.counter_rng import Stream, random_bits
 from mpmae.errors import ConfigError
 
 
+class Window(NamedTuple):
+    """Shards that a part of an epoch reads and no other part of it, ascending; how many samples they hold."""
+
+    shards: tuple[int, ...]
+    num_samples: int
+
+
+class EpochOrder(Protocol):
+    """How the samples of a split follow each other in an epoch. Hashable and without state."""
+
+    @property
+    def num_samples(self) -> int:
+        """n."""
+        ...
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        """A permutation of the sample ids: [n], int32 where that is wide enough, else int64."""
+        ...
+
+    def windows(self, seed: int, epoch: int) -> list[Window]:
+        """The windows of an epoch as they follow each other; none for an order that reads everywhere at any time."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExactOrder:
+    """A true permutation of the split: for shards on local disks, where any read costs the same."""
+
+    num_samples: int
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        """As in `EpochOrder`."""
+        return _permuted(seed, epoch, np.arange(self.num_samples, dtype=_id_dtype(self.num_samples)))
+
+    def windows(self, seed: int, epoch: int) -> list[Window]:
+        """None."""
+        return []
+
+
+@dataclass(frozen=True)
+class WindowOrder:
+    """Shards permuted per epoch, samples permuted within windows of `window_shards` shards that follow each other then.
+
+    For remote shards: each is needed during one window of the epoch and not again. A window of all shards gives the very
+    order of `ExactOrder`. shard_sizes: samples of each shard of the split.
+    """
+
+    shard_sizes: tuple[int, ...]
+    window_shards: int
+
+    @property
+    def num_samples(self) -> int:
+        """n."""
+        return sum(self.shard_sizes)
+
+    def windows(self, seed: int, epoch: int) -> list[Window]:
+        """As in `EpochOrder`; each of `window_shards` shards but the last, which has what is left."""
+        numbers = np.arange(len(self.shard_sizes))
+        shards = np.argsort(random_bits(seed, Stream.WINDOW, epoch, numbers)[:, 0], kind="stable").tolist()
+        groups = [sorted(shards[i : i + self.window_shards]) for i in range(0, len(shards), self.window_shards)]
+        return [Window(tuple(group), sum(self.shard_sizes[shard] for shard in group)) for group in groups]
+
+    def epoch(self, seed: int, epoch: int) -> np.ndarray:
+        """As in `EpochOrder`."""
+        first = np.cumsum([0, *self.shard_sizes])
+        ids, filled = np.empty(self.num_samples, _id_dtype(self.num_samples)), 0
+        for window in self.windows(seed, epoch):
+            members = np.concatenate([np.arange(first[shard], first[shard + 1]) for shard in window.shards])
+            ids[filled : filled + len(members)] = _permuted(seed, epoch, members)
+            filled += len(members)
+        return ids
+
+
+def _permuted(seed: int, epoch: int, ids: np.ndarray) -> np.ndarray:
+    """The ids sorted by their random keys of the epoch."""
+    return ids[np.argsort(random_bits(seed, Stream.ORDER, epoch, ids)[:, 0], kind="stable")]
+
+
+def _id_dtype(num_samples: int) -> type[np.signedinteger]:
+    return np.int32 if num_samples <= np.iinfo(np.int32).max else np.int64
+
+
 @lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    """The permutation of a split for one epoch: int64 [num_samples]."""
-    keys = random_bits(seed, Stream.ORDER, epoch, np.arange(num_samples))[:, 0]
-    order = np.argsort(keys, kind="stable")
-    order.setflags(write=False)  # shared by the cache
-    return order
+def _epoch_ids(order: EpochOrder, seed: int, epoch: int) -> np.ndarray:
+    ids = order.epoch(seed, epoch)
+    ids.setflags(write=False)  # shared by the cache
+    return ids
 
 
 @dataclass(frozen=True)
@@ -72,7 +154,7 @@ def _nearest_divisors(number: int, size: int) -> str:
 class TrainOrder:
     """The endless sequence of global batches of a training run; each epoch's last partial batch is dropped."""
 
-    num_samples: int
+    order: EpochOrder
     global_batch_size: int
     seed: int
 
@@ -84,15 +166,36 @@ class TrainOrder:
             )
 
     @property
+    def num_samples(self) -> int:
+        """Samples of the split."""
+        return self.order.num_samples
+
+    @property
     def steps_per_epoch(self) -> int:
         """Whole global batches of an epoch."""
         return self.num_samples // self.global_batch_size
 
     def global_batch(self, step: int) -> tuple[int, np.ndarray]:
         """Epoch and sample ids int64 [B] of a step (counted from 0 over the whole run)."""
+        epoch, start = self._place(step)
+        ids = _epoch_ids(self.order, self.seed, epoch)[start : start + self.global_batch_size]
+        return epoch, ids.astype(np.int64)
+
+    def shards_ahead(self, step: int, num_windows: int = 1) -> tuple[int, ...]:
+        """The shards that a step reads and then those of the `num_windows` windows after it, also of the next epoch.
+
+        Each once, in the order in which they are needed; empty for an exact order.
+        """
+        epoch, start = self._place(step)
+        windows = [w for e in (epoch, epoch + 1) for w in self.order.windows(self.seed, e)]
+        ends = np.cumsum([window.num_samples for window in windows])
+        first, last = np.searchsorted(ends, [start, start + self.global_batch_size - 1], side="right")
+        coming = windows[first : last + 1 + num_windows]
+        return tuple(dict.fromkeys(shard for window in coming for shard in window.shards))
+
+    def _place(self, step: int) -> tuple[int, int]:
         epoch, index = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.seed, epoch, self.num_samples)
-        return epoch, order[index * self.global_batch_size : (index + 1) * self.global_batch_size]
+        return epoch, index * self.global_batch_size
 
 
 def evaluation_ids(num_samples: int, max_samples: int | None = None) -> np.ndarray:

@@ -4,7 +4,6 @@ Shapes: n samples of a split, M members per sample.
 """
 
 import errno
-import stat
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,9 +14,9 @@ from typing import TypeVar
 import numpy as np
 
 from mpmae.errors import ShardError
-from mpmae.loader.open_files import OpenFiles
+from mpmae.loader.folder import ShardFolder, shard_folder
 from mpmae.shard_codecs import decode_pixels, decode_scalars, unpack_one_hot
-from mpmae.shard_format import SCALARS_MEMBER, Manifest, index_name, load_index, load_manifest
+from mpmae.shard_format import SCALARS_MEMBER, Manifest
 
 _T = TypeVar("_T")
 
@@ -25,50 +24,29 @@ _T = TypeVar("_T")
 class ShardReader:
     """One split of a shard set, readable from many threads.
 
-    Raises ShardError at once when a shard is absent or its size differs from the manifest. Few shards are open at a time.
+    Raises ShardError at once when a local shard is absent or its size differs from the manifest; of a remote one, when it is
+    first read. Few shards are open at a time.
     """
 
-    def __init__(self, shards_dir: str | Path, split: str, manifest: Manifest | None = None):
-        self.folder = Path(shards_dir)
-        self.manifest = manifest or load_manifest(self.folder)
+    def __init__(self, shards_dir: str | Path | ShardFolder, split: str, manifest: Manifest | None = None):
+        self.folder = shard_folder(shards_dir) if isinstance(shards_dir, str | Path) else shards_dir
+        self.manifest = manifest or self.folder.manifest()
         self.split = split
         self._shards = self.manifest.shards(split)
-        self._check_shards()
-        self._files = OpenFiles([self.folder / shard.name for shard in self._shards])
-        self.index = (
-            np.concatenate([load_index(self.folder / index_name(s.name), self.manifest, s) for s in self._shards])
-            if self._shards
-            else np.zeros(0, self.manifest.index_dtype)
-        )
+        self._files = self.folder.files(self._shards)
+        indices = self.folder.indices(self.manifest, self._shards)
+        self.index = np.concatenate(indices) if indices else np.zeros(0, self.manifest.index_dtype)
         self._first = np.cumsum([0] + [s.num_samples for s in self._shards]).tolist()
         self._member_position = {name: i for i, name in enumerate(self.manifest.members)}
         self._pixels = {entry.name: entry for entry in self.manifest.pixels}
         self._scalars = {entry.name: entry for entry in self.manifest.scalars}
 
-    def _check_shards(self) -> None:
-        problems = []
-        for shard in self._shards:
-            path = self.folder / shard.name
-            try:
-                status = path.stat()
-            except OSError as error:
-                problems.append(
-                    f"{path} is missing, though the manifest lists it; restore it or rebuild the set"
-                    if isinstance(error, FileNotFoundError)
-                    else f"{path} cannot be read ({error.strerror or error}); check the disk and the permissions"
-                )
-                continue
-            if not stat.S_ISREG(status.st_mode):
-                problems.append(f"{path} is not a file, though the manifest lists it; restore it or rebuild the set")
-            elif status.st_size != shard.num_bytes:
-                problems.append(
-                    f"{path} has {status.st_size} bytes, the manifest says {shard.num_bytes}; restore it or rebuild the set"
-                )
-        if problems:
-            raise ShardError(problems)
-
     def __len__(self) -> int:
         return len(self.index)
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Fetch these shards of the split (numbers in the order of need, those in use first) ahead, if they are remote."""
+        self._files.prefetch(shards)
 
     def close(self) -> None:
         """Close the shard files."""
@@ -122,7 +100,7 @@ class ShardReader:
         if len(data) != size:
             raise ShardError(
                 f"{self._where(sample_id)}: {what}: {len(data)} of {size} bytes; the tar is shorter now; "
-                f"run `mpmae-shards verify {self.folder}`"
+                f"{self.folder.check_hint}"
             )
         return data
 
@@ -137,7 +115,7 @@ class ShardReader:
 
     def error(self, sample_id: int, problem: str) -> ShardError:
         """A ShardError that tells shard, sample and what to do."""
-        return ShardError(f"{self._where(sample_id)}: {problem}; run `mpmae-shards verify {self.folder}`")
+        return ShardError(f"{self._where(sample_id)}: {problem}; {self.folder.check_hint}")
 
     def _where(self, sample_id: int) -> str:
         shard = self._shard_of(sample_id)

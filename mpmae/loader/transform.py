@@ -88,14 +88,12 @@ class Assembler:
         self._reader, self._img_size_px = reader, img_size_px
         self._names = tuple(modalities)
         self._entries = {e.name: e for e in (*reader.manifest.pixels, *reader.manifest.scalars)}
-        self._stats = {name: self._statistics(name) for name in modalities if MODALITIES[name].kind == "continuous"}
-        self._no_data = {
+        self.statistics = {name: self._statistics(name) for name in modalities if MODALITIES[name].kind == "continuous"}
+        self.no_data = {
             name: no_data_rule(name, e.dtype, reference_quirks=True) if reference_quirks else e.no_data
             for name, e in self._entries.items()
         }
-        self._maps = {
-            name: self._maps_of(name, reference_quirks) for name in modalities if MODALITIES[name].scope == "pixel"
-        }
+        self.maps = {name: self._maps_of(name, reference_quirks) for name in modalities if MODALITIES[name].scope == "pixel"}
         self._slabs = Slabs(max_kept)
         self._local = threading.local()
 
@@ -103,8 +101,8 @@ class Assembler:
         entry = self._entries[name]
         if MODALITIES[name].kind == "categorical":
             return CategoricalMaps(entry, class_lookup(MODALITIES[name], reference_quirks))
-        mean, std = self._stats[name].mean, self._stats[name].std
-        return ContinuousMaps(entry, self._no_data[name], mean, std)
+        mean, std = self.statistics[name].mean, self.statistics[name].std
+        return ContinuousMaps(entry, self.no_data[name], mean, std)
 
     def _statistics(self, name: str) -> "_Statistics":
         table = self._reader.manifest.band_stats
@@ -139,7 +137,7 @@ class Assembler:
         """The samples int64 [N] as tensors."""
         stored = StoredSamples(self._reader, sample_ids)
         records = stored.records()
-        levels = self._levels(sample_ids, records)
+        levels = self.levels(sample_ids, records)
         values, valid = self._room(len(sample_ids))
         self._fill_maps(stored, views.table(), levels, values, valid)
         tile_values, tile_valid = self.tiles(sample_ids, records)
@@ -156,7 +154,7 @@ class Assembler:
         """The samples int64 [N] decoded, with this assembler's pixel modalities and all scalars."""
         stored = StoredSamples(self._reader, sample_ids)
         pixels = {}
-        for name in self._maps:
+        for name in self.maps:
             entry = self._entries[name]
             members = np.empty((len(sample_ids), entry.stored_bytes), np.uint8)
             stored.decompress(entry, 0, members)
@@ -165,44 +163,44 @@ class Assembler:
 
     def tiles(self, sample_ids: np.ndarray, records: np.ndarray) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Values and valid flags of this assembler's tile modalities, as in `Batch`, from the samples' records [N]."""
-        levels = self._levels(sample_ids, records)
+        levels = self.levels(sample_ids, records)
         values, valid = {}, {}
         for name in self._names:
             if MODALITIES[name].scope == "tile":
                 values[name], valid[name] = map(torch.from_numpy, self._tile(name, records[name], levels))
         return values, valid
 
-    def _levels(self, sample_ids: np.ndarray, records: np.ndarray) -> dict[str, np.ndarray]:
+    def levels(self, sample_ids: np.ndarray, records: np.ndarray) -> dict[str, np.ndarray]:
         """Each sample's row in the statistics of the continuous modalities: int64 [N]."""
         stored_levels = records["product_level"]
         rows = {}
-        for known in {stats.levels for stats in self._stats.values()}:
+        for known in {stats.levels for stats in self.statistics.values()}:
             rows[known] = np.full(len(records), -1)
             for row, level in enumerate(known):
                 rows[known][stored_levels == level] = row
-        for name, stats in self._stats.items():
+        for name, stats in self.statistics.items():
             unknown = np.flatnonzero(rows[stats.levels] < 0)
             if len(unknown):
                 level = stored_levels[unknown[0]].decode(errors="replace")
                 raise self._reader.error(
                     int(sample_ids[unknown[0]]), f"a tile of level {level!r}, but no statistics of {name}_{level}"
                 )
-        return {name: rows[stats.levels] for name, stats in self._stats.items()}
+        return {name: rows[stats.levels] for name, stats in self.statistics.items()}
 
     def _room(self, num: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         """Tensors [N, C, H, H] for the values and the valid flags of the pixel modalities, in memory of their own."""
         size, forms = self._img_size_px, []
-        for name in self._maps:
+        for name in self.maps:
             shape = (num, self._entries[name].shape[0], size, size)
-            forms += [(shape, np.float32 if name in self._stats else np.int64), (shape, np.bool_)]
+            forms += [(shape, np.float32 if name in self.statistics else np.int64), (shape, np.bool_)]
         tensors = self._slabs.take(forms)
-        return dict(zip(self._maps, tensors[::2], strict=True)), dict(zip(self._maps, tensors[1::2], strict=True))
+        return dict(zip(self.maps, tensors[::2], strict=True)), dict(zip(self.maps, tensors[1::2], strict=True))
 
     def _fill_maps(self, stored: StoredSamples, views: np.ndarray, levels, values, valid) -> None:
         values, valid = ({name: tensor.numpy() for name, tensor in part.items()} for part in (values, valid))
         for first in range(0, len(views), CHUNK_SIZE):
             part = slice(first, min(first + CHUNK_SIZE, len(views)))
-            for name, maps in self._maps.items():
+            for name, maps in self.maps.items():
                 members = self._members(self._entries[name], part.stop - first)
                 stored.decompress(self._entries[name], first, members)
                 rows = levels.get(name)
@@ -211,15 +209,15 @@ class Assembler:
     def _members(self, entry: PixelEntry, num: int) -> np.ndarray:
         """This thread's room for `num` decompressed members of a modality: uint8 [num, B]."""
         if not hasattr(self._local, "bytes"):
-            self._local.bytes = np.empty(CHUNK_SIZE * max(self._entries[name].stored_bytes for name in self._maps), np.uint8)
+            self._local.bytes = np.empty(CHUNK_SIZE * max(self._entries[name].stored_bytes for name in self.maps), np.uint8)
         return self._local.bytes[: num * entry.stored_bytes].reshape(num, entry.stored_bytes)
 
     def _tile(self, name: str, raw: np.ndarray, levels: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         if MODALITIES[name].kind == "categorical":
             ids = np.maximum(raw.astype(np.int64), -1)
             return ids, ids >= 0
-        valid = self._no_data[name].valid(raw)
-        mean, std = self._stats[name].mean[levels[name]], self._stats[name].std[levels[name]]
+        valid = self.no_data[name].valid(raw)
+        mean, std = self.statistics[name].mean[levels[name]], self.statistics[name].std[levels[name]]
         clean = np.where(valid, raw, 0).astype(np.float32)
         return np.where(valid, (clean - mean) / std, np.float32(0)), valid
 

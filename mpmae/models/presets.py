@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from mpmae.errors import ConfigError
 from mpmae.masking import num_visible
-from mpmae.modalities import MODALITIES, TARGETS, spec_of
+from mpmae.modalities import ALL_TARGETS, MODALITIES, TARGETS, spec_of
 from mpmae.models.dense import grid_side
 from mpmae.models.encoder import FIRST_TILE_SIDE, STEMS
 from mpmae.models.init import INITS, initialise
@@ -63,7 +63,7 @@ def create_model(
 
     name: one of `list_models()`. img_size, patch_size: pixels; patch_size is 8 times a power of two and divides img_size.
     bands_in: Sentinel-2 bands that the encoder reads; None: all but B10. modalities_out: the targets, by name or as
-    {name: bands or None for the default ones}; the losses keep the order of `mpmae.modalities.TARGETS`.
+    {name: bands or None for the default ones}; the losses keep the order of `mpmae.modalities.ALL_TARGETS`.
     mask_ratio: hidden fraction, in [0, 1). encoder: "sparse" (computes visible patches only) or "dense" (computes every
     patch of the image with 0 at hidden ones: the slow baseline). stem: "mmearth" (3x3 convolution first) or "convnext".
     loss_weighting: "uncertainty" (learned log variances) or "unweighted". norm_pix_loss: whether sentinel2 targets are
@@ -180,8 +180,10 @@ def _published_dense_problems(img_size: int, patch_size: int, stem: str) -> list
 
 
 def _unknown(name: str) -> str:
-    close = difflib.get_close_matches(name, TARGETS, n=1, cutoff=0.5)
-    return f"unknown modality {name!r}{f'; did you mean {close[0]}?' if close else ''} Known targets: {', '.join(TARGETS)}"
+    close = difflib.get_close_matches(name, ALL_TARGETS, n=1, cutoff=0.5)
+    return (
+        f"unknown modality {name!r}{f'; did you mean {close[0]}?' if close else ''} Known targets: {', '.join(ALL_TARGETS)}"
+    )
 
 
 def _bands_out(
@@ -194,10 +196,10 @@ def _bands_out(
         modalities_out = (modalities_out,)
     wanted = dict(modalities_out) if isinstance(modalities_out, Mapping) else dict.fromkeys(modalities_out)
     if not wanted:
-        problems.append(f"modalities_out is empty; name at least one of {', '.join(TARGETS)}")
-    problems += [f"modalities_out names an {_unknown(name)}" for name in wanted if name not in TARGETS]
+        problems.append(f"modalities_out is empty; name at least one of {', '.join(ALL_TARGETS)}")
+    problems += [f"modalities_out names an {_unknown(name)}" for name in wanted if name not in ALL_TARGETS]
     bands_out = {}
-    for name in TARGETS:
+    for name in ALL_TARGETS:
         if name not in wanted:
             continue
         if spec_of(name).kind == "categorical":

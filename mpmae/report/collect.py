@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from mpmae.checkpoint_format import MODEL_NAME, load_meta, newest_checkpoint
 from mpmae.config import RunConfig, validate
 from mpmae.errors import CheckpointError, ReportError
-from mpmae.loader import Augmentation, Batch, CpuLoader, ShardReader
+from mpmae.loader import Batch, ShardReader
 from mpmae.masking import draw_visible, visible_bool
 from mpmae.modalities import MODALITIES
 from mpmae.models import MPMAE
 from mpmae.models.losses import patch_statistics
 from mpmae.report.data import ClassGuess, MapTriple, ReportData, RunSummary, TilePicture, VectorPair
+from mpmae.train.data import cpu_loader, open_reader
 from mpmae.train.setup import build_model
 from mpmae.train.track import read_jsonl
 
@@ -43,7 +44,7 @@ def collect(run_dir: str | Path, num_tiles: int = 6) -> ReportData:
     checkpoint = newest_checkpoint(run_dir / "checkpoints")
     if checkpoint is None:
         raise CheckpointError(f"{run_dir} has no complete checkpoint to reconstruct with; let the run reach its first one")
-    reader = ShardReader(config.data.shards, config.data.val_split)
+    reader = open_reader(config, config.data.val_split)
     if reader.manifest.fingerprint != record["shards_fingerprint"]:
         raise ReportError(
             f"{config.data.shards} is not the shard set of the run {run_dir}: its fingerprint is "
@@ -139,14 +140,7 @@ class Reconstructor:
         chosen = self._choose(num_tiles)
         if not len(chosen):
             return []
-        loader = CpuLoader(
-            self._reader,
-            self._names,
-            self._config.model.img_size,
-            seed=self._config.train.seed,
-            augmentation=Augmentation.none(),
-            reference_quirks=self._config.model.reference_quirks,
-        )
+        loader = cpu_loader(self._config, self._reader, training=False, modalities=self._names)
         batch = loader.batch_of(chosen)
         visible = draw_visible(
             self._config.train.seed, 0, batch.sample_ids, self._model.num_patches, self._model.num_visible

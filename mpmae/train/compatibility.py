@@ -5,8 +5,14 @@ from typing import Any
 from mpmae.config import RunConfig
 from mpmae.errors import CheckpointError
 
-_FREE = ("run", "log", "checkpoint", "engine", "data.shards", "data.num_workers", "data.prefetch", "model.init")
-_FORBIDDEN = ("model", "train.global_batch_size", "train.seed", "data.train_split")
+# where the bytes come from and how; which bytes is in the fingerprint of the shards
+_READING = (
+    *("shards", "storage_options", "cache_dir", "cache_size_gb"),
+    *("loader", "num_workers", "prefetch", "host_cache_gb", "device_cache_gb"),
+)
+_FREE = ("run", "log", "checkpoint", "engine", "model.init", *(f"data.{key}" for key in _READING))
+_ORDER = ("train.global_batch_size", "train.seed", "data.train_split", "data.order", "data.window_shards")
+_FORBIDDEN = ("model", *_ORDER)
 
 
 def checkpoint_meta(
@@ -43,8 +49,9 @@ def check_compatible(
 ) -> list[str]:
     """Notes on what differs harmlessly between a checkpoint's `meta` and the run that wants to continue it.
 
-    Raises CheckpointError with every difference that forbids it: model or modalities, shards, split, global batch size,
-    seed (the order of the samples), engine; for deepspeed also world size, ZeRO stage and precision.
+    Raises CheckpointError with every difference that forbids it: model or modalities, shards, what the order of the
+    samples follows from (split, global batch size, seed, mode), engine; for deepspeed also world size, ZeRO stage and
+    precision.
     """
     notes, problems = [], []
     now = _flatten(config.model_dump(mode="json"))

@@ -1,6 +1,7 @@
 """The arithmetic of a run, settled before anything is built: batches, steps, rates, memory per rank."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -8,8 +9,9 @@ from torch import nn
 
 from mpmae.config import RunConfig
 from mpmae.engine.optim import LearningRate, peak_lr
-from mpmae.loader import BatchPlan, TrainOrder, plan_batches
+from mpmae.loader import BatchPlan, ExactOrder, TrainOrder, WindowOrder, plan_batches
 from mpmae.shard_format import Manifest
+from mpmae.train.data import num_bytes
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,21 @@ class RunPlan:
     notes: tuple[str, ...]
 
 
+def make_order(config: RunConfig, manifest: Manifest) -> TrainOrder:
+    """The order of the training split that `config` asks for; ConfigError when the split is too small for a batch."""
+    shard_sizes = tuple(shard.num_samples for shard in manifest.shards(config.data.train_split))
+    if config.data.order == "window":
+        order = WindowOrder(shard_sizes, config.data.window_shards)
+    else:
+        order = ExactOrder(sum(shard_sizes))
+    return TrainOrder(order, config.train.global_batch_size, config.train.seed)
+
+
 def make_plan(config: RunConfig, manifest: Manifest, world_size: int) -> RunPlan:
     """The plan of `config` on a shard set; ConfigError when sizes do not divide or the split is too small."""
     train = config.train
     batch = plan_batches(train.global_batch_size, train.micro_batch_size, world_size)
-    order = TrainOrder(manifest.num_samples(config.data.train_split), train.global_batch_size, train.seed)
+    order = make_order(config, manifest)
     total_steps = train.epochs * order.steps_per_epoch
     if train.max_steps is not None:
         total_steps = min(total_steps, train.max_steps)
@@ -43,8 +55,26 @@ def make_plan(config: RunConfig, manifest: Manifest, world_size: int) -> RunPlan
     dropped = order.num_samples - order.steps_per_epoch * train.global_batch_size
     if dropped:
         notes.append(f"{dropped} of {order.num_samples} samples sit out each epoch (others every time): no whole batch left")
+    notes += _cache_notes(config, manifest)
     learning_rate = LearningRate(peak_lr(config), config.optim.min_lr, warmup_steps, total_steps)
     return RunPlan(batch, order, total_steps, warmup_steps, learning_rate, tuple(notes))
+
+
+def _cache_notes(config: RunConfig, manifest: Manifest) -> list[str]:
+    """What to know when a window of remote shards and the one fetched meanwhile do not fit their cache together."""
+    if config.data.order != "window" or isinstance(config.data.shards, Path):
+        return []
+    from mpmae.loader.shard_cache import DEFAULT_MAX_BYTES  # POSIX only, and local sets need none of it
+
+    limit = num_bytes(config.data.cache_size_gb) or DEFAULT_MAX_BYTES
+    sizes = sorted((shard.num_bytes for shard in manifest.shards(config.data.train_split)), reverse=True)
+    needed = sum(sizes[: 2 * config.data.window_shards])
+    if needed <= limit:
+        return []
+    return [
+        f"two windows of {config.data.window_shards} shards have up to {needed / 1e9:.3g} GB, their cache may hold "
+        f"{limit / 1e9:.3g}: steps wait for downloads; lower data.window_shards or raise data.cache_size_gb"
+    ]
 
 
 def state_bytes_per_rank(num_parameters: int, world_size: int, stage: int) -> int:
@@ -74,8 +104,10 @@ def show_plan(console: Console, config: RunConfig, plan: RunPlan, manifest: Mani
     table.add_row(
         "data",
         f"{config.data.shards}: {order.num_samples:,} training samples in {len(train_shards)} shards, "
-        f"{sum(s.num_bytes for s in train_shards) / 1e6:,.1f} MB; every rank reads from all of them",
+        f"{sum(s.num_bytes for s in train_shards) / 1e6:,.1f} MB",
     )
+    windowed = f"windows of {config.data.window_shards} shards; every rank reads from those of the window"
+    table.add_row("order", windowed if config.data.order == "window" else "exact; every rank reads from all shards")
     table.add_row(
         "batch",
         f"{batch.global_batch_size} = {batch.micro_batch_size} per micro step x {batch.num_micro_steps} micro steps "

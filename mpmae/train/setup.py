@@ -8,9 +8,10 @@ import torch
 from mpmae.config import RunConfig
 from mpmae.engine import load_ds_config, resolve_ds_config
 from mpmae.errors import ConfigError
-from mpmae.loader import Augmentation, CpuLoader, ShardReader
+from mpmae.loader import ShardReader
 from mpmae.models import MPMAE, create_model
-from mpmae.shard_format import Manifest, load_manifest
+from mpmae.shard_format import Manifest
+from mpmae.train.data import Loader, open_folder, open_loader
 from mpmae.train.plan import RunPlan, make_plan
 
 ENGINES = ("ddp", "deepspeed")
@@ -27,23 +28,24 @@ class Setup:
     manifest: Manifest
     plan: RunPlan
     ds_config: dict[str, Any] | None
-    training: CpuLoader
-    reference: CpuLoader
-    validation: CpuLoader
+    training: Loader
+    reference: Loader
+    validation: Loader
 
 
 def set_up(config: RunConfig, world_size: int) -> Setup:
     """Everything but model and engine. Raises ConfigError or ShardError for what does not fit; writes nothing."""
-    manifest = load_manifest(config.data.shards)
+    folder = open_folder(config)
+    manifest = folder.manifest()
     plan = make_plan(config, manifest, world_size)
-    train, val = (ShardReader(config.data.shards, s, manifest) for s in (config.data.train_split, config.data.val_split))
+    train, val = (ShardReader(folder, split, manifest) for split in (config.data.train_split, config.data.val_split))
     return Setup(
         manifest,
         plan,
         _resolved_ds_config(config, plan),
-        _loader(config, train, Augmentation(hflip=config.data.hflip, vflip=config.data.vflip)),
-        _loader(config, train, Augmentation.none()),
-        _loader(config, val, Augmentation.none()),
+        open_loader(config, train, training=True),
+        open_loader(config, train, training=False),
+        open_loader(config, val, training=False),
     )
 
 
@@ -53,19 +55,6 @@ def build_model(config: RunConfig, manifest: Manifest) -> MPMAE:
     settings = config.model.model_dump()
     available = {entry.name: entry.bands for entry in manifest.pixels}
     return create_model(settings.pop("name"), **settings, bands_available=available)
-
-
-def _loader(config: RunConfig, reader: ShardReader, augmentation: Augmentation) -> CpuLoader:
-    return CpuLoader(
-        reader,
-        tuple(dict.fromkeys(("sentinel2", *config.model.modalities_out))),
-        config.model.img_size,
-        seed=config.train.seed,
-        augmentation=augmentation,
-        num_workers=config.data.num_workers,
-        prefetch=config.data.prefetch,
-        reference_quirks=config.model.reference_quirks,
-    )
 
 
 def _resolved_ds_config(config: RunConfig, plan: RunPlan) -> dict[str, Any] | None:

@@ -9,10 +9,10 @@ import torch
 
 from mpmae.config import RunConfig
 from mpmae.engine.base import Engine
-from mpmae.loader import CpuLoader
 from mpmae.masking import draw_visible
 from mpmae.modalities import MODALITIES
 from mpmae.models import MPMAE
+from mpmae.train.data import Loader
 
 BATCH_SIZE = 32
 
@@ -23,7 +23,7 @@ class Validator:
     `validation` reads the split to judge on, `training` the one whose class frequencies the trivial predictor uses.
     """
 
-    def __init__(self, engine: Engine, validation: CpuLoader, training: CpuLoader, config: RunConfig):
+    def __init__(self, engine: Engine, validation: Loader, training: Loader, config: RunConfig):
         self._engine, self._validation, self._training = engine, validation, training
         self._seed, self._max_samples = config.train.seed, config.train.val_samples
         self._model: MPMAE = engine.module
@@ -55,7 +55,7 @@ class Validator:
             "trivial": dict(zip(names, trivials, strict=True)) | absent,
         }
 
-    def _batches(self, loader: CpuLoader):
+    def _batches(self, loader: Loader):
         return loader.evaluation(BATCH_SIZE, self._engine.rank, self._engine.world_size, self._max_samples)
 
     def _constant_predictions(self) -> dict[str, torch.Tensor]:
@@ -66,7 +66,7 @@ class Validator:
             for name in categorical:
                 ids = batch.values[name][~batch.padding]
                 share = torch.bincount(ids[ids >= 0].flatten(), minlength=len(counts[name]))
-                counts[name] += share
+                counts[name] += share.cpu()
         constants = {n: torch.zeros(1, device=self._engine.device) for n in self._model.modalities_out}
         for name, count in counts.items():
             total = 1 + self._engine.sum_over_ranks(count.to(self._engine.device))  # no class is impossible

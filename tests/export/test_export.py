@@ -13,7 +13,7 @@ from mpmae.export.cli import main
 from mpmae.export.facts import FACEBOOK_LICENCE
 from mpmae.modalities import TARGETS, spec_of
 from mpmae.models.interop import read_weights, to_timm
-from mpmae.shard_format import load_manifest
+from mpmae.shard_files import load_manifest
 from tests.models import schemes
 
 CASES = [

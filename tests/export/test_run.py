@@ -2,7 +2,7 @@
 
 from mpmae.export import export
 from mpmae.modalities import spec_of
-from mpmae.shard_format import load_manifest
+from mpmae.shard_files import load_manifest
 from tests.train.launches import launch_ok
 
 

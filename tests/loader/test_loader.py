@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mpmae.errors import ConfigError, ShardError
-from mpmae.loader import Augmentation, CpuLoader, ShardReader, TrainOrder, plan_batches
+from mpmae.loader import Augmentation, CpuLoader, ExactOrder, ShardReader, TrainOrder, plan_batches
 from mpmae.loader.transform import draw_views
 from mpmae.modalities import MODALITIES, TARGETS, class_lookup
 from mpmae.shard_format import index_name
@@ -21,7 +21,7 @@ def reader(shards_dir):
 def training_batches(reader, world_size=1, micro=None, rank=0, start=0, num=4, global_batch=12, **options):
     loader = CpuLoader(reader, TARGETS, 56, seed=1, **options)
     plan = plan_batches(global_batch, micro, world_size)
-    batches = loader.training(TrainOrder(len(reader), global_batch, seed=1), plan, rank, start)
+    batches = loader.training(TrainOrder(ExactOrder(len(reader)), global_batch, seed=1), plan, rank, start)
     return [batch for _, batch in itertools.islice(batches, num * plan.num_micro_steps)]
 
 

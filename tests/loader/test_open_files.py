@@ -81,7 +81,7 @@ def test_a_file_being_read_stays_open(tmp_path):
     for path in paths:
         path.write_bytes(path.name.encode())
     files = OpenFiles(paths, max_open=1)
-    with files._descriptor(0) as descriptor:
+    with files.descriptor(0) as descriptor:
         assert [files.read(i, 1, 0) for i in (1, 2, 3)] == [b"1", b"2", b"3"]
         files.close()
         assert os.pread(descriptor, 1, 0) == b"0"

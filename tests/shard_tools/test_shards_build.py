@@ -14,9 +14,9 @@ import webdataset
 
 from mpmae.errors import ShardError, SourceError
 from mpmae.files import TEMP_SUFFIX
-from mpmae.modalities import MODALITIES, no_data_rule
+from mpmae.modalities import MMEARTH, MODALITIES, no_data_rule
 from mpmae.shard_codecs import decode_pixels
-from mpmae.shard_format import load_manifest
+from mpmae.shard_files import load_manifest
 from mpmae.shard_tools import output
 from mpmae.shard_tools.build import build
 from mpmae.shard_tools.shard_set import ShardSet
@@ -294,5 +294,5 @@ def test_bad_options_are_told_together(source_32, tmp_path):
 
 def test_modality_table_is_the_fixed_one(built_32):
     manifest = load_manifest(built_32)
-    assert [e.name for e in manifest.pixels] == [n for n, spec in MODALITIES.items() if spec.scope == "pixel"]
+    assert [e.name for e in manifest.pixels] == [n for n in MMEARTH if MODALITIES[n].scope == "pixel"]
     assert [e.filter for e in manifest.pixels if e.name == "dynamic_world"] == ["none"]

@@ -13,6 +13,7 @@ from mpmae.errors import ShardError
 from mpmae.shard_tools.build import build
 from mpmae.shard_tools.cli import main
 from mpmae.shard_tools.contact_sheet import contact_sheet
+from mpmae.shard_tools.histograms import histograms
 from mpmae.shard_tools.inspect import summarise
 
 
@@ -111,3 +112,51 @@ def test_contact_sheet_shows_absent_modalities_as_grey_cells(source_64, tmp_path
 def test_contact_sheet_of_real_tiles(real_source, tmp_path):
     build(real_source, tmp_path / "set", splits=["val"], progress=False)
     assert contact_sheet(tmp_path / "set", tmp_path / "sheet.png", num_tiles=3).stat().st_size > 20_000
+
+
+def test_fast_verify_says_so(own_shards, capsys):
+    assert main(["verify", str(own_shards), "--fast", "--workers", "2"]) == 0
+    assert "hashes only" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["verify", str(own_shards), "--fast", "--source", "x"])
+    assert "not allowed with" in capsys.readouterr().err
+
+
+def test_subset_merge_index(built_32, tmp_path, capsys):
+    ids = tmp_path / "ids.txt"
+    ids.write_text("synth_00000000\n\nsynth_00000003\n")
+    first, second, merged = (str(tmp_path / name) for name in ("first", "second", "merged"))
+    assert main(["subset", str(built_32), first, "--tile-ids", str(ids), "--rename", "train=few,val=few,test=few"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].startswith("few: 2 samples in 1 shards")
+    assert main(["subset", str(built_32), second, "--splits", "train", "--fraction", "0.5"]) == 0
+    capsys.readouterr()
+    code = main(["merge", merged, first, second, "--keep-first", "--seed", "4"])
+    assert code == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.splitlines()[-1].startswith("shard set of subset of tiny + subset of tiny (15 modalities")
+    (tmp_path / "merged" / "few-00000.idx").unlink()
+    assert main(["index", merged]) == 0
+    assert capsys.readouterr().out.startswith("made few-00000.idx; 0 problems")
+    (tmp_path / "merged" / "few-00000.index.npy").unlink()
+    assert main(["index", merged]) == 1
+    assert "give --source" in capsys.readouterr().err
+    assert main(["subset", first, second]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert main(["subset", first, str(tmp_path / "x"), "--tile-ids", str(tmp_path / "nowhere")]) == 2
+    assert "cannot be read as a list of tile ids" in capsys.readouterr().err
+
+
+def test_histograms(source_64, tmp_path, capsys):
+    names = ["sentinel2", "aster", "dynamic_world", "biome"]
+    build(source_64, tmp_path / "set", modalities=names, progress=False)
+    png = tmp_path / "values.png"
+    assert main(["inspect", str(tmp_path / "set"), "--histograms", str(png), "--split", "train"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == f"histograms: {png}"
+    image = np.asarray(Image.open(png).convert("RGB"))
+    assert image.shape[1] > 1000
+    assert len(np.unique(image.reshape(-1, 3), axis=0)) > 50
+    before = png.read_bytes()
+    histograms(tmp_path / "set", png, "train")
+    assert png.read_bytes() == before, "the sample is drawn by the seed of the set"
+    for wrong in ({"split": "x"}, {"num_tiles": 0}):
+        with pytest.raises(ShardError):
+            histograms(tmp_path / "set", png, **wrong)

@@ -12,7 +12,8 @@ from hypothesis.extra import numpy as hnp
 
 from mpmae.errors import ConfigError, ShardError
 from mpmae.shard_codecs import decode_pixels, encode_pixels
-from mpmae.shard_format import Manifest, load_manifest, pixel_entry
+from mpmae.shard_files import load_manifest
+from mpmae.shard_format import Manifest, pixel_entry
 
 
 def entry_of(values, codec="lz4", step=0.01):

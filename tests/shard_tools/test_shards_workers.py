@@ -10,14 +10,13 @@ import numpy as np
 import pytest
 
 from mpmae.errors import ShardError, SourceError
-from mpmae.shard_format import load_manifest, member_name, pixel_entry, sample_key, tar_member
+from mpmae.shard_format import pixel_entry
 from mpmae.shard_tools import progress
 from mpmae.shard_tools.build import build, build_from
 from mpmae.shard_tools.cli import main
 from mpmae.shard_tools.shard_set import ShardSet
 from mpmae.shard_tools.source import MMEarthSource
 from mpmae.shard_tools.stats import band_stats
-from mpmae.shard_tools.tar_members import TarMembers
 from mpmae.shard_tools.tile import Tile, TileError, encode_members, presence_bits
 from mpmae.shard_tools.verify import verify
 from tests.shard_tools.test_shards_build import digests
@@ -184,20 +183,6 @@ def test_quantised_sentinel1_states_its_error(source_32, own_source, tmp_path):
         file["sentinel1"][4, 0, 0, 0] = 1e6
     with pytest.raises(SourceError, match=r"tile synth_00000004 \(row 4\): sentinel1: 1 values outside"):
         build(own_source, tmp_path / "bad", quantise_sentinel1=True, progress=False)
-
-
-def test_tar_members_equal_those_of_the_format(built_32):
-    manifest = load_manifest(built_32)
-    pack = TarMembers(manifest).pack
-    rng = np.random.default_rng(0)
-    for ordinal in (0, 7, 12345678, 99999999, 100000000, 123456789012):
-        members = [rng.bytes(int(size)) for size in rng.integers(0, 2000, len(manifest.members))]
-        key = sample_key(ordinal)
-        expected = [
-            tar_member(member_name(key, member, manifest.codec), data)
-            for member, data in zip(manifest.members, members, strict=True)
-        ]
-        assert pack(key, members) == b"".join(expected)
 
 
 def test_presence_is_that_of_the_no_data_rules(source_64, tmp_path):

@@ -263,6 +263,9 @@ def test_a_key_that_the_checkpoint_does_not_know_yet_was_its_default():
         check_compatible(meta, config_of(model={"encoder": "dense"}), "a" * 64, 2)
 
 
+CACHES = {"cache_dir": "x", "cache_size_gb": 3, "storage_options": {"anon": True}, "host_cache_gb": 1, "device_cache_gb": 1}
+
+
 def test_harmless_differences_are_notes():
     meta = meta_of(config_of())
     config = config_of(
@@ -270,7 +273,7 @@ def test_harmless_differences_are_notes():
         optim={"lr": 0.01},
         run={"dir": "elsewhere"},
         model={"init": "reference"},
-        data={"shards": "moved", "num_workers": 7},
+        data={"shards": "s3://moved", "num_workers": 7, "prefetch": 2, "loader": "dali", **CACHES},
     )
     notes = check_compatible(meta, config, "a" * 64, 4)
     assert len(notes) == 3
@@ -302,6 +305,23 @@ def test_all_forbidden_differences_at_once():
     ):
         assert expected in text
     assert len(caught.value.problems) == 8
+
+
+def test_the_order_must_not_change():
+    """Another mode or window would give other global batches from here on."""
+    window = config_of(data={"order": "window", "window_shards": 16})
+    assert check_compatible(meta_of(window), window, "a" * 64, 2) == []
+    with pytest.raises(CheckpointError) as caught:
+        check_compatible(meta_of(config_of()), window, "a" * 64, 2)
+    assert "data.order: 'exact' in the checkpoint, 'window' now" in str(caught.value)
+    with pytest.raises(CheckpointError, match=r"data.window_shards: 16 in the checkpoint, 8 now"):
+        check_compatible(meta_of(window), config_of(data={"order": "window", "window_shards": 8}), "a" * 64, 2)
+    before = meta_of(config_of())
+    for key in ("order", "window_shards"):  # written by a version that knew one order only
+        del before["config"]["data"][key]
+    assert check_compatible(before, config_of(), "a" * 64, 2) == []
+    with pytest.raises(CheckpointError, match=r"data.order: 'exact' in the checkpoint"):
+        check_compatible(before, window, "a" * 64, 2)
 
 
 def test_deepspeed_is_bound_to_world_size_stage_and_precision():

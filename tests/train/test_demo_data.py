@@ -3,7 +3,7 @@
 import pytest
 
 from mpmae.config import DataSection
-from mpmae.shard_format import load_manifest
+from mpmae.shard_files import load_manifest
 from mpmae.train import demo_data
 from mpmae.train.demo_data import ensure_demo_shards
 

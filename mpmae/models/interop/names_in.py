@@ -24,7 +24,7 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from mpmae.modalities import MODALITIES, TARGETS
+from mpmae.modalities import ALL_TARGETS, MODALITIES
 
 SCHEMES = ("mpmae", "mmearth-sparse", "mmearth-dense", "facebook-sparse", "facebook-dense", "timm")
 _WRAPPERS = ("module.", "_orig_mod.")
@@ -154,7 +154,7 @@ def _from_timm(name: str) -> str | None:
 
 def loss_order(modalities: Iterable[str]) -> list[str]:
     """Modalities in the order of our losses and log variances; those that we have no spec of come last."""
-    return sorted(modalities, key=lambda name: TARGETS.index(name) if name in TARGETS else len(TARGETS))
+    return sorted(modalities, key=lambda name: ALL_TARGETS.index(name) if name in ALL_TARGETS else len(ALL_TARGETS))
 
 
 def heads_of(names: Iterable[str]) -> list[str]:
