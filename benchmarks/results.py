@@ -199,8 +199,9 @@ def readme_disk(record: dict[str, Any]) -> str:
         ]
         lines.append(f"   | {name} | {gigabytes} GB | about {gigabytes * ratio:.0f} GB | {hours[0]} | {hours[1]} |")
     note = (
-        "   Estimated by bytes from real tiles, one process, one core, page cache warm ([record](benchmarks/RESULTS.md));\n"
-        "   those tiles lack some modalities, and a slow disk or network share takes longer."
+        f"   Estimated by bytes from real tiles, on {record['environment']['cores']} cores, page cache warm "
+        "([record](benchmarks/RESULTS.md));\n   those tiles lack some modalities, and a slow disk or network share takes "
+        "longer."
     )
     return "\n".join([*lines, "", note, ""])
 

@@ -27,8 +27,8 @@ def section(record: dict[str, Any]) -> str:
         ratios = ", ".join(f"{what} {ratio:.2f}" for what, ratio in source["ratios"].items())
         lines += [
             f"**{name}**, {source['tile_size_px']} px, {source['num_tiles']:,} tiles of {kilobytes[0]:.0f} KB raw, "
-            f"{kilobytes[1]:.0f} KB in HDF5. Ratios per core used, build with lz4 and one worker: {ratios}. The last of "
-            "them is the most that any build could gain on the row-by-row way, by doing nothing but inflate.",
+            f"{kilobytes[1]:.0f} KB in HDF5. Ratios per core used, build with lz4 and one worker: {ratios}. The last is the "
+            "most that any build could gain on the row-by-row way, by doing nothing but inflate.",
             "",
             "| way | tiles/s | per core used | raw MB/s per core |",
             "|---|---|---|---|",

@@ -33,7 +33,7 @@ def add_build(commands) -> None:
     command.add_argument(
         "--quantise-sentinel1",
         action="store_true",
-        help="store sentinel1 as hundredths of a dB: half the size, the largest error is in the manifest",
+        help="store sentinel1 as int16 hundredths of a dB; the largest error is in the manifest",
     )
     command.add_argument("--modalities", type=names, metavar="A,B", help="take only these; all if not given")
     command.add_argument("--splits", type=names, metavar="A,B", help="take only these; all if not given")
