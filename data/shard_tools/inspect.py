@@ -8,9 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mpmae.shard_format import SCALARS_MEMBER
+from mpmae.shard_tools.progress import MB
 from mpmae.shard_tools.shard_set import ShardSet
-
-MB = 10**6
 
 
 @dataclass(frozen=True)
