@@ -23,6 +23,7 @@ Shapes: N samples, C bands, P tile side, H image side (pixels).
 """
 
 import itertools
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -50,6 +51,7 @@ except ImportError as error:
         f"the DALI loader needs NVIDIA DALI ({error}); `pip install mpmae[dali]` or use the cpu loader"
     ) from error
 
+_LOG = logging.getLogger(__name__)
 MAX_PACKED_BYTES = 2**31 - 1  # DALI takes chunk offsets as int32
 MAX_IN_FLIGHT = 2  # batches whose GPU work may be queued at a time: the copy of one overlaps with the kernels of another
 _CPU_TYPES = {
@@ -95,18 +97,23 @@ class DaliLoader:
             device = torch.device("cuda", device_id)
             on_device = DeviceAssembler(assembler, reader.manifest, self.modalities, img_size_px, device, dtype)
             tier = DeviceTier(reader, device_budget_bytes, device)
+            if device_budget_bytes and tier.report.num_kept < tier.report.num_samples:
+                _LOG.warning("%s", tier.report)
+            self._prefetch_shards = tier.prefetch
             self._maker = partial(_GpuMaker, on_device, tier, torch.cuda.Stream(device))
         else:
             if device_budget_bytes:
                 raise ConfigError(
                     f"device_budget_bytes = {device_budget_bytes} needs a GPU; leave it out with device_id = None"
                 )
+            self._prefetch_shards = reader.prefetch
             entries = {entry.name: entry for entry in reader.manifest.pixels if entry.name in self.modalities}
             self._maker = partial(_CpuMaker, assembler, entries, img_size_px, dtype, num_workers)
 
     def training(self, order: TrainOrder, plan: BatchPlan, rank: int, start_step: int) -> Iterator[tuple[int, Batch]]:
         """(epoch, micro batch) from step `start_step` on, `plan.num_micro_steps` per step, without end."""
-        return self._run(training_requests(self.reader, self.modalities, order, plan, rank, start_step))
+        place = (rank, start_step, self._prefetch_shards)
+        return self._run(training_requests(self.reader, self.modalities, order, plan, *place))
 
     def evaluation(
         self, batch_size: int, rank: int, world_size: int, max_samples: int | None = None

@@ -3,7 +3,7 @@
 Shapes: N samples of a batch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -27,14 +27,24 @@ class BatchRequest:
 
 
 def training_requests(
-    reader: ShardReader, modalities: tuple[str, ...], order: TrainOrder, plan: BatchPlan, rank: int, start_step: int
+    reader: ShardReader,
+    modalities: tuple[str, ...],
+    order: TrainOrder,
+    plan: BatchPlan,
+    rank: int,
+    start_step: int,
+    prefetch: Callable[[Sequence[int]], None] | None = None,
 ) -> Iterator[BatchRequest]:
-    """The micro batches of a rank from step `start_step` on, `plan.num_micro_steps` per step, without end."""
+    """The micro batches of a rank from step `start_step` on, `plan.num_micro_steps` per step, without end.
+
+    prefetch: told which shards are needed next, the reader's unless given.
+    """
+    prefetch = prefetch or reader.prefetch
     step = start_step
     while True:
         epoch, global_batch = order.global_batch(step)
         if shards := order.shards_ahead(step):
-            reader.prefetch(shards)
+            prefetch(shards)
         num_present = reader.num_present(global_batch, modalities)
         for micro_step in range(plan.num_micro_steps):
             yield BatchRequest(epoch, plan.share(global_batch, rank, micro_step), num_present, len(global_batch))

@@ -43,6 +43,12 @@ class SampleStore(Protocol):
     def error(self, sample_id: int, problem: str) -> ShardError:
         """A ShardError that tells shard and sample."""
 
+    def samples_of(self, shard: int) -> slice:
+        """The samples of a shard of the split."""
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Get these shards ready ahead of their use."""
+
 
 @dataclass(frozen=True)
 class TierReport:
@@ -113,6 +119,16 @@ class _Slots:
         )
 
 
+    def unfilled(self, store: SampleStore, shards: Sequence[int]) -> list[int]:
+        """Those of `shards` that are still read: not all of their samples are here."""
+        return [shard for shard in shards if not self.filled[store.samples_of(shard)].all()]
+
+
+def num_fitting(index: np.ndarray, budget_bytes: int) -> int:
+    """How many samples a tier of that budget keeps: the first ones of the split. index: rows [n]."""
+    return _Slots("", index, budget_bytes, None).report.num_kept
+
+
 def _host_bytes(num_bytes: int) -> torch.Tensor:
     """Uninitialised uint8 memory to copy to the device from: pinned where there is CUDA, reused once copied."""
     return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
@@ -131,6 +147,8 @@ class HostTier:
         self._slots = _Slots("host tier", store.index, budget_bytes, ids)
         self._sizes = span_bytes(store.index)
         self._arena = np.empty(self._slots.total_blocks * BLOCK_BYTES, np.uint8)
+        self._kept = self._arena.view()
+        self._kept.setflags(write=False)  # callers get parts of it
 
     def __len__(self) -> int:
         return len(self._slots.first)
@@ -152,18 +170,22 @@ class HostTier:
         below = dict(zip(missing.tolist(), self._store.spans(missing), strict=True)) if len(missing) else {}
         for sample_id, span in below.items():
             if self._slots.first[sample_id] >= 0:
-                self._slot(sample_id)[:] = span
+                self._arena[self._place(sample_id)] = span
                 self._slots.filled[sample_id] = True  # after the bytes: other threads read without a lock
-        return [self._slot(i) if self._slots.filled[i] else below[i] for i in ids.tolist()]
+        return [self._kept[self._place(i)] if self._slots.filled[i] else below[i] for i in ids.tolist()]
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Get those of the shards ready that are still read: of the others every sample is kept here."""
+        self._store.prefetch(self._slots.unfilled(self._store, shards))
 
     def warm(self, batch_size: int = 64) -> None:
         """Read everything that is kept now instead of on first touch."""
         for start in range(0, len(self._slots.kept), batch_size):
             self.spans(self._slots.kept[start : start + batch_size])
 
-    def _slot(self, sample_id: int) -> np.ndarray:
+    def _place(self, sample_id: int) -> slice:
         start = int(self._slots.first[sample_id]) * BLOCK_BYTES
-        return self._arena[start : start + int(self._sizes[sample_id])]
+        return slice(start, start + int(self._sizes[sample_id]))
 
 
 @dataclass(frozen=True)
@@ -225,6 +247,10 @@ class DeviceTier:
     def report(self) -> TierReport:
         """What is kept and what is not."""
         return self._slots.report
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """As `HostTier.prefetch`."""
+        self._store.prefetch(self._slots.unfilled(self._store, shards))
 
     def stage(self, sample_ids: np.ndarray) -> StagedBatch:
         """Read what the device does not have of the samples int64 [N]; a sample may occur several times."""
