@@ -118,7 +118,6 @@ class _Slots:
             budget_bytes,
         )
 
-
     def unfilled(self, store: SampleStore, shards: Sequence[int]) -> list[int]:
         """Those of `shards` that are still read: not all of their samples are here."""
         return [shard for shard in shards if not self.filled[store.samples_of(shard)].all()]

@@ -104,7 +104,7 @@ def show_plan(console: Console, config: RunConfig, plan: RunPlan, manifest: Mani
     train_shards = manifest.shards(config.data.train_split)
     table.add_row(
         "data",
-        f"{config.data.shards}: {order.num_samples:,} training samples in {len(train_shards)} shards, "
+        f"{config.data.model_dump()['shards']}: {order.num_samples:,} training samples in {len(train_shards)} shards, "
         f"{sum(s.num_bytes for s in train_shards) / 1e6:,.1f} MB",
     )
     windowed = f"windows of {config.data.window_shards} shards; every rank reads from those of the window"
