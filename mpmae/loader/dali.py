@@ -15,6 +15,9 @@ Lifetimes: DALI's outputs are bound to the driver's stream and stay referenced u
 them has passed. PyTorch's memory is allocated on the driver's stream, and handed over with `record_stream`. Pinned buffers
 go back to PyTorch's cache, which waits for their copies.
 
+A corrupt LZ4 block is not reported on the GPU: `decoders.inflate` has no status output and raises nothing, so its map holds
+whatever was in memory. Only sizes and places are checked (the index, when it is read); hashes are `mpmae-shards verify`'s.
+
 Without a GPU, DALI crops, flips, casts, masks and normalises host arrays; DALI has no inflation on the CPU, so LZ4 is undone
 by `mpmae.shard_codecs`. A pipeline runs as a function of its inputs (`prefetch_queue_depth=1`): all prefetching is the
 driver's, and there is no state to checkpoint.

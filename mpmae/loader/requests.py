@@ -60,7 +60,8 @@ def evaluation_requests(
     max_samples: int | None,
 ) -> Iterator[BatchRequest]:
     """The batches of a rank over the evaluated set, once; the counts are those of the whole set."""
-    everyone = evaluation_ids(len(reader), max_samples)
+    shard_sizes = [shard.num_samples for shard in reader.manifest.shards(reader.split)]
+    everyone = evaluation_ids(shard_sizes, max_samples)
     num_present = reader.num_present(everyone, modalities)
     for ids, padding in evaluation_batches(everyone, batch_size, rank, world_size):
         yield BatchRequest(0, ids, num_present, len(everyone), padding)
