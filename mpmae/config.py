@@ -194,9 +194,7 @@ class TrainSection(_Section):
     seed: Int = Field(0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16"] = "fp32"
     validate_every_steps: Int | None = Field(None, gt=0, description="None: only at the end")
-    val_samples: Int | None = Field(
-        4096, gt=0, description="at most this many validation tiles, spread over up to 16 shards; None: all"
-    )
+    val_samples: Int | None = Field(4096, gt=0, description="at most this many validation tiles, of few shards; None: all")
 
 
 class OptimSection(_Section):

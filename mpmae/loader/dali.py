@@ -15,8 +15,9 @@ Lifetimes: DALI's outputs are bound to the driver's stream and stay referenced u
 them has passed. PyTorch's memory is allocated on the driver's stream, and handed over with `record_stream`. Pinned buffers
 go back to PyTorch's cache, which waits for their copies.
 
-A corrupt LZ4 block is not reported on the GPU: `decoders.inflate` has no status output and raises nothing, so its map holds
-whatever was in memory. Only sizes and places are checked (the index, when it is read); hashes are `mpmae-shards verify`'s.
+Of corrupt LZ4 blocks, inflation refuses those that would give more bytes than the member has (`check_output_size`, for which
+the driver waits for the GPU); the host then decodes the batch to name the sample. `decoders.inflate` has no status output: a block
+that gives as many bytes or fewer is not noticed, and the rest of its map is whatever was in memory.
 
 Without a GPU, DALI crops, flips, casts, masks and normalises host arrays; DALI has no inflation on the CPU, so LZ4 is undone
 by `mpmae.shard_codecs`. A pipeline runs as a function of its inputs (`prefetch_queue_depth=1`): all prefetching is the
@@ -173,7 +174,9 @@ def inflate_pipeline(device_id: int, num_bytes: dict[str, int]) -> Pipeline:
                 f"chunk_{what}": fn.external_source(name=f"{what}_{name}", ndim=1, dtype=types.INT32)
                 for what in ("offsets", "sizes")
             }
-            outputs.append(fn.decoders.inflate(packed, shape=[size], algorithm="LZ4", **places))
+            # Unchecked, a corrupt block that gives more than its member holds could be written past its end.
+            checked = {"algorithm": "LZ4", "check_output_size": True}
+            outputs.append(fn.decoders.inflate(packed, shape=[size], **checked, **places))
         pipeline.set_outputs(*outputs)
     return pipeline
 
@@ -204,7 +207,7 @@ class _GpuMaker:
         with torch.cuda.stream(self._stream):
             self._let_go(keep=MAX_IN_FLIGHT - 1)
             packed = self._tier.place(prepared.staged)
-            outputs = self._inflate(packed)
+            outputs = self._inflate(prepared.request, packed)
             inflated = {name: torch.from_dlpack(out.as_tensor())[0] for name, out in outputs.items()}
             batch = self._assembler.batch(prepared, packed, inflated)
             event = torch.cuda.Event()
@@ -212,13 +215,18 @@ class _GpuMaker:
         self._held.append((outputs, inflated, event))
         return batch, event
 
-    def _inflate(self, packed: PackedBatch) -> dict:
+    def _inflate(self, request: BatchRequest, packed: PackedBatch) -> dict:
         if self._pipeline is None:
             return {}
         inputs = {"packed": packed.data[None]}
         for name, (offsets, sizes) in self._assembler.chunks(packed).items():
             inputs |= {f"offsets_{name}": offsets[None], f"sizes_{name}": sizes[None]}
-        return dict(zip(self._inflated_bytes, self._pipeline.run(self._stream, **inputs), strict=True))
+        try:
+            outputs = self._pipeline.run(self._stream, **inputs)
+        except (RuntimeError, ValueError):
+            self._assembler.check_on_the_host(request.sample_ids)  # a ShardError, if the samples are to blame
+            raise
+        return dict(zip(self._inflated_bytes, outputs, strict=True))
 
     def hand_over(self, made: tuple[Batch, torch.cuda.Event]) -> Batch:
         """The batch for the caller's current stream, which waits for it on the GPU."""

@@ -205,8 +205,8 @@ EVALUATION_SHARDS = 16
 def evaluation_ids(shard_sizes: Sequence[int], max_samples: int | None = None) -> np.ndarray:
     """The samples of an evaluation, int64, ascending: all of the split, or `max_samples` of it.
 
-    Those are spread evenly over at most EVALUATION_SHARDS shards, or over as few as hold so many, which are spread evenly over
-    the split: of a remote set no more than these shards are downloaded.
+    Those are spread evenly over EVALUATION_SHARDS shards, or as few more as hold so many, which are spread evenly over the
+    split: of a remote set no more than these shards are downloaded.
     """
     sizes = np.asarray(shard_sizes, np.int64)
     num_samples = int(sizes.sum())
