@@ -16,8 +16,8 @@ them has passed. PyTorch's memory is allocated on the driver's stream, and hande
 go back to PyTorch's cache, which waits for their copies.
 
 Of corrupt LZ4 blocks, inflation refuses those that would give more bytes than the member has (`check_output_size`, for which
-the driver waits for the GPU); the host then decodes the batch to name the sample. `decoders.inflate` has no status output: a block
-that gives as many bytes or fewer is not noticed, and the rest of its map is whatever was in memory.
+the driver waits for the GPU); the host then decodes the batch to name the sample. `decoders.inflate` has no status output: a
+block that gives as many bytes or fewer is not noticed, and the rest of its map is whatever was in memory.
 
 Without a GPU, DALI crops, flips, casts, masks and normalises host arrays; DALI has no inflation on the CPU, so LZ4 is undone
 by `mpmae.shard_codecs`. A pipeline runs as a function of its inputs (`prefetch_queue_depth=1`): all prefetching is the
