@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpmae.errors import ShardError
+from mpmae.errors import ConfigError, ShardError
 from mpmae.loader import CpuLoader, ShardReader
 from mpmae.loader.tiers import BLOCK_BYTES, DeviceTier, HostTier, check_spans, member_positions, num_fitting, span_bytes
 from mpmae.modalities import TARGETS
@@ -194,3 +194,16 @@ def test_shards_that_are_kept_whole_are_not_fetched_again(reader, monkeypatch, f
 def test_how_many_fit(reader):
     for budget in (0, total_bytes(reader) // 3, 10 * total_bytes(reader)):
         assert num_fitting(reader.index, budget) == HostTier(reader, budget).report.num_kept
+
+
+def test_more_memory_than_there_is(reader, monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": 3, "SC_PAGE_SIZE": 4096}[name])
+    with pytest.raises(ConfigError, match=r"host tier: keeps .* but the machine has .* lower data.host_cache_gb"):
+        HostTier(reader, total_bytes(reader))
+
+    def no_room(*args, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "empty", no_room)
+    with pytest.raises(ConfigError, match=r"device tier: keeps .* lower data.device_cache_gb"):
+        DeviceTier(reader, total_bytes(reader), "cpu")
