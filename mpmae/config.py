@@ -7,6 +7,7 @@ Everything that the DeepSpeed JSON owns (ZeRO stage, buckets, offload, communica
 
 import datetime
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -20,12 +21,14 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     WrapValidator,
+    field_serializer,
     field_validator,
 )
 from pydantic_core import PydanticCustomError
 
 from mpmae.errors import ConfigError
 from mpmae.modalities import TARGETS
+from mpmae.remote_store import shown
 
 
 def _no_bool(value: Any) -> Any:
@@ -47,6 +50,8 @@ def _as_location(value: Any) -> Any:
     if isinstance(text, str):
         text = text.removeprefix("file://")
         return text if "://" in text else Path(text)
+    if not isinstance(text, Path):
+        raise PydanticCustomError("no_location", "expected a folder, or a URL such as s3://bucket/folder")
     return text
 
 
@@ -71,6 +76,8 @@ Targets = Annotated[dict[str, tuple[str, ...] | None] | tuple[str, ...], WrapVal
 
 
 _SECRET_WORDS = {"key", "secret", "password", "passphrase", "token", "sas", "credential", "credentials", "connection"}
+_SECRET_WORDS |= {"auth", "authorization", "bearer", "cookie", "cookies", "sig"}
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of account_key, accountKey, X-Api-Key, SAS
 _PUBLIC_TOKENS = ("anon", "cloud", "google_default")
 
 
@@ -103,6 +110,11 @@ class DataSection(_Section):
     prefetch: Int = Field(4, ge=1, description="micro batches kept ready")
     host_cache_gb: Float = Field(0.0, ge=0, description="stored samples kept in host memory, per rank")
     device_cache_gb: Float = Field(0.0, ge=0, description="stored samples kept in GPU memory, per rank; dali only")
+
+    @field_serializer("shards")
+    def _without_secrets(self, shards: Path | str) -> str:
+        """What a URL holds beside its place, such as an access token, stays out of run.json, checkpoints and trackers."""
+        return shown(shards) if isinstance(shards, str) else str(shards)
 
     @field_validator("storage_options", "cache_dir", "cache_size_gb")
     @classmethod
@@ -147,7 +159,7 @@ def _secrets(options: Mapping[str, Any], above: str = "") -> set[str]:
     for name, value in options.items():
         if isinstance(value, Mapping):
             found |= _secrets(value, f"{above}{name}.")
-        elif _SECRET_WORDS & set(str(name).lower().split("_")) and value not in _PUBLIC_TOKENS:
+        elif _SECRET_WORDS & {word.lower() for word in _WORD.findall(str(name))} and value not in _PUBLIC_TOKENS:
             found.add(f"{above}{name}")
     return found
 
@@ -182,7 +194,7 @@ class TrainSection(_Section):
     seed: Int = Field(0, ge=0, lt=2**63)
     precision: Literal["fp32", "bf16"] = "fp32"
     validate_every_steps: Int | None = Field(None, gt=0, description="None: only at the end")
-    val_samples: Int | None = Field(4096, gt=0, description="at most this many validation tiles, spread evenly; None: all")
+    val_samples: Int | None = Field(4096, gt=0, description="at most this many validation tiles, of few shards; None: all")
 
 
 class OptimSection(_Section):

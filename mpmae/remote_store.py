@@ -54,11 +54,11 @@ class RemoteStore:
         self._file_system()
 
     def __str__(self):
-        return _shown(self._url)
+        return shown(self._url)
 
     def at(self, name: str) -> str:
         """Where the file `name` lies, for messages: without user, password and query, which may be secret."""
-        return _shown(_joined(self._url, name))
+        return shown(_joined(self._url, name))
 
     def limit_s(self, num_bytes: int) -> float:
         """The longest that fetching `num_bytes` may take."""
@@ -251,6 +251,7 @@ def _joined(url: str, name: str) -> str:
     return urlunsplit(parts._replace(path=f"{parts.path.rstrip('/')}/{name}"))
 
 
-def _shown(url: str) -> str:
+def shown(url: str) -> str:
+    """The URL without user, password and query, which may be secret: for messages and records."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment=""))

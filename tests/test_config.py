@@ -1,5 +1,6 @@
 """Configuration: layers, close matches, all problems at once."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import yaml
 
 from mpmae.config import RunConfig, known_keys, load_config
 from mpmae.errors import ConfigError
+from mpmae.train.compatibility import checkpoint_meta
+from mpmae.train.record import write_run_json
 
 
 def test_layers_stack(tmp_path):
@@ -140,7 +143,15 @@ def test_everything_about_remote_shards_at_once(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    ["{key: AKIA1, secret: hunter2}", "{client_kwargs: {aws_secret_access_key: hunter2}}", "{token: hunter2}"],
+    [
+        "{key: AKIA1, secret: hunter2}",
+        "{client_kwargs: {aws_secret_access_key: hunter2}}",
+        "{token: hunter2}",
+        "{headers: {Authorization: Bearer hunter2}}",
+        "{headers: {X-Api-Key: hunter2}}",
+        "{accountKey: hunter2}",
+        "{SASToken: hunter2}",
+    ],
 )
 def test_secrets_stay_out_of_the_configuration_and_of_messages(options, tmp_path):
     path = tmp_path / "run.yaml"
@@ -151,9 +162,32 @@ def test_secrets_stay_out_of_the_configuration_and_of_messages(options, tmp_path
         assert "hunter2" not in str(caught.value)
 
 
+def test_a_token_in_the_url_is_used_and_not_recorded(tmp_path, monkeypatch):
+    url = "https://user:hunter2@host/tiles?sig=hunter2"
+    config = load_config(None, [f"data.shards={url}", f"run.dir={tmp_path}"])
+    assert config.data.shards == url
+    monkeypatch.setattr("sys.argv", ["pretrain.py", f"data.shards={url}", "train.seed=1"])
+    write_run_json(config, None, {}, None, 0)
+    record = (tmp_path / "run.json").read_text()
+    assert "hunter2" not in record
+    assert json.loads(record)["command"] == ["pretrain.py", "data.shards=https://host/tiles", "train.seed=1"]
+    meta = checkpoint_meta(config, 0, 0, "", 1, None)
+    assert meta["config"]["data"]["shards"] == "https://host/tiles"
+
+
+def test_shards_that_are_no_place(tmp_path):
+    with pytest.raises(ConfigError, match=r"^override data.shards=: expected a folder, or a URL such as s3"):
+        load_config(None, ["data.shards="])
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {shards: [a, b]}")
+    with pytest.raises(ConfigError, match=r"data.shards = \['a', 'b'\]: expected a folder, or a URL such as s3"):
+        load_config(path)
+
+
 def test_the_public_tokens_are_no_secrets():
-    config = load_config(None, ["data.shards=gs://bucket/tiles", "data.storage_options={token: anon}"])
-    assert config.data.storage_options == {"token": "anon"}
+    options = {"token": "anon", "config_kwargs": {"signature_version": "s3v4"}}
+    config = load_config(None, ["data.shards=gs://bucket/tiles", f"data.storage_options={options}"])
+    assert config.data.storage_options == options
 
 
 def test_bad_files(tmp_path):

@@ -15,6 +15,10 @@ Lifetimes: DALI's outputs are bound to the driver's stream and stay referenced u
 them has passed. PyTorch's memory is allocated on the driver's stream, and handed over with `record_stream`. Pinned buffers
 go back to PyTorch's cache, which waits for their copies.
 
+Of corrupt LZ4 blocks, inflation refuses those that would give more bytes than the member has (`check_output_size`, for which
+the driver waits for the GPU); the host then decodes the batch to name the sample. `decoders.inflate` has no status output: a
+block that gives as many bytes or fewer is not noticed, and the rest of its map is whatever was in memory.
+
 Without a GPU, DALI crops, flips, casts, masks and normalises host arrays; DALI has no inflation on the CPU, so LZ4 is undone
 by `mpmae.shard_codecs`. A pipeline runs as a function of its inputs (`prefetch_queue_depth=1`): all prefetching is the
 driver's, and there is no state to checkpoint.
@@ -23,6 +27,7 @@ Shapes: N samples, C bands, P tile side, H image side (pixels).
 """
 
 import itertools
+import logging
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -50,6 +55,7 @@ except ImportError as error:
         f"the DALI loader needs NVIDIA DALI ({error}); `pip install mpmae[dali]` or use the cpu loader"
     ) from error
 
+_LOG = logging.getLogger(__name__)
 MAX_PACKED_BYTES = 2**31 - 1  # DALI takes chunk offsets as int32
 MAX_IN_FLIGHT = 2  # batches whose GPU work may be queued at a time: the copy of one overlaps with the kernels of another
 _CPU_TYPES = {
@@ -95,18 +101,23 @@ class DaliLoader:
             device = torch.device("cuda", device_id)
             on_device = DeviceAssembler(assembler, reader.manifest, self.modalities, img_size_px, device, dtype)
             tier = DeviceTier(reader, device_budget_bytes, device)
+            if device_budget_bytes and tier.report.num_kept < tier.report.num_samples:
+                _LOG.warning("%s", tier.report)
+            self._prefetch_shards = tier.prefetch
             self._maker = partial(_GpuMaker, on_device, tier, torch.cuda.Stream(device))
         else:
             if device_budget_bytes:
                 raise ConfigError(
                     f"device_budget_bytes = {device_budget_bytes} needs a GPU; leave it out with device_id = None"
                 )
+            self._prefetch_shards = reader.prefetch
             entries = {entry.name: entry for entry in reader.manifest.pixels if entry.name in self.modalities}
             self._maker = partial(_CpuMaker, assembler, entries, img_size_px, dtype, num_workers)
 
     def training(self, order: TrainOrder, plan: BatchPlan, rank: int, start_step: int) -> Iterator[tuple[int, Batch]]:
         """(epoch, micro batch) from step `start_step` on, `plan.num_micro_steps` per step, without end."""
-        return self._run(training_requests(self.reader, self.modalities, order, plan, rank, start_step))
+        place = (rank, start_step, self._prefetch_shards)
+        return self._run(training_requests(self.reader, self.modalities, order, plan, *place))
 
     def evaluation(
         self, batch_size: int, rank: int, world_size: int, max_samples: int | None = None
@@ -163,7 +174,9 @@ def inflate_pipeline(device_id: int, num_bytes: dict[str, int]) -> Pipeline:
                 f"chunk_{what}": fn.external_source(name=f"{what}_{name}", ndim=1, dtype=types.INT32)
                 for what in ("offsets", "sizes")
             }
-            outputs.append(fn.decoders.inflate(packed, shape=[size], algorithm="LZ4", **places))
+            # Unchecked, a corrupt block that gives more than its member holds could be written past its end.
+            checked = {"algorithm": "LZ4", "check_output_size": True}
+            outputs.append(fn.decoders.inflate(packed, shape=[size], **checked, **places))
         pipeline.set_outputs(*outputs)
     return pipeline
 
@@ -194,7 +207,7 @@ class _GpuMaker:
         with torch.cuda.stream(self._stream):
             self._let_go(keep=MAX_IN_FLIGHT - 1)
             packed = self._tier.place(prepared.staged)
-            outputs = self._inflate(packed)
+            outputs = self._inflate(prepared.request, packed)
             inflated = {name: torch.from_dlpack(out.as_tensor())[0] for name, out in outputs.items()}
             batch = self._assembler.batch(prepared, packed, inflated)
             event = torch.cuda.Event()
@@ -202,13 +215,18 @@ class _GpuMaker:
         self._held.append((outputs, inflated, event))
         return batch, event
 
-    def _inflate(self, packed: PackedBatch) -> dict:
+    def _inflate(self, request: BatchRequest, packed: PackedBatch) -> dict:
         if self._pipeline is None:
             return {}
         inputs = {"packed": packed.data[None]}
         for name, (offsets, sizes) in self._assembler.chunks(packed).items():
             inputs |= {f"offsets_{name}": offsets[None], f"sizes_{name}": sizes[None]}
-        return dict(zip(self._inflated_bytes, self._pipeline.run(self._stream, **inputs), strict=True))
+        try:
+            outputs = self._pipeline.run(self._stream, **inputs)
+        except (RuntimeError, ValueError):
+            self._assembler.check_on_the_host(request.sample_ids)  # a ShardError, if the samples are to blame
+            raise
+        return dict(zip(self._inflated_bytes, outputs, strict=True))
 
     def hand_over(self, made: tuple[Batch, torch.cuda.Event]) -> Batch:
         """The batch for the caller's current stream, which waits for it on the GPU."""

@@ -124,6 +124,10 @@ class DeviceAssembler:
         arrays |= {f"valid.{name}": tensor.numpy() for name, tensor in valid.items()}
         return PreparedBatch(request, staged, SmallArrays.of(arrays))
 
+    def check_on_the_host(self, sample_ids: np.ndarray) -> None:
+        """Decode the samples int64 [N] as the cpu loader does; ShardError naming shard and sample of one that is corrupt."""
+        self._assembler.raw_batch(sample_ids)
+
     def chunks(self, packed: PackedBatch) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Offset and size int32 [N] of each LZ4 member in the packed buffer, by modality; what inflation needs."""
         return {

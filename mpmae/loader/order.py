@@ -7,6 +7,7 @@ Shapes: n samples of the split, B global batch size, W world size.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -198,11 +199,31 @@ class TrainOrder:
         return epoch, index * self.global_batch_size
 
 
-def evaluation_ids(num_samples: int, max_samples: int | None = None) -> np.ndarray:
-    """The samples of an evaluation, int64: all of the split, or `max_samples` spread evenly over it."""
+EVALUATION_SHARDS = 16
+
+
+def evaluation_ids(shard_sizes: Sequence[int], max_samples: int | None = None) -> np.ndarray:
+    """The samples of an evaluation, int64, ascending: all of the split, or `max_samples` of it.
+
+    Those are spread evenly over EVALUATION_SHARDS shards, or as few more as hold so many, which are spread evenly over the
+    split: of a remote set no more than these shards are downloaded.
+    """
+    sizes = np.asarray(shard_sizes, np.int64)
+    num_samples = int(sizes.sum())
     if max_samples is None or max_samples >= num_samples:
         return np.arange(num_samples)
-    return np.linspace(0, num_samples - 1, max_samples).round().astype(np.int64)
+    ends = np.cumsum(sizes)
+    for num_shards in range(min(EVALUATION_SHARDS, len(sizes)), len(sizes) + 1):
+        shards = _spread(len(sizes), num_shards)
+        if sizes[shards].sum() >= max_samples:
+            break
+    members = np.concatenate([np.arange(ends[shard] - sizes[shard], ends[shard]) for shard in shards])
+    return members[_spread(len(members), max_samples)]
+
+
+def _spread(num: int, wanted: int) -> np.ndarray:
+    """`wanted` different numbers below `num`, evenly spread from the first to the last: int64, ascending."""
+    return np.linspace(0, num - 1, wanted).round().astype(np.int64)
 
 
 def evaluation_batches(

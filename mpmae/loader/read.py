@@ -71,6 +71,10 @@ class ShardReader:
         position = {name: i for i, name in enumerate(self.manifest.modalities)}
         return {name: int(((words >> np.uint64(position[name])) & np.uint64(1)).sum()) for name in modalities}
 
+    def samples_of(self, shard: int) -> slice:
+        """The samples of the `shard`-th shard of the split."""
+        return slice(self._first[shard], self._first[shard + 1])
+
     def _shard_of(self, sample_id: int) -> int:
         return bisect_right(self._first, sample_id) - 1
 

@@ -45,7 +45,8 @@ class RemoteFolder:
     ):
         self.statistics = RemoteStatistics()
         self._store = RemoteStore(url, storage_options, retries, self.statistics)
-        self._cache = ShardCache(cache_dir or default_cache_dir(), max_bytes or DEFAULT_MAX_BYTES, self.statistics)
+        max_bytes = DEFAULT_MAX_BYTES if max_bytes is None else max_bytes
+        self._cache = ShardCache(cache_dir or default_cache_dir(), max_bytes, self.statistics)
 
     def __str__(self):
         return str(self._store)

@@ -16,6 +16,7 @@ break the budget.
 Shapes: N samples of a batch, n of a split, M members per sample (pixel modalities, then scalars).
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,7 +24,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from mpmae.errors import ShardError
+from mpmae.errors import ConfigError, ShardError
 from mpmae.shard_format import SCALARS_MEMBER, Manifest
 from mpmae.tar_members import TAR_HEADER_BYTES
 
@@ -42,6 +43,12 @@ class SampleStore(Protocol):
 
     def error(self, sample_id: int, problem: str) -> ShardError:
         """A ShardError that tells shard and sample."""
+
+    def samples_of(self, shard: int) -> slice:
+        """The samples of a shard of the split."""
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Get these shards ready ahead of their use."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +119,29 @@ class _Slots:
             budget_bytes,
         )
 
+    def unfilled(self, store: SampleStore, shards: Sequence[int]) -> list[int]:
+        """Those of `shards` that are still read: not all of their samples are here."""
+        return [shard for shard in shards if not self.filled[store.samples_of(shard)].all()]
+
+
+def num_fitting(index: np.ndarray, budget_bytes: int) -> int:
+    """How many samples a tier of that budget keeps: the first ones of the split. index: rows [n]."""
+    return _Slots("", index, budget_bytes, None).report.num_kept
+
+
+def _host_arena(report: TierReport) -> np.ndarray:
+    """uint8 [report.kept_bytes], uninitialised. Pages come when they are filled, so what cannot end well is refused here."""
+    available_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        if report.kept_bytes > available_bytes:
+            raise MemoryError
+        return np.empty(report.kept_bytes, np.uint8)
+    except MemoryError as error:
+        raise ConfigError(
+            f"{report}, but the machine has {available_bytes / 1e9:.0f} GB of memory; lower data.host_cache_gb, which every "
+            "rank uses for itself"
+        ) from error
+
 
 def _host_bytes(num_bytes: int) -> torch.Tensor:
     """Uninitialised uint8 memory to copy to the device from: pinned where there is CUDA, reused once copied."""
@@ -122,7 +152,8 @@ class HostTier:
     """The samples of a split that fit into `budget_bytes` of host memory, read once, on first touch; from many threads.
 
     Stands in for the reader that it wraps: whatever else that one offers is passed on, so a loader takes either.
-    ids: the samples to choose from, in order of preference (all of the split unless given).
+    ids: the samples to choose from, in order of preference (all of the split unless given). Raises ConfigError when the
+    machine has less memory than that.
     """
 
     def __init__(self, store: SampleStore, budget_bytes: int, ids: np.ndarray | None = None):
@@ -130,7 +161,9 @@ class HostTier:
         self._store = store
         self._slots = _Slots("host tier", store.index, budget_bytes, ids)
         self._sizes = span_bytes(store.index)
-        self._arena = np.empty(self._slots.total_blocks * BLOCK_BYTES, np.uint8)
+        self._arena = _host_arena(self._slots.report)
+        self._kept = self._arena.view()
+        self._kept.setflags(write=False)  # callers get parts of it
 
     def __len__(self) -> int:
         return len(self._slots.first)
@@ -152,18 +185,22 @@ class HostTier:
         below = dict(zip(missing.tolist(), self._store.spans(missing), strict=True)) if len(missing) else {}
         for sample_id, span in below.items():
             if self._slots.first[sample_id] >= 0:
-                self._slot(sample_id)[:] = span
+                self._arena[self._place(sample_id)] = span
                 self._slots.filled[sample_id] = True  # after the bytes: other threads read without a lock
-        return [self._slot(i) if self._slots.filled[i] else below[i] for i in ids.tolist()]
+        return [self._kept[self._place(i)] if self._slots.filled[i] else below[i] for i in ids.tolist()]
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """Get those of the shards ready that are still read: of the others every sample is kept here."""
+        self._store.prefetch(self._slots.unfilled(self._store, shards))
 
     def warm(self, batch_size: int = 64) -> None:
         """Read everything that is kept now instead of on first touch."""
         for start in range(0, len(self._slots.kept), batch_size):
             self.spans(self._slots.kept[start : start + batch_size])
 
-    def _slot(self, sample_id: int) -> np.ndarray:
+    def _place(self, sample_id: int) -> slice:
         start = int(self._slots.first[sample_id]) * BLOCK_BYTES
-        return self._arena[start : start + int(self._sizes[sample_id])]
+        return slice(start, start + int(self._sizes[sample_id]))
 
 
 @dataclass(frozen=True)
@@ -207,7 +244,7 @@ class DeviceTier:
 
     `stage` does the host's part, from any thread; `place` the device's part, on the current stream, which must always be the
     same one. A budget of 0 keeps nothing: then every batch is one host-to-device copy. The scalars of kept samples stay on
-    the host, some 400 bytes each, where they are decoded.
+    the host, some 400 bytes each, where they are decoded. Raises ConfigError when the device has less memory than that.
     """
 
     def __init__(self, store: SampleStore, budget_bytes: int, device: torch.device | str, ids: np.ndarray | None = None):
@@ -215,7 +252,12 @@ class DeviceTier:
         self._store, self._index = store, store.index
         self._slots = _Slots("device tier", store.index, budget_bytes, ids)
         self._device = torch.device(device)
-        self._arena = torch.empty((self._slots.total_blocks, _WORDS), dtype=torch.int64, device=self._device)
+        try:
+            self._arena = torch.empty((self._slots.total_blocks, _WORDS), dtype=torch.int64, device=self._device)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"{self.report}, but {self._device} has not that much free; lower data.device_cache_gb"
+            ) from error
         self._record = np.full(len(store.index), -1, np.int64)
         self._record[self._slots.kept] = np.arange(len(self._slots.kept))
         self._scalars = np.empty(len(self._slots.kept), store.manifest.scalars_dtype)
@@ -225,6 +267,10 @@ class DeviceTier:
     def report(self) -> TierReport:
         """What is kept and what is not."""
         return self._slots.report
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """As `HostTier.prefetch`."""
+        self._store.prefetch(self._slots.unfilled(self._store, shards))
 
     def stage(self, sample_ids: np.ndarray) -> StagedBatch:
         """Read what the device does not have of the samples int64 [N]; a sample may occur several times."""

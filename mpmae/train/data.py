@@ -11,7 +11,7 @@ from mpmae.config import RunConfig
 from mpmae.errors import ConfigError
 from mpmae.loader import Augmentation, Batch, BatchPlan, CpuLoader, ShardReader, TrainOrder
 from mpmae.loader.folder import ShardFolder, shard_folder
-from mpmae.loader.tiers import HostTier
+from mpmae.loader.tiers import HostTier, num_fitting
 
 _LOG = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def open_loader(config: RunConfig, reader: ShardReader, *, training: bool) -> Lo
     """
     data = config.data
     if training and data.host_cache_gb:
-        reader = _with_host_tier(reader, num_bytes(data.host_cache_gb))
+        reader = _with_host_tier(reader, num_bytes(data.host_cache_gb), num_bytes(data.device_cache_gb))
     if data.loader == "cpu":
         return cpu_loader(config, reader, training=training)
     from mpmae.loader.dali import DaliLoader  # an optional dependency
@@ -84,8 +84,10 @@ def open_loader(config: RunConfig, reader: ShardReader, *, training: bool) -> Lo
     return DaliLoader(reader, _modalities(config), **_settings(config, training), **options)
 
 
-def _with_host_tier(reader: ShardReader, budget_bytes: int) -> HostTier:
-    tier = HostTier(reader, budget_bytes)
+def _with_host_tier(reader: ShardReader, budget_bytes: int, device_budget_bytes: int) -> HostTier:
+    """The reader with a tier for what the device tier above it does not keep."""
+    ids = np.arange(num_fitting(reader.index, device_budget_bytes), len(reader))
+    tier = HostTier(reader, budget_bytes, ids)
     if tier.report.num_kept < tier.report.num_samples:
         _LOG.warning("%s", tier.report)
     return tier

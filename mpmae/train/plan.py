@@ -66,7 +66,8 @@ def _cache_notes(config: RunConfig, manifest: Manifest) -> list[str]:
         return []
     from mpmae.loader.shard_cache import DEFAULT_MAX_BYTES  # POSIX only, and local sets need none of it
 
-    limit = num_bytes(config.data.cache_size_gb) or DEFAULT_MAX_BYTES
+    given = num_bytes(config.data.cache_size_gb)
+    limit = DEFAULT_MAX_BYTES if given is None else given
     sizes = sorted((shard.num_bytes for shard in manifest.shards(config.data.train_split)), reverse=True)
     needed = sum(sizes[: 2 * config.data.window_shards])
     if needed <= limit:
@@ -103,7 +104,7 @@ def show_plan(console: Console, config: RunConfig, plan: RunPlan, manifest: Mani
     train_shards = manifest.shards(config.data.train_split)
     table.add_row(
         "data",
-        f"{config.data.shards}: {order.num_samples:,} training samples in {len(train_shards)} shards, "
+        f"{config.data.model_dump()['shards']}: {order.num_samples:,} training samples in {len(train_shards)} shards, "
         f"{sum(s.num_bytes for s in train_shards) / 1e6:,.1f} MB",
     )
     windowed = f"windows of {config.data.window_shards} shards; every rank reads from those of the window"

@@ -56,12 +56,16 @@ def commit(ignored: Sequence[str] = ()) -> dict[str, Any]:
     return {"commit": git("rev-parse", "HEAD"), "dirty": None if status is None else bool(status)}
 
 
+def _without_secrets(argument: str, config: RunConfig) -> str:
+    return argument.replace(str(config.data.shards), config.model_dump(mode="json")["data"]["shards"])
+
+
 def write_run_json(
     config: RunConfig, ds_config: dict[str, Any] | None, facts: dict[str, Any], resumed_from: Path | None, start_step: int
 ) -> None:
     """Write run.json into the run folder, whole or not at all; that of an earlier launch stays as run-until-step-N.json."""
     record = {
-        "command": sys.argv,
+        "command": [_without_secrets(argument, config) for argument in sys.argv],
         "config": config.model_dump(mode="json"),
         "ds_config": ds_config,
         "environment": environment(),

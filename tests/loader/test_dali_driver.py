@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mpmae.errors import ConfigError
+from mpmae.errors import ConfigError, ShardError
 from mpmae.loader import CpuLoader, ExactOrder, ShardReader, TrainOrder, plan_batches
 from mpmae.loader.device_batch import DeviceAssembler
 from mpmae.loader.tiers import DeviceTier
@@ -116,3 +116,34 @@ def test_a_batch_too_large_for_dali(loader, monkeypatch):
     monkeypatch.setattr(dali, "MAX_PACKED_BYTES", 100_000)
     with pytest.raises(ConfigError, match=r"micro batch of 5 samples has \d+ stored bytes.*lower train.micro_batch_size"):
         loader.batch_of(np.arange(5))
+
+
+class RefusingPipeline:
+    """As DALI when a block gives more bytes than its member has."""
+
+    def run(self, stream, **inputs):
+        raise RuntimeError("the output buffer is too small")
+
+
+def test_a_block_that_dali_refuses_is_named(loader, monkeypatch):
+    monkeypatch.setattr(dali, "inflate_pipeline", lambda device, sizes: RefusingPipeline())
+    with pytest.raises(RuntimeError, match="too small"):  # of sound samples it is DALI's own fault
+        loader.batch_of(np.arange(5))
+    sound = loader.reader.spans
+
+    def broken(sample_ids):
+        spans = [span.copy() for span in sound(sample_ids)]
+        for sample_id, span in zip(sample_ids, spans, strict=True):
+            span[:64] = 255 if sample_id == 2 else span[:64]
+        return spans
+
+    monkeypatch.setattr(loader.reader, "spans", broken)
+    with pytest.raises(ShardError, match=r"tar: sample 2 .*sentinel2: corrupt LZ4 block"):
+        loader.batch_of(np.arange(5))
+
+
+def test_inflation_checks_the_size_of_what_it_writes(monkeypatch):
+    asked, inflate = [], dali.fn.decoders.inflate
+    monkeypatch.setattr(dali.fn.decoders, "inflate", lambda *a, **k: asked.append(k) or inflate(*a, **k))
+    dali.inflate_pipeline(0, {"sentinel2": 100, "aster": 50})
+    assert [(k["check_output_size"], k["shape"]) for k in asked] == [(True, [100]), (True, [50])]

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mpmae.errors import ShardError
 from mpmae.loader import Augmentation, CpuLoader, ExactOrder, ShardReader, TrainOrder, plan_batches
 from mpmae.loader.tiers import DeviceTier, HostTier
 from mpmae.modalities import MODALITIES
@@ -103,6 +104,22 @@ def test_closing_early_ends_the_threads(reader):
             next(batches)
         batches.close()
         assert threading.active_count() <= before
+
+
+def test_a_corrupt_block_that_gives_too_much_is_refused(reader, monkeypatch):
+    if reader.manifest.codec != "lz4":
+        pytest.skip("needs LZ4 members")
+    sound, size = reader.spans, int(reader.index["size"][2, 0])
+
+    def broken(sample_ids):
+        found = [span.copy() for span in sound(sample_ids)]
+        found[2][:size] = 255
+        found[2][:4] = (0x1F, 7, 1, 0)  # one literal, a match at distance 1 whose length goes on for all that follows
+        return found
+
+    monkeypatch.setattr(reader, "spans", broken)
+    with pytest.raises(ShardError, match=r"tar: sample 2 .*corrupt LZ4 block"):
+        gpu_loader(reader).batch_of(np.arange(5))
 
 
 def test_device_tier_on_the_gpu(reader):

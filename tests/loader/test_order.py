@@ -95,8 +95,17 @@ def test_evaluation_covers_everything_once(num_samples, batch_size, world):
 
 
 def test_evaluation_of_a_part_is_spread_evenly():
-    assert evaluation_ids(100, 5).tolist() == [0, 25, 50, 74, 99]
-    assert evaluation_ids(3, 5).tolist() == [0, 1, 2]
+    assert evaluation_ids([100], 5).tolist() == evaluation_ids([30, 0, 70], 5).tolist() == [0, 25, 50, 74, 99]
+    assert evaluation_ids([3], 5).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("max_samples", "num_shards"), [(5, 5), (160, 16), (1600, 16), (4096, 41)])
+def test_an_evaluation_of_a_part_reads_few_of_many_shards(max_samples, num_shards):
+    """Whole shards of a remote set are downloaded: a sample of each would bring all of it."""
+    shards = np.unique(evaluation_ids([100] * 1200, max_samples) // 100)
+    assert len(shards) == num_shards
+    assert (shards[0], shards[-1]) == (0, 1199)
+    assert np.diff(shards).max() <= 1200 / (num_shards - 1) + 80
 
 
 PINNED = [4, 2, 3, 7, 8, 5, 1, 0, 6, 9]

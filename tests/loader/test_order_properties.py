@@ -119,10 +119,16 @@ def test_the_shards_ahead_are_those_of_the_step_and_the_windows_after_it(order, 
     assert set(ahead) == expected
 
 
-@given(st.integers(1, 300), st.none() | st.integers(1, 300), st.integers(1, 40), st.sampled_from(WORLD_SIZES))
-def test_an_evaluation_sees_its_samples_once(num_samples, max_samples, batch_size, world_size):
-    wanted = evaluation_ids(num_samples, max_samples)
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(any),
+    st.none() | st.integers(1, 300),
+    st.integers(1, 40),
+    st.sampled_from(WORLD_SIZES),
+)
+def test_an_evaluation_sees_its_samples_once(shard_sizes, max_samples, batch_size, world_size):
+    wanted, num_samples = evaluation_ids(shard_sizes, max_samples), sum(shard_sizes)
     assert len(np.unique(wanted)) == len(wanted) == min(num_samples, max_samples or num_samples)
+    assert wanted[-1] < num_samples
     ranks = [evaluation_batches(wanted, batch_size, rank, world_size) for rank in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
     assert all(len(ids) == len(padding) == batch_size for batches in ranks for ids, padding in batches)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from mpmae.errors import ShardError
+from mpmae.errors import ConfigError, ShardError
 from mpmae.loader import CpuLoader, ShardReader
-from mpmae.loader.tiers import BLOCK_BYTES, DeviceTier, HostTier, check_spans, member_positions, span_bytes
+from mpmae.loader.tiers import BLOCK_BYTES, DeviceTier, HostTier, check_spans, member_positions, num_fitting, span_bytes
 from mpmae.modalities import TARGETS
 from tests.loader.compare import assert_same_batch
 
@@ -155,3 +155,55 @@ def test_an_index_that_does_not_fit(reader, change):
         reader.index["offset"][4, 1:] += 1
     with pytest.raises(ShardError, match=r"sample 4 .*members of 1 samples overlap.*mpmae-shards verify"):
         check_spans(reader)
+
+
+def test_kept_bytes_cannot_be_changed_by_who_reads_them(reader):
+    tier = HostTier(reader, total_bytes(reader))
+    for _ in range(2):
+        (span,) = tier.spans(np.array([3]))
+        assert not span.flags.writeable
+
+
+def fill_host(reader, budget, ids):
+    tier = HostTier(reader, budget)
+    tier.spans(ids)
+    return tier
+
+
+def fill_device(reader, budget, ids):
+    tier = DeviceTier(reader, budget, "cpu")
+    tier.place(tier.stage(ids))
+    return tier
+
+
+@pytest.mark.parametrize("fill", [fill_host, fill_device])
+def test_shards_that_are_kept_whole_are_not_fetched_again(reader, monkeypatch, fill):
+    """Else a remote set larger than its cache on the disk would be downloaded anew in every epoch, for nothing."""
+    asked = []
+    monkeypatch.setattr(reader, "prefetch", lambda shards: asked.append(list(shards)))
+    shards = range(len(reader.manifest.shards("train")))
+    assert len(shards) > 2
+    first, second = (np.arange(len(reader))[reader.samples_of(shard)] for shard in (0, 1))
+    fill(reader, total_bytes(reader), np.concatenate([first, second[1:]])).prefetch(shards)
+    fill(reader, total_bytes(reader) // 2, np.arange(len(reader))).prefetch(shards)
+    assert asked[0] == list(shards)[1:]
+    assert 0 not in asked[1]
+    assert asked[1][-1] == shards[-1]
+
+
+def test_how_many_fit(reader):
+    for budget in (0, total_bytes(reader) // 3, 10 * total_bytes(reader)):
+        assert num_fitting(reader.index, budget) == HostTier(reader, budget).report.num_kept
+
+
+def test_more_memory_than_there_is(reader, monkeypatch):
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PHYS_PAGES": 3, "SC_PAGE_SIZE": 4096}[name])
+    with pytest.raises(ConfigError, match=r"host tier: keeps .* but the machine has .* lower data.host_cache_gb"):
+        HostTier(reader, total_bytes(reader))
+
+    def no_room(*args, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "empty", no_room)
+    with pytest.raises(ConfigError, match=r"device tier: keeps .* lower data.device_cache_gb"):
+        DeviceTier(reader, total_bytes(reader), "cpu")

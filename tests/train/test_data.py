@@ -10,7 +10,8 @@ import torch
 from mpmae.config import load_config
 from mpmae.errors import ConfigError
 from mpmae.loader import CpuLoader
-from mpmae.train.data import cpu_loader, open_loader, open_reader
+from mpmae.loader.tiers import num_fitting
+from mpmae.train.data import _with_host_tier, cpu_loader, open_loader, open_reader
 from mpmae.train.setup import set_up
 
 COMMON = ("train.global_batch_size=12", "train.seed=5", "model.modalities_out=[sentinel2, biome]", "data.num_workers=2")
@@ -102,3 +103,11 @@ def test_training_changes_its_samples_and_the_rest_does_not(shards_dir):
     assert not torch.equal(once, still)
     assert torch.equal(still, cpu_loader(config, reader, training=False).batch_of(ids).values["sentinel2"])
     assert list(cpu_loader(config, reader, training=False, modalities=("biome",)).batch_of(ids).values) == ["biome"]
+
+
+def test_the_host_tier_keeps_what_the_device_tier_does_not(shards_dir):
+    reader = open_reader(load_config(None, [f"data.shards={shards_dir}", *COMMON]), "train")
+    tier = _with_host_tier(reader, 10**9, 300_000)
+    on_device = num_fitting(reader.index, 300_000)
+    assert 0 < on_device < len(reader)
+    assert tier._slots.kept.tolist() == list(range(on_device, len(reader)))
