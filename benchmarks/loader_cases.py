@@ -1,6 +1,7 @@
 """The cases of the loader benchmark: this project's loaders and the peers."""
 
 import importlib
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from loader_peers import (
     write_webdataset,
 )
 from loader_work import SEED, Batches, Case, Loaded, Views, Work, prepare
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from mpmae.loader import CpuLoader, ExactOrder, ShardReader, TrainOrder, plan_batches
 from mpmae.modalities import TARGETS
@@ -39,6 +41,22 @@ def open_ours(work: Work, folder: Path, num_workers: int, views: Views) -> Batch
     reader = ShardReader(folder, "train")
     loader = CpuLoader(reader, TARGETS, work.img_size_px, seed=SEED, num_workers=num_workers)
     return training_batches(loader, reader, work.batch_size)
+
+
+class InProcesses(IterableDataset):
+    """`open_ours` in torch's worker processes instead of threads: each worker makes its share of the batches, alone."""
+
+    def __init__(self, work: Work, folder: Path):
+        self._work, self._folder = work, folder
+
+    def __iter__(self) -> Batches:
+        worker = get_worker_info()
+        return itertools.islice(open_ours(self._work, self._folder, 1, None), worker.id, None, worker.num_workers)
+
+
+def open_in_processes(work: Work, folder: Path, num_workers: int, views: Views) -> Batches:
+    """The same batches as `open_ours`, through shared memory."""
+    yield from DataLoader(InProcesses(work, folder), batch_size=None, num_workers=num_workers)
 
 
 def open_dali(device_id: int | None, device_budget_bytes: int = 0) -> Callable[..., Batches]:
@@ -71,6 +89,7 @@ CASES = (
     LZ4,
     RAW,
     Case("mpmae cpu, zstd", "shards-zstd", write_shards("zstd"), open_ours),
+    Case("mpmae cpu, lz4, processes not threads", "shards-lz4", write_shards("lz4"), open_in_processes),
     Case("mpmae DALI without a GPU, lz4", "shards-lz4", write_shards("lz4"), open_dali(None), ("nvidia.dali",)),
     Case("mpmae DALI without a GPU, raw", "shards-raw", write_shards("raw"), open_dali(None), ("nvidia.dali",)),
     Case("litdata, raw", "litdata", write_litdata(None), open_litdata, ("litdata",)),
