@@ -14,7 +14,6 @@ from matplotlib.colors import LightSource, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from mpmae.errors import ShardError
 from mpmae.modalities import MODALITIES
 from mpmae.shard_tools.output import disk_errors
 from mpmae.shard_tools.shard_set import ShardSet
@@ -36,12 +35,7 @@ def contact_sheet(shards_dir: str | Path, png: str | Path, split: str | None = N
     split, a damaged set, or a file that cannot be written.
     """
     shard_set, png = ShardSet(shards_dir), Path(png)
-    if num_tiles < 1:
-        raise ShardError(f"num_tiles {num_tiles}; expected at least 1")
-    if split is None:
-        split = next((name for name in shard_set.manifest.splits if shard_set.num_tiles(name)), None)
-    if split is None or not shard_set.num_tiles(split):
-        raise ShardError(f"{shards_dir}: no samples to draw in {'any split' if split is None else f'split {split}'}")
+    split = shard_set.split_to_draw(split, num_tiles)
     columns = {name: draw for name, draw in _COLUMNS.items() if name in shard_set.modalities}
     tiles = list(islice(shard_set.tiles(split), num_tiles))
 

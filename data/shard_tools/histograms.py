@@ -13,7 +13,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mpmae.counter_rng import Stream, random_bits
-from mpmae.errors import ShardError
 from mpmae.in_order import in_order
 from mpmae.modalities import MODALITIES, PRODUCT_LEVELS
 from mpmae.shard_tools.output import disk_errors
@@ -52,12 +51,7 @@ def histograms(shards_dir: str | Path, png: str | Path, split: str | None = None
     damaged set, or a file that cannot be written.
     """
     shard_set, png = ShardSet(shards_dir), Path(png)
-    if num_tiles < 1:
-        raise ShardError(f"num_tiles {num_tiles}; expected at least 1")
-    if split is None:
-        split = next((name for name in shard_set.manifest.splits if shard_set.num_tiles(name)), None)
-    if split is None or not shard_set.num_tiles(split):
-        raise ShardError(f"{shards_dir}: no samples to draw in {'any split' if split is None else f'split {split}'}")
+    split = shard_set.split_to_draw(split, num_tiles)
     samples = _drawn(shard_set, split, num_tiles)
     tiles = list(in_order(lambda sample: next(shard_set.read([sample])), samples))
     panels = [panel for name in shard_set.modalities for panel in _panels(shard_set, name, tiles)]

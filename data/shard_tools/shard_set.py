@@ -60,6 +60,17 @@ class ShardSet:
         """All modalities: the pixel modalities, then the tile modalities."""
         return self.manifest.modalities
 
+    def split_to_draw(self, split: str | None, num_tiles: int) -> str:
+        """`split`, or the first with samples for None; ShardError where nothing is there to draw or `num_tiles` is below 1."""
+        if num_tiles < 1:
+            raise ShardError(f"num_tiles {num_tiles}; expected at least 1")
+        if split is None:
+            split = next((name for name in self.manifest.splits if self.num_tiles(name)), None)
+        if split is None or not self.num_tiles(split):
+            where = "any split" if split is None else f"split {split}"
+            raise ShardError(f"{self.folder}: no samples to draw in {where}")
+        return split
+
     def bands(self, name: str) -> tuple[str, ...]:
         """Band names of modality `name` in this set, of a tile vector those of its spec."""
         return next((entry.bands for entry in self.manifest.pixels if entry.name == name), MODALITIES[name].bands)

@@ -9,6 +9,7 @@ Shapes: I images, N tiles, C bands, P tile side in pixels.
 import hashlib
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ class Place:
     month: int | None = None
 
 
-class ImageSource:
+class ImageSource(ABC):
     """A `TileSource` over images; subclasses give `_read` and `_place`."""
 
     def __init__(
@@ -135,7 +136,7 @@ class ImageSource:
     def __exit__(self, *exc_info) -> None:
         self.close()
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - part of the interface, and right as it is for all adapters
         """Let go of the files; the adapters here hold none open between reads."""
 
     def notes(self) -> tuple[str, ...]:
@@ -184,13 +185,13 @@ class ImageSource:
             modality=name,
         )
 
+    @abstractmethod
     def _read(self, name: str, cut: Cut) -> np.ndarray | None:
         """Modality `name` of a tile, [C, P, P] in its layer's dtype; None where the set has none. Raises UnreadableError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _place(self, cut: Cut) -> Place:
         """Where and when the tile was taken. Raises UnreadableError."""
-        raise NotImplementedError
 
     def _cut(self, row: int) -> Cut:
         if not 0 <= row < self.num_tiles:

@@ -6,6 +6,7 @@ times in `time` (DEM: 0). Sentinel-1 comes in dB, one pass per time; whether it 
 Shapes: T times of a sample, F bands of the file, H x W image in pixels.
 """
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -214,8 +215,9 @@ class ZarrSource(ImageSource):
             raise UnreadableError(f"an image of {sizes[0]} px, expected {sizes[1]} as in the set's first")
         return sample
 
+    @abstractmethod
     def _load(self, name: str, cut: Cut) -> Sample | None:
-        raise NotImplementedError
+        """The image of modality `name` that a tile is cut from; None where the set has none. Raises UnreadableError."""
 
 
 def probe_layer(
