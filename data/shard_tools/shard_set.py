@@ -61,7 +61,7 @@ class ShardSet:
         return self.manifest.modalities
 
     def split_to_draw(self, split: str | None, num_tiles: int) -> str:
-        """`split`, or the first with samples for None; ShardError where nothing is there to draw or `num_tiles` is below 1."""
+        """`split`, or the first with samples for None; ShardError where nothing can be drawn or `num_tiles` is below 1."""
         if num_tiles < 1:
             raise ShardError(f"num_tiles {num_tiles}; expected at least 1")
         if split is None:
