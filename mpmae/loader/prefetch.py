@@ -13,15 +13,19 @@ _LOG = logging.getLogger(__name__)
 NUM_THREADS = 4
 STOP_S = 5.0
 
+Fetch = Callable[[threading.Event], None]
+
 
 class Prefetcher:
-    """Calls `fetch(number, requested_ns, stop)` for the numbers of the latest request, in order, a few at a time.
+    """Fetches the numbers of the latest request, a few at a time; `reserve(number, requested_ns)` takes their room in order.
 
-    fetch: returns False when nothing more fits; raises StoppedError soon after the event `stop` is set.
+    reserve: returns what fetches the number, None when nothing more fits. What it returns gets an event and raises
+    StoppedError soon after that is set.
     """
 
-    def __init__(self, fetch: Callable[[int, int, threading.Event], bool], num_threads: int = NUM_THREADS):
-        self._fetch, self._num_threads = fetch, num_threads
+    def __init__(self, reserve: Callable[[int, int], Fetch | None], num_threads: int = NUM_THREADS):
+        self._reserve, self._num_threads = reserve, num_threads
+        self._in_order = threading.Lock()
         self._numbers: deque[int] = deque()
         self._requested_ns = 0
         self._changed = threading.Condition()
@@ -39,23 +43,29 @@ class Prefetcher:
             self._changed.notify_all()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                while not self._numbers and not self._stop.is_set():
-                    self._changed.wait()
-                if self._stop.is_set():
-                    return
-                number, requested_ns = self._numbers.popleft(), self._requested_ns
+        while not self._stop.is_set():
             try:
-                fits = self._fetch(number, requested_ns, self._stop)
+                with self._in_order:  # else a later number could take the room of an earlier one
+                    fetch = self._next()
+                if fetch is not None:
+                    fetch(self._stop)
             except StoppedError:
                 return
             except MpmaeError as error:
                 _LOG.warning("fetching ahead failed, the read that needs it tries again: %s", error)
-                continue
-            with self._changed:
-                if not fits and requested_ns == self._requested_ns:
-                    self._numbers.clear()
+
+    def _next(self) -> Fetch | None:
+        """Wait for a number and reserve its room; None when it does not fit or there will be no more."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._numbers or self._stop.is_set())
+            if self._stop.is_set():
+                return None
+            number, requested_ns = self._numbers.popleft(), self._requested_ns
+        fetch = self._reserve(number, requested_ns)
+        with self._changed:
+            if fetch is None and requested_ns == self._requested_ns:
+                self._numbers.clear()
+        return fetch
 
     def close(self) -> None:
         """Call off what is being fetched and end the threads."""

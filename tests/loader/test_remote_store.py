@@ -177,7 +177,7 @@ def test_stopping_is_prompt(server, fault):
     threading.Timer(0.2, stop.set).start()
     with pytest.raises(StoppedError):
         fetch(url, Retries(timeout_s=60, first_pause_s=30), stop)
-    assert time.monotonic() - started < 1
+    assert time.monotonic() - started < 3
 
 
 def test_reading_small_files(server, tmp_path):

@@ -76,7 +76,7 @@ def test_the_limit_holds_and_bytes_are_right(tmp_path_factory, accesses, sizes, 
         sha256, data = content(number, sizes[number])
         if ahead:
             there = (folder / sha256).exists()
-            fits = cache.fetch_ahead(sha256, len(data), lambda file, data=data: file.write(data), time.time_ns())
+            fits = fetch_ahead(cache, number, time.time_ns(), sizes[number])
             assert (folder / sha256).exists() == (fits or there)
         else:
             assert get(cache, number, sizes[number], within) == data
@@ -98,14 +98,17 @@ def test_fetching_ahead_spares_what_is_in_use(tmp_path):
     get(cache, 0)
     since_ns = time.time_ns()
     get(cache, 1)
-    fits = [cache.fetch_ahead(*_named(number), since_ns) for number in (2, 3, 4)]
+    fits = [fetch_ahead(cache, number, since_ns) for number in (2, 3, 4)]
     assert fits == [True, True, False]
     assert kept(cache, 5) == {1, 2, 3}
 
 
-def _named(number: int):
-    sha256, data = content(number)
-    return sha256, len(data), lambda file: file.write(data)
+def fetch_ahead(cache, number, unused_since_ns, size=KIB) -> bool:
+    sha256, data = content(number, size)
+    fetch = cache.reserve(sha256, len(data), unused_since_ns)
+    if fetch is not None:
+        fetch(lambda file: file.write(data))
+    return fetch is not None
 
 
 def test_a_file_that_is_removed_stays_readable(tmp_path):
