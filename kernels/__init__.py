@@ -8,7 +8,7 @@ sites of a tile are in Morton order, so four siblings of a 2x2 square lie next t
 """
 
 from mpmae.kernels.depthwise import depthwise_conv
-from mpmae.kernels.layout import hidden_patches, morton_sites, pack_sites, site_index, unpack_sites
+from mpmae.kernels.layout import hidden_patches, morton_sites, pack_sites, site_index, tile_slots, unpack_sites
 from mpmae.kernels.pointwise import global_response_norm, pointwise_block
 
 __all__ = [
@@ -19,5 +19,6 @@ __all__ = [
     "pack_sites",
     "pointwise_block",
     "site_index",
+    "tile_slots",
     "unpack_sites",
 ]

@@ -37,6 +37,20 @@ def site_index(visible: Tensor, num_patches_side: int, morton: Tensor) -> Tensor
     return (sample[:, None, None] + corner[:, :, None] + inside).flatten(1)
 
 
+def tile_slots(visible: Tensor, num_patches_side: int, halo: int = 3) -> Tensor:
+    """Where each patch of the image lies among the packed tiles: int16 [N, G + 2*halo, G + 2*halo], -1 for an absent one.
+
+    visible: int64 [N, V], distinct patch numbers. A border of `halo` absent patches on each side spares the kernels every
+    test for the edge: a 7x7 neighbourhood of a site reaches 3 tiles far at most (tiles of one site).
+    """
+    num_samples, num_visible = visible.shape
+    width = num_patches_side + 2 * halo
+    place = (visible // num_patches_side + halo) * width + visible % num_patches_side + halo
+    slots = torch.full((num_samples, width * width), -1, dtype=torch.int16, device=visible.device)
+    number = torch.arange(num_visible, dtype=torch.int16, device=visible.device).expand_as(place)
+    return slots.scatter(1, place, number).view(num_samples, width, width)
+
+
 def hidden_patches(visible: Tensor, num_patches: int) -> Tensor:
     """Numbers of the patches that are not visible, ascending: int64 [N, num_patches - V] for `visible` int64 [N, V]."""
     num_samples, num_visible = visible.shape

@@ -54,3 +54,13 @@ def test_gradients_and_registration(visible):
 def test_hidden_patches(visible):
     assert kernels.hidden_patches(visible, 9).tolist() == [[1, 2, 4, 5, 6, 7], [0, 2, 3, 6, 7, 8]]
     assert kernels.hidden_patches(torch.arange(9)[None], 9).shape == (1, 0)
+
+
+def test_slots_say_where_each_patch_is_packed():
+    visible = torch.tensor([[1, 5, 8], [0, 2, 4]])
+    slots = kernels.tile_slots(visible, 3)
+    assert slots.dtype == torch.int16
+    assert slots.shape == (2, 9, 9)
+    inside = slots[:, 3:6, 3:6].flatten(1)
+    assert inside.tolist() == [[-1, 0, -1, -1, -1, 1, -1, -1, 2], [0, -1, 1, -1, 2, -1, -1, -1, -1]]
+    assert (slots >= 0).sum() == 6
