@@ -6,7 +6,6 @@ Shapes as in `mpmae.kernels`; D = 4C hidden channels, S = N norms of GRN with sc
 Source: Woo et al., "ConvNeXt V2", arXiv 2301.00808, section 3 and appendix A (GRN); the backward is derived from it.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -65,12 +64,9 @@ def gelu_and_slope(a: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
     Source: Hendrycks and Gimpel, arXiv 1606.08415.
     """
-    if kind == "erf":
-        cdf = 0.5 * (1 + torch.erf(a * math.sqrt(0.5)))
-        return a * cdf, cdf + a * torch.exp(-0.5 * a.square()) / math.sqrt(2 * math.pi)
-    scale, cubic = math.sqrt(2 / math.pi), 0.044715
-    t = torch.tanh(scale * (a + cubic * a**3))
-    return 0.5 * a * (1 + t), 0.5 * (1 + t) + 0.5 * a * (1 - t.square()) * scale * (1 + 3 * cubic * a.square())
+    approximate = {"erf": "none", "tanh": "tanh"}[kind]
+    slope = torch.ops.aten.gelu_backward(a.new_ones(()).expand_as(a), a, approximate=approximate)
+    return F.gelu(a, approximate=approximate), slope
 
 
 def grn_factors(norm: Tensor, gamma: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -86,9 +82,8 @@ def forward(residual: Tensor, y: Tensor, weights: Weights, valid: Tensor | None,
     residual, y: [N, K, C] of one dtype, in which the products run. valid: bool [N, K], None when all sites exist.
     """
     wide = accumulator(y.dtype)
-    variance, mean = torch.var_mean(y.to(wide), -1, correction=0)
-    rstd = (variance + options.norm_eps).rsqrt()
-    a = F.linear(_normed(y, mean, rstd, weights), weights.weight1.to(y.dtype), weights.bias1.to(y.dtype))
+    normed, mean, rstd = torch.native_layer_norm(y.to(wide), y.shape[-1:], *_norm(weights, wide), options.norm_eps)
+    a = F.linear(normed.to(y.dtype), weights.weight1.to(y.dtype), weights.bias1.to(y.dtype))
     h, slope = gelu_and_slope(a.to(wide), options.gelu)
     if valid is not None:
         h, slope = (torch.where(valid[:, :, None], t, 0) for t in (h, slope))
@@ -99,7 +94,7 @@ def forward(residual: Tensor, y: Tensor, weights: Weights, valid: Tensor | None,
     out = residual + F.linear(z, weights.weight2.to(y.dtype), weights.bias2.to(y.dtype))
     if valid is not None:
         out = torch.where(valid[:, :, None], out, 0)
-    return out, Saved(mean, rstd, h, slope, norm)
+    return out, Saved(mean[:, :, 0], rstd[:, :, 0], h, slope, norm)
 
 
 def backward(
@@ -118,20 +113,20 @@ def backward(
     dims = 1 if options.scope == "sample" else (0, 1)
     product = (grad_z * saved.h).sum(dims, dtype=wide).reshape(saved.norm.shape)
     pull = grn_pull(product, saved.norm, mean_norm, weights.grn_gamma)
-    grad_a = (grad_z * factor[:, None].to(dtype) + saved.h * pull[:, None].to(dtype)) * saved.slope
+    grad_a = grad_z.mul_(factor[:, None].to(dtype)).addcmul_(saved.h, pull[:, None].to(dtype)).mul_(saved.slope)
 
     hidden = saved.h.shape[-1]
     z = _responses(saved.h, saved.norm, weights, options).reshape(-1, hidden)
     flat_grad, flat_a = grad.reshape(-1, grad.shape[-1]), grad_a.reshape(-1, hidden)
-    normed = _normed(y, saved.mean, saved.rstd, weights).reshape(flat_grad.shape)
+    norm = _norm(weights, wide)
+    normed = F.layer_norm(y.to(wide), y.shape[-1:], *norm, options.norm_eps).to(dtype).view(flat_grad.shape)
     grad_n = (flat_a @ weights.weight1.to(dtype)).to(wide).view(y.shape)
-    unit = (y.to(wide) - saved.mean[:, :, None]) * saved.rstd[:, :, None]
-    scaled = grad_n * weights.norm_weight.to(wide)
-    centred = scaled - scaled.mean(-1, keepdim=True) - unit * (scaled * unit).mean(-1, keepdim=True)
-    grad_y = (centred * saved.rstd[:, :, None]).to(dtype)
-    return grad_y, Weights(
-        (grad_n * unit).sum((0, 1)),
-        grad_n.sum((0, 1)),
+    grad_y, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
+        grad_n, y.to(wide), y.shape[-1:], saved.mean[:, :, None], saved.rstd[:, :, None], *norm, [True] * 3
+    )
+    return grad_y.to(dtype), Weights(
+        grad_norm_weight,
+        grad_norm_bias,
         (flat_a.t() @ normed).to(wide),
         flat_a.sum(0, dtype=wide),
         (relative * product).sum(0),
@@ -151,11 +146,10 @@ def grn_pull(product: Tensor, norm: Tensor, mean: Tensor, gamma: Tensor) -> Tens
     return torch.where(norm > 0, grad_norm / norm, 0)
 
 
-def _normed(y: Tensor, mean: Tensor, rstd: Tensor, weights: Weights) -> Tensor:
-    unit = (y.to(mean.dtype) - mean[:, :, None]) * rstd[:, :, None]
-    return (unit * weights.norm_weight.to(mean.dtype) + weights.norm_bias.to(mean.dtype)).to(y.dtype)
+def _norm(weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return weights.norm_weight.to(dtype), weights.norm_bias.to(dtype)
 
 
 def _responses(h: Tensor, norm: Tensor, weights: Weights, options: Options) -> Tensor:
     factor = grn_factors(norm, weights.grn_gamma, options.grn_eps)[2]
-    return h * factor[:, None].to(h.dtype) + weights.grn_beta.flatten().to(h.dtype)
+    return torch.addcmul(weights.grn_beta.flatten().to(h.dtype), h, factor[:, None].to(h.dtype))

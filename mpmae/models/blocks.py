@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpmae.kernels import depthwise_conv, hidden_patches, morton_sites, pack_sites, pointwise_block, site_index, unpack_sites
+from mpmae.kernels import hidden_patches, morton_sites, pack_sites, site_index, tile_slots, unpack_sites
+from mpmae.kernels.block import sparse_block
+from mpmae.kernels.pointwise import Options, Weights
 
 __all__ = [
     "NORM_EPS",
@@ -24,6 +26,7 @@ __all__ = [
     "pack_patches",
     "pack_sites",
     "site_index",
+    "tile_slots",
     "unpack_sites",
 ]
 
@@ -34,12 +37,12 @@ DEPTHWISE_SIZE = 7
 class Sites(NamedTuple):
     """Where the packed sites of a stage lie.
 
-    index: int64 [N, K], row of each site in the flattened [N*H*H] grid; None when the sites are the whole grid in raster
-    order. grid_side: H. valid: bool [N, K], True where a site exists; None when all do (the fast path).
+    visible: int64 [N, V], the packed patches. slots: int16, their `tile_slots`. valid: bool [N, K], True where a site
+    exists; None when all do (the fast path).
     """
 
-    index: Tensor | None
-    grid_side: int
+    visible: Tensor
+    slots: Tensor
     valid: Tensor | None
 
 
@@ -69,19 +72,18 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, sites: Sites) -> Tensor:
         """The block's output [N, K, C] for `x` [N, K, C]; both are 0 at sites that do not exist."""
-        y = depthwise_conv(x, self.dwconv.weight, self.dwconv.bias, sites.index, sites.grid_side)
-        return pointwise_block(
-            x,
-            y,
-            (self.norm.weight, self.norm.bias),
-            (self.pwconv1.weight, self.pwconv1.bias),
-            (self.grn.gamma, self.grn.beta),
-            (self.pwconv2.weight, self.pwconv2.bias),
-            sites.valid,
-            scope=self.grn_scope,
-            norm_eps=NORM_EPS,
-            grn_eps=self.grn_eps,
+        weights = Weights(
+            self.norm.weight,
+            self.norm.bias,
+            self.pwconv1.weight,
+            self.pwconv1.bias,
+            self.grn.gamma,
+            self.grn.beta,
+            self.pwconv2.weight,
+            self.pwconv2.bias,
         )
+        options = Options(self.grn_scope, NORM_EPS, self.grn_eps)
+        return sparse_block(x, (self.dwconv.weight, self.dwconv.bias), weights, *sites, options)
 
 
 class Downsample(nn.Module):
