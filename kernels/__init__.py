@@ -7,7 +7,8 @@ Activations are [N, K, C], channels last and contiguous (the [N, V, s, s, C] of 
 sites of a tile are in Morton order, so four siblings of a 2x2 square lie next to each other.
 """
 
-from mpmae.kernels.depthwise import depthwise_conv
+from mpmae.kernels.backends import may_be_fast
+from mpmae.kernels.depthwise import depthwise_conv, slot_table
 from mpmae.kernels.layout import hidden_patches, morton_sites, pack_sites, site_index, tile_slots, unpack_sites
 from mpmae.kernels.pointwise import global_response_norm, pointwise_block
 
@@ -15,10 +16,12 @@ __all__ = [
     "depthwise_conv",
     "global_response_norm",
     "hidden_patches",
+    "may_be_fast",
     "morton_sites",
     "pack_sites",
     "pointwise_block",
     "site_index",
+    "slot_table",
     "tile_slots",
     "unpack_sites",
 ]

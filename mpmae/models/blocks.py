@@ -11,7 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpmae.kernels import depthwise_conv, hidden_patches, morton_sites, pack_sites, pointwise_block, site_index, unpack_sites
+from mpmae.kernels import (
+    depthwise_conv,
+    hidden_patches,
+    may_be_fast,
+    morton_sites,
+    pack_sites,
+    pointwise_block,
+    site_index,
+    slot_table,
+    tile_slots,
+    unpack_sites,
+)
 
 __all__ = [
     "NORM_EPS",
@@ -24,6 +35,8 @@ __all__ = [
     "pack_patches",
     "pack_sites",
     "site_index",
+    "slot_table",
+    "tile_slots",
     "unpack_sites",
 ]
 
@@ -34,12 +47,14 @@ DEPTHWISE_SIZE = 7
 class Sites(NamedTuple):
     """Where the packed sites of a stage lie.
 
-    index: int64 [N, K], row of each site in the flattened [N*H*H] grid; None when the sites are the whole grid in raster
-    order. grid_side: H. valid: bool [N, K], True where a site exists; None when all do (the fast path).
+    visible: int64 [N, V], the tiles' patch numbers; None when the tiles are the whole grid in raster order. slots: int16, of
+    `slot_table`, the same for all stages. tile_side: s. valid: bool [N, K], True where a site exists; None when all do (the
+    fast path).
     """
 
-    index: Tensor | None
-    grid_side: int
+    visible: Tensor | None
+    slots: Tensor
+    tile_side: int
     valid: Tensor | None
 
 
@@ -69,7 +84,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, sites: Sites) -> Tensor:
         """The block's output [N, K, C] for `x` [N, K, C]; both are 0 at sites that do not exist."""
-        y = depthwise_conv(x, self.dwconv.weight, self.dwconv.bias, sites.index, sites.grid_side)
+        y = depthwise_conv(x, self.dwconv.weight, self.dwconv.bias, sites.visible, sites.slots, sites.tile_side)
         return pointwise_block(
             x,
             y,
@@ -82,6 +97,13 @@ class Block(nn.Module):
             norm_eps=NORM_EPS,
             grn_eps=self.grn_eps,
         )
+
+
+def whole_grid(num_samples: int, patches: Tensor, slots: Tensor) -> Sites:
+    """The sites of a grid that is there in full, one per patch; patches: int64 [1, L], slots: int16 [1, G+6, G+6]."""
+    if not may_be_fast(patches.device.type):
+        return Sites(None, slots[:0], 1, None)
+    return Sites(patches.expand(num_samples, -1).contiguous(), slots.expand(num_samples, -1, -1).contiguous(), 1, None)
 
 
 class Downsample(nn.Module):

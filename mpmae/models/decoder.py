@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mpmae.modalities import spec_of
 from mpmae.models import blocks
-from mpmae.models.blocks import Block, Sites
+from mpmae.models.blocks import Block
 
 DECODER_GRN_EPS = 1e-4
 
@@ -22,6 +22,9 @@ class Decoder(nn.Module):
         super().__init__()
         self.num_patches_side = num_patches_side
         self.proj = nn.Linear(dim_in, dim)
+        patches = torch.arange(num_patches_side**2)[None]
+        self.register_buffer("patches", patches, persistent=False)
+        self.register_buffer("slots", blocks.tile_slots(patches, num_patches_side), persistent=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.blocks = nn.ModuleList(Block(dim, grn_scope="sample", grn_eps=DECODER_GRN_EPS) for _ in range(depth))
 
@@ -29,8 +32,9 @@ class Decoder(nn.Module):
         """[N, L, D] from the encoder's `tokens` [N, V, C] at the patches `visible` int64 [N, V]."""
         side = self.num_patches_side
         x = blocks.fill_hidden(self.proj(tokens), visible, self.mask_token, side * side)
+        sites = blocks.whole_grid(len(x), self.patches, self.slots)
         for block in self.blocks:
-            x = block(x, Sites(None, side, None))
+            x = block(x, sites)
         return x
 
 

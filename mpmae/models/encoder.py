@@ -98,6 +98,7 @@ class SparseEncoder(nn.Module):
 
         image: [N, B, S, S], finite. pixel_valid: bool [N, S, S], True where a pixel holds data. visible: int64 [N, V].
         """
+        visible = visible.contiguous()
         pixels = self.site_index(visible, self.patch_size)
         image = image.to(self.stem.conv.weight.dtype)
         valid = blocks.pack_sites(pixel_valid[:, :, :, None], pixels)[:, :, 0]
@@ -105,12 +106,13 @@ class SparseEncoder(nn.Module):
             valid = None
         stage_valid = blocks.merge_valid(valid, self.stem_stride)
         exists = shown_pixels(visible, self.num_patches_side, self.patch_size) & pixel_valid
+        slots = blocks.slot_table(visible, self.num_patches_side)
         x = self.stem(image.permute(0, 2, 3, 1) * exists[:, :, :, None], pixels, valid, stage_valid)
         for stage, tile_side in enumerate(self.tile_sides):
             if stage:
                 valid, stage_valid = stage_valid, blocks.merge_valid(stage_valid, 2)
                 x = self.downsamples[stage - 1](x, valid, stage_valid)
-            sites = Sites(self.site_index(visible, tile_side), self.num_patches_side * tile_side, stage_valid)
+            sites = Sites(visible, slots, tile_side, stage_valid)
             for block in self.stages[stage]:
                 x = block(x, sites)
         return x
