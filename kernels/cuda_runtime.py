@@ -156,12 +156,12 @@ def load(source_path: Path | str, kernel_name: str, defines: Mapping[str, Define
     Nothing is compiled yet. Raises RuntimeError where cuda-bindings or NVRTC is absent.
     """
     cuda_driver.require()
-    return _loaded(Path(source_path), kernel_name, tuple(sorted((defines or {}).items())))
+    return _loaded(str(source_path), kernel_name, tuple(sorted((defines or {}).items())))
 
 
 @cache
-def _loaded(source_path: Path, kernel_name: str, defines: tuple[tuple[str, Define], ...]) -> Kernel:
-    return Kernel(Specialisation(source_path, kernel_name, dict(defines)))
+def _loaded(source_path: str, kernel_name: str, defines: tuple[tuple[str, Define], ...]) -> Kernel:
+    return Kernel(Specialisation(Path(source_path), kernel_name, dict(defines)))
 
 
 @cache

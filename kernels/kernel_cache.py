@@ -17,7 +17,7 @@ FORMAT = 1
 FOLDER_VARIABLE = "MPMAE_KERNEL_CACHE"
 
 log = logging.getLogger(__name__)
-_complained: set[tuple[Path, str]] = set()
+_complained: set[Path] = set()
 
 
 class Compiled(NamedTuple):
@@ -88,9 +88,9 @@ def _checksum(cubin: bytes, parameters: dict[str, str]) -> str:
 
 
 def _complain(folder: Path, verb: str, reason: str) -> None:
-    if (folder, verb) in _complained:
+    if folder in _complained:
         return
-    _complained.add((folder, verb))
+    _complained.add(folder)
     log.warning(
         "kernel cache %s: can't be %s (%s); kernels are compiled in every process. Set %s to a folder that can be written",
         folder,

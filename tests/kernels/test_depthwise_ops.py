@@ -1,4 +1,4 @@
-"""The depthwise op around its implementations: choice, registration, compilation, bad input; with a stand-in for a fast one."""
+"""The depthwise op around its implementations: choice, registration, compilation, bad input; fast ones have a stand-in."""
 
 import sys
 from types import ModuleType
