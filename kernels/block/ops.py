@@ -9,7 +9,7 @@ Shapes as in `mpmae.kernels`.
 import torch
 from torch import Tensor
 
-from mpmae.kernels import depthwise, pointwise
+from mpmae.kernels import checks, depthwise, pointwise
 from mpmae.kernels.pointwise.formulas import Options, Saved, Weights, accumulator
 
 
@@ -19,23 +19,39 @@ def sparse_block(
     weights: Weights,
     visible: Tensor,
     slots: Tensor,
+    tile_side: int,
     valid: Tensor | None,
     options: Options,
 ) -> Tensor:
     """x + Linear2(GRN(GELU(Linear1(LayerNorm(depthwise(x)))))): [N, K, C], 0 at sites that do not exist.
 
-    x: [N, K, C], 0 at sites that do not exist. dwconv: weight [C, 1, 7, 7] and bias [C]. visible, slots: see `tile_slots`.
-    valid: bool [N, K], None when all sites exist. Under autocast the block computes in autocast's dtype and returns it.
+    x: [N, K, C], 0 at sites that do not exist. dwconv: weight [C, 1, 7, 7] and bias [C]. visible, slots, tile_side:
+    see `depthwise_conv`. valid: bool [N, K], None when all sites exist. Under autocast the block computes in autocast's
+    dtype and returns it; gradients of parameters have their parameters' dtype. Raises as `depthwise_conv`.
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *dwconv, *weights))
-    return _block(x.contiguous(), *dwconv, *weights, visible, slots, valid, *options, keep)[0]
+    return _block(x.contiguous(), *dwconv, *weights, visible, slots, tile_side, valid, *options, keep)[0]
 
 
-def _side(x: Tensor, visible: Tensor) -> int:
-    """Sites on a side of a tile."""
-    return round((x.shape[1] / visible.shape[1]) ** 0.5)
+def _problems(
+    x: Tensor,
+    dwconv: tuple[Tensor, Tensor],
+    weights: Weights,
+    visible: Tensor,
+    slots: Tensor,
+    side: int,
+    valid: Tensor | None,
+) -> list[str]:
+    problems = depthwise.input_problems(x, *dwconv, visible, slots, side)
+    if problems:
+        return problems
+    problems = pointwise.weight_problems(x, weights)
+    if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape[:2] or valid.device != x.device):
+        found = f"{valid.dtype} {list(valid.shape)} on {valid.device}"
+        problems.append(f"valid: {found}, expected torch.bool {list(x.shape[:2])} on {x.device}")
+    return problems
 
 
 @torch.library.custom_op("mpmae::block", mutates_args=())
@@ -53,6 +69,7 @@ def _block(
     bias2: Tensor,
     visible: Tensor,
     slots: Tensor,
+    tile_side: int,
     valid: Tensor | None,
     scope: str,
     norm_eps: float,
@@ -63,9 +80,11 @@ def _block(
     """The output and, if `keep`, what the backward needs: y and `Saved`; else these are empty."""
     weights = Weights(norm_weight, norm_bias, weight1, bias1, grn_gamma, grn_beta, weight2, bias2)
     options = Options(scope, norm_eps, grn_eps, gelu)
+    checks.refuse("block", _problems(x, (dw_weight, dw_bias), weights, visible, slots, tile_side, valid))
     with torch.autocast(x.device.type, enabled=False):
-        y = depthwise.implementation_for(x).forward(x, dw_weight, dw_bias, visible, slots, _side(x, visible))
-        out, saved = pointwise.implementation_for(y, options).forward(x, y, weights, valid, options)
+        x = checks.aligned(x)
+        y = depthwise.chosen(x, dw_weight).forward(x, checks.aligned(dw_weight), dw_bias, visible, slots, tile_side)
+        out, saved = pointwise.chosen(y, options).forward(x, y, weights, valid, options)
     if not keep:
         return out, *(x.new_empty(0, dtype=t.dtype) for t in (y, *saved))
     return out, y, *saved
@@ -73,7 +92,7 @@ def _block(
 
 @_block.register_fake
 def _(x, dw_weight, dw_bias, norm_weight, norm_bias, weight1, bias1, grn_gamma, grn_beta, weight2, bias2,
-      visible, slots, valid, scope, norm_eps, grn_eps, gelu, keep):  # fmt: skip
+      visible, slots, tile_side, valid, scope, norm_eps, grn_eps, gelu, keep):  # fmt: skip
     num_samples, num_sites, _ = x.shape
     hidden, wide = weight1.shape[0], accumulator(x.dtype)
     shapes = {
@@ -85,7 +104,7 @@ def _(x, dw_weight, dw_bias, norm_weight, norm_bias, weight1, bias1, grn_gamma, 
         "norm": ((num_samples if scope == "sample" else 1, hidden), wide),
     }
     kept = (x.new_empty(shape if keep else 0, dtype=dtype) for shape, dtype in shapes.values())
-    return torch.empty_like(x), *kept
+    return torch.empty_like(x, memory_format=torch.contiguous_format), *kept
 
 
 @torch.library.custom_op("mpmae::block_backward", mutates_args=())
@@ -109,6 +128,7 @@ def _block_backward(
     bias2: Tensor,
     visible: Tensor,
     slots: Tensor,
+    tile_side: int,
     valid: Tensor | None,
     scope: str,
     norm_eps: float,
@@ -120,17 +140,18 @@ def _block_backward(
     options = Options(scope, norm_eps, grn_eps, gelu)
     with torch.autocast(x.device.type, enabled=False):
         saved = Saved(mean, rstd, h, slope, norm)
-        grad_y, grads = pointwise.implementation_for(y, options).backward(grad, y, weights, saved, valid, options)
-        convolution, side = depthwise.implementation_for(x), _side(x, visible)
-        grad_x = convolution.backward_input(grad_y, dw_weight, visible, slots, side, grad)
-        grad_weight, grad_bias = convolution.backward_weight(grad_y, x, visible, slots, side)
+        grad, x = checks.aligned(grad), checks.aligned(x)
+        grad_y, grads = pointwise.chosen(y, options).backward(grad, y, weights, saved, valid, options)
+        convolution = depthwise.chosen(x, dw_weight)
+        grad_x = convolution.backward_input(grad_y, checks.aligned(dw_weight), visible, slots, tile_side, grad)
+        grad_weight, grad_bias = convolution.backward_weight(grad_y, x, visible, slots, tile_side)
     parameters = zip((dw_weight, dw_weight[:, 0, 0, 0], *weights), (grad_weight, grad_bias, *grads), strict=True)
     return grad_x, *(torch.empty_like(like).copy_(value.view(like.shape)) for like, value in parameters)
 
 
 @_block_backward.register_fake
 def _(grad, x, y, mean, rstd, h, slope, norm, dw_weight, norm_weight, norm_bias, weight1, bias1, grn_gamma, grn_beta,
-      weight2, bias2, visible, slots, valid, scope, norm_eps, grn_eps, gelu):  # fmt: skip
+      weight2, bias2, visible, slots, tile_side, valid, scope, norm_eps, grn_eps, gelu):  # fmt: skip
     like = (norm_weight, norm_bias, weight1, bias1, grn_gamma, grn_beta, weight2, bias2)
     return (
         torch.empty_like(x),
@@ -145,7 +166,7 @@ _NUM_PARAMETERS = 2 + len(Weights._fields)
 
 def _setup(ctx, inputs, output):
     x, dw_weight, _, *weights = inputs[: 1 + _NUM_PARAMETERS]
-    visible, slots, valid, *ctx.options, keep = inputs[1 + _NUM_PARAMETERS :]
+    visible, slots, ctx.tile_side, valid, *ctx.options, keep = inputs[1 + _NUM_PARAMETERS :]
     if keep:
         ctx.save_for_backward(x, *output[1:], dw_weight, *weights, visible, slots, valid)
     ctx.mark_non_differentiable(*output[1:])
@@ -154,10 +175,9 @@ def _setup(ctx, inputs, output):
 
 def _autograd(ctx, grad, *_):
     if grad is None:
-        return (None,) * (1 + _NUM_PARAMETERS + 8)
-    x, y, mean, rstd, h, slope, norm, *rest = ctx.saved_tensors
-    grads = _block_backward(grad.contiguous(), x, y, mean, rstd, h, slope, norm, *rest, *ctx.options)
-    return *grads, *[None] * 8
+        return (None,) * (1 + _NUM_PARAMETERS + 9)
+    *tensors, valid = ctx.saved_tensors
+    return *_block_backward(grad.contiguous(), *tensors, ctx.tile_side, valid, *ctx.options), *[None] * 9
 
 
 _block.register_autograd(_autograd, setup_context=_setup)

@@ -1,5 +1,5 @@
 """Depthwise KxK convolution over the visible sites."""
 
-from mpmae.kernels.depthwise.reference import depthwise_conv
+from mpmae.kernels.depthwise.ops import chosen, depthwise_conv, implementation, input_problems
 
-__all__ = ["depthwise_conv"]
+__all__ = ["chosen", "depthwise_conv", "implementation", "input_problems"]

@@ -1,86 +1,93 @@
 """Submanifold depthwise convolution in PyTorch: a convolution of the zero-filled grid, read at the packed sites.
 
-Shapes as in `mpmae.kernels`; R = kernel side (odd). Source of the semantics: Graham and van der Maaten, "Submanifold sparse
-convolutional networks", arXiv 1706.01307.
+Shapes as in `mpmae.kernels`; R = kernel side (odd). The three functions are what every implementation offers; here R may be
+any odd number, and of `slots` only the width is looked at. Gradients of parameters are float32 at least.
+Source of the semantics: Graham and van der Maaten, "Submanifold sparse convolutional networks", arXiv 1706.01307.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpmae.kernels.checks import HALO
+from mpmae.kernels.layout import morton_sites, pack_sites, site_index, unpack_sites
 
-def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, grid_side: int) -> Tensor:
-    """Depthwise convolution of the packed sites: [N, K, C], a missing neighbour contributing 0.
+_morton: dict[tuple[int, torch.device], Tensor] = {}
 
-    x: [N, K, C]; sites that do not exist must hold 0, and what comes out at them means nothing. weight: [C, 1, R, R], bias:
-    [C]. index: int64 [N, K] from `site_index`; None says that x is the whole grid in raster order, K = H*H. grid_side: H.
-    Under autocast the computation runs in autocast's dtype.
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor, visible: Tensor, slots: Tensor, tile_side: int) -> Tensor:
+    """The convolution at the packed sites: [N, K, C], of the dtype of `x`, in which it is computed.
+
+    x: [N, K, C], 0 at sites that do not exist; what comes out at them means nothing. weight: [C, 1, R, R], bias: [C].
+    visible: int64 [N, V], ascending. slots: int16 [N, G+6, G+6] of `tile_slots`.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (t if t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
-    return _forward(x, weight, bias, index, grid_side)
+    index, grid_side = _index(x, visible, slots, tile_side)
+    with torch.autocast(x.device.type, enabled=False):
+        out = F.conv2d(
+            _grid(x, index, grid_side),
+            weight.to(x.dtype),
+            bias.to(x.dtype),
+            padding=weight.shape[-1] // 2,
+            groups=weight.shape[0],
+        )
+    return _sites(out, index)
+
+
+def backward_input(
+    grad_y: Tensor, weight: Tensor, visible: Tensor, slots: Tensor, tile_side: int, residual: Tensor | None = None
+) -> Tensor:
+    """The gradient of `x` [N, K, C], plus `residual` [N, K, C] if given; grad_y: [N, K, C], 0 at sites that do not exist."""
+    index, grid_side = _index(grad_y, visible, slots, tile_side)
+    grad = _grid(grad_y, index, grid_side)
+    # the input's shape is all that the gradient needs of it
+    grad_x = _sites(_convolution_backward(grad, grad, weight.to(grad_y.dtype), (True, False, False))[0], index)
+    return grad_x if residual is None else grad_x + residual
+
+
+def backward_weight(
+    grad_y: Tensor, x: Tensor, visible: Tensor, slots: Tensor, tile_side: int, kernel_side: int = 7
+) -> tuple[Tensor, Tensor]:
+    """The gradients of weight [C, 1, R, R] and bias [C]; grad_y: [N, K, C], 0 at sites that do not exist."""
+    index, grid_side = _index(x, visible, slots, tile_side)
+    channels, wide = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
+    weight = x.new_empty(channels, 1, kernel_side, kernel_side)
+    grids = _grid(grad_y, index, grid_side), _grid(x, index, grid_side)
+    grad_weight = _convolution_backward(*grids, weight, (False, True, False))[1]
+    # a channels-last convolution gives strides of its own to the dimension of size 1, where `contiguous` sees no difference
+    return torch.empty_like(weight, dtype=wide).copy_(grad_weight), grad_y.sum((0, 1), dtype=wide)
+
+
+def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]) -> tuple:
+    padding, channels = weight.shape[-1] // 2, weight.shape[0]
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], channels, list(wanted)
+    )
+
+
+def _index(x: Tensor, visible: Tensor, slots: Tensor, tile_side: int) -> tuple[Tensor | None, int]:
+    """Row of each site in the flattened grid, int64 [N, K] (None: all of it, in order); and the grid's side."""
+    num_patches_side = slots.shape[-1] - 2 * HALO
+    grid_side = num_patches_side * tile_side
+    if tile_side == 1 and visible.shape[1] == num_patches_side**2:
+        return None, grid_side
+    return site_index(visible, num_patches_side, _morton_on(tile_side, x.device)), grid_side
+
+
+def _morton_on(tile_side: int, device: torch.device) -> Tensor:
+    key = tile_side, device
+    if key not in _morton:
+        _morton[key] = morton_sites(tile_side).to(device)
+    return _morton[key]
 
 
 def _grid(x: Tensor, index: Tensor | None, grid_side: int) -> Tensor:
     """The grid as a channels-last [N, C, H, H] view."""
-    if index is None:
-        grid = x.reshape(x.shape[0], grid_side, grid_side, x.shape[-1])
-    else:
-        grid = torch.ops.mpmae.unpack_sites(x, index, grid_side)
+    whole = index is None
+    grid = x.reshape(len(x), grid_side, grid_side, -1) if whole else unpack_sites(x, index, grid_side)
     return grid.permute(0, 3, 1, 2)
 
 
 def _sites(grid: Tensor, index: Tensor | None) -> Tensor:
     grid = grid.permute(0, 2, 3, 1)
     # an output of a custom op may not alias its inputs or be a view of a hidden buffer with other strides
-    return grid.flatten(1, 2).contiguous() if index is None else torch.ops.mpmae.pack_sites(grid, index)
-
-
-@torch.library.custom_op("mpmae::depthwise_conv", mutates_args=())
-def _forward(x: Tensor, weight: Tensor, bias: Tensor, index: Tensor | None, grid_side: int) -> Tensor:
-    with torch.autocast(x.device.type, enabled=False):
-        padding = weight.shape[-1] // 2
-        out = F.conv2d(_grid(x, index, grid_side), weight, bias, padding=padding, groups=weight.shape[0])
-        return _sites(out, index)
-
-
-@_forward.register_fake
-def _(x, weight, bias, index, grid_side):
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("mpmae::depthwise_conv_backward", mutates_args=())
-def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, index: Tensor | None, grid_side: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    padding, channels = weight.shape[-1] // 2, weight.shape[0]
-    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
-        _grid(grad, index, grid_side), _grid(x, index, grid_side), weight,
-        None, [1, 1], [padding] * 2, [1, 1], False, [0, 0], channels, [True, True, False],
-    )  # fmt: skip
-    # DDP's buckets want the weight's own strides; a channels-last convolution gives others to the dimension of size 1,
-    # where `contiguous` sees no difference
-    return _sites(grad_x, index), torch.empty_like(weight).copy_(grad_weight), grad.sum((0, 1))
-
-
-@_backward.register_fake
-def _(grad, x, weight, index, grid_side):
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-        torch.empty_like(weight),
-        weight.new_empty(weight.shape[0]),
-    )
-
-
-def _setup(ctx, inputs, output):
-    x, weight, _, index, ctx.grid_side = inputs
-    ctx.save_for_backward(x, weight, index)
-
-
-def _autograd(ctx, grad):
-    x, weight, index = ctx.saved_tensors
-    return *_backward(grad, x, weight, index, ctx.grid_side), None, None
-
-
-_forward.register_autograd(_autograd, setup_context=_setup)
+    return grid.flatten(1, 2).contiguous() if index is None else pack_sites(grid, index)

@@ -1,7 +1,8 @@
-"""The two ways out of stored maps, and the choice of their implementation.
+"""The two ways out of stored maps.
 
-On CUDA the fused Triton kernel runs, elsewhere the PyTorch reference; `backend` asks for one explicitly. Inputs are
-checked for shape and type alone: what `offsets` and `views` point to must lie inside `data` and the tile.
+On CUDA the fused Triton kernel runs, elsewhere the PyTorch reference (see `mpmae.kernels.backends`); `backend` asks for one
+explicitly. Inputs are checked for shape and type alone: what `offsets` and `views` point to must lie inside `data` and the
+tile.
 
 Shapes: N samples, C bands, P tile side, H image side (pixels), L product levels, K no-data codes.
 """
@@ -11,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mpmae.kernels import backends
 from mpmae.kernels.unfilter import reference
 from mpmae.kernels.unfilter.reference import StoredMaps
 
@@ -71,8 +73,8 @@ def classify_maps(
     return triton.launch(data, offsets, views, stored, out_side, dtype, table=table)
 
 
-def _chosen(backend: Backend | None, data: Tensor) -> Backend:
-    return backend or ("triton" if data.is_cuda else "reference")
+def _chosen(backend: Backend | None, data: Tensor) -> str:
+    return backends.choose("unfilter", data.device, None, {"triton": None}, asked=backend)
 
 
 def _check(data: Tensor, offsets: Tensor, views: Tensor, stored: StoredMaps) -> None:

@@ -37,12 +37,13 @@ DEPTHWISE_SIZE = 7
 class Sites(NamedTuple):
     """Where the packed sites of a stage lie.
 
-    visible: int64 [N, V], the packed patches. slots: int16, their `tile_slots`. valid: bool [N, K], True where a site
-    exists; None when all do (the fast path).
+    visible: int64 [N, V], the packed patches, ascending. slots: int16, their `tile_slots`, the same for all stages.
+    tile_side: s. valid: bool [N, K], True where a site exists; None when all do (the fast path).
     """
 
     visible: Tensor
     slots: Tensor
+    tile_side: int
     valid: Tensor | None
 
 

@@ -32,7 +32,8 @@ class Decoder(nn.Module):
         """[N, L, D] from the encoder's `tokens` [N, V, C] at the patches `visible` int64 [N, V]."""
         side = self.num_patches_side
         x = blocks.fill_hidden(self.proj(tokens), visible, self.mask_token, side * side)
-        sites = Sites(self.everywhere.expand(len(x), -1), self.slots.expand(len(x), -1, -1), None)
+        everywhere, slots = (t.expand(len(x), *t.shape[1:]).contiguous() for t in (self.everywhere, self.slots))
+        sites = Sites(everywhere, slots, 1, None)
         for block in self.blocks:
             x = block(x, sites)
         return x

@@ -106,12 +106,13 @@ class SparseEncoder(nn.Module):
         stage_valid = blocks.merge_valid(valid, self.stem_stride)
         exists = shown_pixels(visible, self.num_patches_side, self.patch_size) & pixel_valid
         x = self.stem(image.permute(0, 2, 3, 1) * exists[:, :, :, None], pixels, valid, stage_valid)
+        visible = visible.contiguous()
         slots = blocks.tile_slots(visible, self.num_patches_side)
-        for stage in range(len(self.stages)):
+        for stage, tile_side in enumerate(self.tile_sides):
             if stage:
                 valid, stage_valid = stage_valid, blocks.merge_valid(stage_valid, 2)
                 x = self.downsamples[stage - 1](x, valid, stage_valid)
-            sites = Sites(visible, slots, stage_valid)
+            sites = Sites(visible, slots, tile_side, stage_valid)
             for block in self.stages[stage]:
                 x = block(x, sites)
         return x

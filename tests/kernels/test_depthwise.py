@@ -34,7 +34,7 @@ def test_equals_the_oracle(side, num_visible):
 
     index = kernels.site_index(visible, G, kernels.morton_sites(side))
     x = kernels.pack_sites(grid.permute(0, 2, 3, 1), index)
-    out = kernels.depthwise_conv(x, weight, bias, index, height)
+    out = kernels.depthwise_conv(x, weight, bias, visible, kernels.tile_slots(visible, G), side)
     got = kernels.unpack_sites(out, index, height).permute(0, 3, 1, 2)
     grads = torch.autograd.grad((got * probe).sum(), (grid, weight, bias))
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
@@ -42,37 +42,36 @@ def test_equals_the_oracle(side, num_visible):
         torch.testing.assert_close(grad, wanted, rtol=0, atol=1e-11)
 
 
-def test_whole_grid_needs_no_index():
-    x = torch.randn(2, 25, 3, dtype=torch.float64)
-    weight, bias = torch.randn(3, 1, 7, 7, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
-    index = torch.arange(50).view(2, 25)
-    with_index = kernels.depthwise_conv(x, weight, bias, index, 5)
-    torch.testing.assert_close(kernels.depthwise_conv(x, weight, bias, None, 5), with_index, rtol=0, atol=1e-12)
+def whole_grid(num_samples, num_patches_side):
+    visible = torch.arange(num_patches_side**2).expand(num_samples, -1).contiguous()
+    return visible, kernels.tile_slots(visible, num_patches_side), 1
 
 
-@pytest.mark.parametrize("with_index", [True, False])
-def test_gradcheck_and_registration(with_index):
+@pytest.mark.parametrize("whole", [True, False])
+def test_gradcheck_and_registration(whole):
     torch.manual_seed(0)
-    index = torch.tensor([[0, 2, 5, 8], [9, 10, 13, 17]]) if with_index else None
-    x = torch.randn(2, 4 if with_index else 9, 2, dtype=torch.float64, requires_grad=True)
+    visible = torch.tensor([[0, 2, 5, 8], [0, 1, 4, 8]])
+    x = torch.randn(2, 9 if whole else 4, 2, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, 1, 3, 3, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *args: kernels.depthwise_conv(*args, index, 3), (x, weight, bias))
-    torch.library.opcheck(torch.ops.mpmae.depthwise_conv.default, (x, weight, bias, index, 3))
+    positions = whole_grid(2, 3) if whole else (visible, kernels.tile_slots(visible, 3), 1)
+    assert torch.autograd.gradcheck(lambda *args: kernels.depthwise_conv(*args, *positions), (x, weight, bias))
+    torch.library.opcheck(torch.ops.mpmae.depthwise_conv.default, (x, weight, bias, *positions))
 
 
-def test_autocast_sets_the_dtype():
-    x, weight, bias = torch.randn(1, 9, 4), torch.randn(4, 1, 7, 7), torch.randn(4)
+def test_autocast_sets_the_dtype_and_leaves_the_gradients_wide():
+    x, weight, bias = torch.randn(1, 9, 4), torch.randn(4, 1, 7, 7, requires_grad=True), torch.randn(4, requires_grad=True)
+    positions = whole_grid(1, 3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = kernels.depthwise_conv(x, weight, bias, None, 3)
+        out = kernels.depthwise_conv(x, weight, bias, *positions)
     assert out.dtype == torch.bfloat16
-    torch.testing.assert_close(out.float(), kernels.depthwise_conv(x, weight, bias, None, 3), rtol=0.05, atol=0.1)
+    torch.testing.assert_close(out.float(), kernels.depthwise_conv(x, weight, bias, *positions), rtol=0.05, atol=0.1)
+    grads = torch.autograd.grad(out.float().sum(), (weight, bias))
+    assert [grad.dtype for grad in grads] == [torch.float32] * 2
 
 
-@pytest.mark.parametrize("with_index", [True, False])
-def test_the_gradient_has_the_strides_of_its_weight(with_index):
+def test_the_gradient_has_the_strides_of_its_weight():
     """DDP copies, and warns about, a gradient whose strides differ from its bucket's, those of dimensions of size 1 too."""
     x, weight, bias = torch.randn(2, 9, 4), torch.randn(4, 1, 7, 7, requires_grad=True), torch.randn(4)
-    index = torch.arange(18).view(2, 9) if with_index else None
-    kernels.depthwise_conv(x, weight, bias, index, 3).square().sum().backward()
+    kernels.depthwise_conv(x, weight, bias, *whole_grid(2, 3)).square().sum().backward()
     assert weight.grad.stride() == weight.stride() == (49, 49, 7, 1)

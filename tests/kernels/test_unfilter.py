@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from mpmae.kernels.backends import BackendError
 from mpmae.kernels.unfilter import StoredMaps, classify_maps, decode_maps, normalise_maps
 from mpmae.kernels.unfilter.reference import WORD_BYTES, view_of
 from mpmae.modalities import NoData
@@ -120,6 +121,17 @@ def test_inputs_of_another_type():
         classify_maps(data, offsets.int(), views.long(), stored, table=class_table(), out_side=OUT)
     with pytest.raises(ValueError, match="stored maps of float64"):
         classify_maps(data, offsets, views, stored._replace(dtype="float64"), table=class_table(), out_side=OUT)
+
+
+def test_what_is_asked_for_and_not_there(monkeypatch):
+    _, data, offsets, stored = stored_batch("uint16", True, None)
+    inputs = (data, offsets, torch.tensor(VIEWS, dtype=torch.int32), stored)
+    for backend, environment in (("triton", ""), (None, "triton")):
+        monkeypatch.setenv("MPMAE_KERNELS", environment)
+        with pytest.raises(BackendError, match=r"unfilter: backend triton was asked for .*on the cpu device"):
+            classify_maps(*inputs, table=class_table(), out_side=OUT, backend=backend)
+    monkeypatch.setenv("MPMAE_KERNELS", "cuda")  # of which it has no version
+    classify_maps(*inputs, table=class_table(), out_side=OUT)
 
 
 def compare_backends(device: str) -> None:
