@@ -16,6 +16,7 @@ from mpmae.kernels.layout import tile_slots
 
 OP = "depthwise_conv"
 FAST_KERNEL_SIDE = 7
+MAX_PATCHES_SIDE = 181  # a slot is an int16
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, visible: Tensor | None, slots: Tensor, tile_side: int) -> Tensor:
@@ -54,11 +55,18 @@ def implementation(backend: str) -> ModuleType:
     return importlib.import_module(f"mpmae.kernels.depthwise.{backend}")
 
 
-def chosen(x: Tensor, weight: Tensor) -> str:
-    """The backend for `x` [N, K, C] and `weight` [C, 1, R, R] on this device and under `MPMAE_KERNELS`."""
-    refusal = checks.int32_refusal(x)
+def chosen(x: Tensor, weight: Tensor, slots: Tensor) -> str:
+    """The backend for `x` [N, K, C], `weight` [C, 1, R, R] and `slots` [N, G+6, G+6] here and under `MPMAE_KERNELS`.
+
+    The fast ones take R = 7, G <= 181, and fewer than 2**31 elements of a sample and patches of a batch.
+    """
+    side = slots.shape[-1] - 2 * checks.HALO
+    refusal = checks.int32_refusal("elements of a sample", x.shape[1:])
+    refusal = refusal or checks.int32_refusal("patches of the batch", (x.shape[0], side, side))
     if weight.shape[-1] != FAST_KERNEL_SIDE:
         refusal = f"a kernel of {weight.shape[-1]} x {weight.shape[-1]}, expected {FAST_KERNEL_SIDE} x {FAST_KERNEL_SIDE}"
+    elif side > MAX_PATCHES_SIDE:
+        refusal = f"{side} patches on a side, expected at most {MAX_PATCHES_SIDE}; take larger patches"
     return backends.choose(OP, x.device, x.dtype, {"cuda": refusal, "triton": refusal})
 
 
@@ -88,7 +96,7 @@ def input_problems(
 @torch.library.custom_op("mpmae::depthwise_conv", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, visible: Tensor | None, slots: Tensor, tile_side: int) -> Tensor:
     checks.refuse(OP, input_problems(x, weight, bias, visible, slots, tile_side))
-    backend = chosen(x, weight)
+    backend = chosen(x, weight, slots)
     if backend != "reference":
         visible, slots = filled(x, visible, slots)
         x, weight, bias = (checks.aligned(tensor) for tensor in (x, weight, bias))
@@ -104,7 +112,7 @@ def _(x, weight, bias, visible, slots, tile_side):
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, visible: Tensor | None, slots: Tensor, tile_side: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backend = chosen(x, weight)
+    backend = chosen(x, weight, slots)
     module = implementation(backend)
     if backend == "reference":
         grad_weight, grad_bias = module.backward_weight(grad, x, visible, slots, tile_side, weight.shape[-1])
