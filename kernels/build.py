@@ -8,7 +8,9 @@ decoder's grid, at the patches per side, visible patches and batch size given. W
 
 import argparse
 import importlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,8 +67,9 @@ def specialisations(wanted: Iterable[Case], target: str) -> list[Specialisation]
 def build(wanted: Sequence[Case], targets: Iterable[str], folder: Path) -> int:
     """Compile for each target ("sm_90") into `folder`; the number of kernels that are now in it."""
     jobs = [(item, target) for target in targets for item in specialisations(wanted, target)]
-    for item, target in jobs:
-        compiled_for(item, target, folder)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NVRTC runs outside of the interpreter's lock
+        for _ in pool.map(lambda job: compiled_for(*job, folder), jobs):
+            pass
     return len(jobs)
 
 
