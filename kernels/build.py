@@ -8,7 +8,9 @@ decoder's grid, at the patches per side, visible patches and batch size given. W
 
 import argparse
 import importlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +19,7 @@ import torch
 from mpmae.kernels import cuda_driver, kernel_cache
 from mpmae.kernels.cuda_runtime import Specialisation, compiled_for
 
-# each offers specialisations(case), an iterable of `Specialisation`
+# each offers specialisations(case, architecture), an iterable of `Specialisation`; architecture: 80, 90, ...
 PLANS = ("mpmae.kernels.depthwise.plan",)
 FIRST_TILE_SIDE = 8
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -50,21 +52,25 @@ def cases(
         yield Case(num_samples, num_patches_side**2, num_patches_side, 1, decoder_dim, dtype)
 
 
-def specialisations(wanted: Iterable[Case]) -> list[Specialisation]:
-    """What has to be compiled for these uses, each once."""
+def specialisations(wanted: Iterable[Case], target: str) -> list[Specialisation]:
+    """What has to be compiled for these uses on an architecture ("sm_90"), each once."""
+    architecture = int(target.removeprefix("sm_"))
     plans = [importlib.import_module(name) for name in PLANS]
     found = {}
     for case in wanted:
         for plan in plans:
-            for item in plan.specialisations(case):
+            for item in plan.specialisations(case, architecture):
                 found[item.source_path, item.kernel_name, tuple(sorted(item.defines.items()))] = item
     return list(found.values())
 
 
-def build(wanted: Iterable[Case], targets: Iterable[str], folder: Path) -> int:
+def build(wanted: Sequence[Case], targets: Iterable[str], folder: Path) -> int:
     """Compile for each target ("sm_90") into `folder`; the number of kernels that are now in it."""
-    items = specialisations(wanted)
-    return sum(len(items) for target in targets if [compiled_for(item, target, folder) for item in items])
+    jobs = [(item, target) for target in targets for item in specialisations(wanted, target)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # NVRTC runs outside of the interpreter's lock
+        for _ in pool.map(lambda job: compiled_for(*job, folder), jobs):
+            pass
+    return len(jobs)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -93,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         num_patches_side=options.num_patches_side,
         dtypes=[DTYPES[name] for name in options.dtypes],
     )
-    number = build(wanted, options.arch, folder)
+    number = build(list(wanted), options.arch, folder)
     print(f"{number} kernels for {' '.join(options.arch)} in {folder}")
 
 

@@ -3,12 +3,15 @@
 Shapes as in `mpmae.kernels`. Every function returns the problems it finds; `refuse` raises them as one ValueError.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 TILE_SIDES = (8, 4, 2, 1)
 HALO = 3
-INT32_ELEMENTS = 2**31
+INT32_LIMIT = 2**31
 ALIGNMENT_BYTES = 16
 
 
@@ -80,13 +83,12 @@ def position_problems(x: Tensor, visible: Tensor, slots: Tensor, tile_side: int)
     return problems
 
 
-def int32_refusal(*tensors: Tensor) -> str | None:
-    """Why kernels whose offsets are 32-bit integers do not take tensors: the first with too many elements; None if none."""
-    for tensor in tensors:
-        if tensor.numel() >= INT32_ELEMENTS:
-            shape = " x ".join(map(str, tensor.shape))
-            return f"{shape} = {tensor.numel()} elements, expected fewer than 2**31; take a smaller batch"
-    return None
+def int32_refusal(what: str, sizes: Sequence[int]) -> str | None:
+    """Why kernels that count `what` in 32-bit integers do not take a problem of these sizes; None when they do."""
+    number = math.prod(sizes)
+    if number < INT32_LIMIT:
+        return None
+    return f"{what}: {' x '.join(map(str, sizes))} = {number}, expected fewer than 2**31; take a smaller batch or image"
 
 
 def aligned(tensor: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from mpmae.kernels import backends, checks
 
 OP = "depthwise_conv"
 FAST_KERNEL_SIDE = 7
+MAX_PATCHES_SIDE = 181  # a slot is an int16
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, visible: Tensor, slots: Tensor, tile_side: int) -> Tensor:
@@ -41,11 +42,18 @@ def implementation(backend: str) -> ModuleType:
     return importlib.import_module(f"mpmae.kernels.depthwise.{backend}")
 
 
-def chosen(x: Tensor, weight: Tensor) -> ModuleType:
-    """The implementation for `x` [N, K, C] and `weight` [C, 1, R, R] on this device and under `MPMAE_KERNELS`."""
-    refusal = checks.int32_refusal(x)
+def chosen(x: Tensor, weight: Tensor, slots: Tensor) -> ModuleType:
+    """The implementation for `x` [N, K, C], `weight` [C, 1, R, R] and `slots` [N, G+6, G+6] here and under `MPMAE_KERNELS`.
+
+    The fast ones take R = 7, G <= 181, and fewer than 2**31 elements of a sample and patches of a batch.
+    """
+    side = slots.shape[-1] - 2 * checks.HALO
+    refusal = checks.int32_refusal("elements of a sample", x.shape[1:])
+    refusal = refusal or checks.int32_refusal("patches of the batch", (x.shape[0], side, side))
     if weight.shape[-1] != FAST_KERNEL_SIDE:
         refusal = f"a kernel of {weight.shape[-1]} x {weight.shape[-1]}, expected {FAST_KERNEL_SIDE} x {FAST_KERNEL_SIDE}"
+    elif side > MAX_PATCHES_SIDE:
+        refusal = f"{side} patches on a side, expected at most {MAX_PATCHES_SIDE}; take larger patches"
     return implementation(backends.choose(OP, x.device, x.dtype, {"cuda": refusal, "triton": refusal}))
 
 
@@ -66,7 +74,7 @@ def input_problems(x: Tensor, weight: Tensor, bias: Tensor, visible: Tensor, slo
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, visible: Tensor, slots: Tensor, tile_side: int) -> Tensor:
     checks.refuse(OP, input_problems(x, weight, bias, visible, slots, tile_side))
     x, weight, bias = (checks.aligned(tensor) for tensor in (x, weight, bias))
-    return chosen(x, weight).forward(x, weight, bias, visible, slots, tile_side)
+    return chosen(x, weight, slots).forward(x, weight, bias, visible, slots, tile_side)
 
 
 @_forward.register_fake
@@ -79,7 +87,7 @@ def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, visible: Tensor, slots: Tensor, tile_side: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, x, weight = (checks.aligned(tensor) for tensor in (grad, x, weight))
-    module = chosen(x, weight)
+    module = chosen(x, weight, slots)
     other_side = () if weight.shape[-1] == FAST_KERNEL_SIDE else (weight.shape[-1],)  # the reference's alone
     grad_weight, grad_bias = module.backward_weight(grad, x, visible, slots, tile_side, *other_side)
     grad_x = module.backward_input(grad, weight, visible, slots, tile_side)

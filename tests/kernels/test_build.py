@@ -23,8 +23,8 @@ def plan(monkeypatch, tmp_path):
     module = ModuleType("plan")
     module.seen = []
 
-    def specialisations(case):
-        module.seen.append(case)
+    def specialisations(case, architecture):
+        module.seen.append((case, architecture))
         return [Specialisation(source, name, {"CHANNELS": case.channels}) for name in ("one", "two")]
 
     module.specialisations = specialisations
@@ -51,9 +51,9 @@ def test_what_is_built_is_found(plan, tmp_path, capsys, monkeypatch):
     build.main(options)
     assert "8 kernels for sm_80 sm_90" in capsys.readouterr().out  # 2 numbers of channels x 2 kernels x 2 architectures
     assert len(list(folder.iterdir())) == 4
-    assert [case.tile_side for case in plan.seen] == [8, 4, 2, 1]
+    assert [(case.tile_side, arch) for case, arch in plan.seen] == [(s, arch) for arch in (80, 90) for s in (8, 4, 2, 1)]
     monkeypatch.setattr(cuda_driver, "compile_source", None)
-    for item in build.specialisations(list(plan.seen)):
+    for item in build.specialisations([case for case, _ in plan.seen], "sm_90"):
         assert compiled_for(item, "sm_90", folder).cubin
 
 

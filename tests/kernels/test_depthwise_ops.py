@@ -73,9 +73,14 @@ def test_the_fast_backends_take_7x7_and_32_bit_offsets(stand_in):
     weight, bias = torch.randn(2, 1, 5, 5), torch.randn(2)
     with pytest.raises(backends.BackendError, match="a kernel of 5 x 5, expected 7 x 7"):
         kernels.depthwise_conv(x, weight, bias, visible, slots, side)
-    large = torch.empty(2**12, 2**10, 512, device="meta", dtype=torch.bfloat16)
-    with pytest.raises(backends.BackendError, match="4096 x 1024 x 512 = 2147483648 elements"):
-        ops.chosen(large, torch.empty(512, 1, 7, 7, device="meta"))
+    weight, slots = torch.empty(512, 1, 7, 7, device="meta"), torch.empty(0, 187, 187)
+    assert ops.chosen(torch.empty(2**12, 2**10, 512, device="meta"), weight, slots) is implementation("cuda")
+    with pytest.raises(backends.BackendError, match="elements of a sample: 4194304 x 512 = 2147483648, expected fewer"):
+        ops.chosen(torch.empty(1, 2**22, 512, device="meta"), weight, slots)
+    with pytest.raises(backends.BackendError, match="patches of the batch: 131072 x 181 x 181"):
+        ops.chosen(torch.empty(2**17, 1, 512, device="meta"), weight, slots)
+    with pytest.raises(backends.BackendError, match="182 patches on a side, expected at most 181"):
+        ops.chosen(x, weight, torch.empty(0, 188, 188))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -139,6 +144,48 @@ def test_everything_wrong_is_said_at_once():
     assert "bias: on meta, expected cpu" in problems[1]
     problems = ops.input_problems(x, weight, bias, visible.to("meta").int(), slots, 1)
     assert [problem.split(":")[0] for problem in problems] == ["visible", "visible", "x"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("side", [8, 4, 2, 1])
+def test_backends_on_a_gpu(backend, side, monkeypatch):
+    """A captured step, first launch and all, against the reference; then bit by bit the same when it is replayed."""
+    cpu = inputs(6, side, 40)
+    monkeypatch.setenv(backends.VARIABLE, "reference")
+    expected = kernels.depthwise_conv(*cpu)
+    wanted = torch.autograd.grad(expected.square().sum(), cpu[:3])
+
+    monkeypatch.setenv(backends.VARIABLE, backend)
+    x, weight, bias = (tensor.detach().cuda().requires_grad_() for tensor in cpu[:3])
+    positions = cpu[3].cuda(), cpu[4].cuda(), side
+
+    def step():
+        out = kernels.depthwise_conv(x, weight, bias, *positions)
+        return [out, *torch.autograd.grad(out.square().sum(), (x, weight, bias))]
+
+    side_stream = torch.cuda.Stream()
+    with torch.cuda.stream(side_stream):
+        eager = [tensor.detach().cpu() for tensor in step()]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for got, again, right in zip(eager, captured, (expected, *wanted), strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-4 * float(right.abs().max()))
+        assert torch.equal(again.detach().cpu(), got)
+
+
+@pytest.mark.gpu
+def test_the_choice_on_a_gpu(caplog):
+    x, weight, bias, visible, slots, side = (t.cuda() if torch.is_tensor(t) else t for t in inputs())
+    assert ops.chosen(x, weight, slots) is implementation("cuda")
+    assert ops.chosen(x.double(), weight, slots) is reference
+    with pytest.raises(
+        ValueError, match=r"slots: on cpu, expected cuda:0.*; visible: on cpu|slots: on cpu, expected cuda:0"
+    ):
+        kernels.depthwise_conv(x, weight, bias, visible, slots.cpu(), side)
 
 
 def test_asked_for_without_a_gpu(monkeypatch):
