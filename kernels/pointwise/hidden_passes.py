@@ -1,7 +1,7 @@
 """Passes over the hidden activations of a block in Triton: GELU, the statistics of GRN and its backward.
 
-Shapes as in `mpmae.kernels.pointwise.formulas`: S norms, each over R sites (S = N, R = K, or S = 1, R = N*K), D = 4C; P strips
-(ranges of sites of one norm). Hidden activations are [S, R, D]. Strips and their order of summation as in `row_passes`.
+Shapes as in `mpmae.kernels.pointwise.formulas`: S norms, each over R sites (S = N, R = K, or S = 1, R = N*K), D = 4C.
+Hidden activations are [S, R, D]; a strip is a range of the sites of one norm. Sums as in `row_passes`.
 """
 
 import torch
@@ -42,7 +42,7 @@ def _gelu_kernel(
     num_sites, num_columns, sites_per_strip, num_strips, num_blocks,
     TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    _, sums, first, stop, column, in_row = _where(
+    _norm, sums, first, stop, column, in_row = _where(
         num_sites, num_columns, sites_per_strip, num_strips, num_blocks, COLUMNS
     )
     shift = tl.load(bias + column, mask=in_row, other=0.0).to(tl.float32)
@@ -51,7 +51,7 @@ def _gelu_kernel(
         row, inside, exists = tile_rows(start, stop, valid, ROWS)
         place = row[:, None] * num_columns + column[None, :]
         there, here = inside[:, None] & in_row[None, :], exists[:, None] & in_row[None, :]
-        value, derivative = _gelu(tl.load(a + place, mask=here, other=0.0).to(tl.float32) + shift[None, :], TANH)
+        value, derivative = _gelu(tl.load(a + place, mask=there, other=0.0).to(tl.float32) + shift[None, :], TANH)
         rounded = tl.where(here, value, 0.0).to(a.dtype.element_ty)
         tl.store(a + place, rounded, mask=there)
         tl.store(slope + place, tl.where(here, derivative, 0.0).to(slope.dtype.element_ty), mask=there)
@@ -66,12 +66,12 @@ def _scale_kernel(
     num_sites, num_columns, sites_per_strip, num_strips, num_blocks,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    norm, _, first, stop, column, in_row = _where(
+    norm, _sums, first, stop, column, in_row = _where(
         num_sites, num_columns, sites_per_strip, num_strips, num_blocks, COLUMNS
     )
     scale = tl.load(factor + norm * num_columns + column, mask=in_row, other=0.0)
     for start in range(first, stop, ROWS):
-        row, inside, _ = tile_rows(start, stop, None, ROWS)
+        row, inside, _exists = tile_rows(start, stop, None, ROWS)
         place = row[:, None] * num_columns + column[None, :]
         there = inside[:, None] & in_row[None, :]
         value = tl.load(h + place, mask=there, other=0.0).to(tl.float32) * scale[None, :]
@@ -84,12 +84,12 @@ def _product_sums_kernel(
     num_sites, num_columns, sites_per_strip, num_strips, num_blocks,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    _, sums, first, stop, column, in_row = _where(
+    _norm, sums, first, stop, column, in_row = _where(
         num_sites, num_columns, sites_per_strip, num_strips, num_blocks, COLUMNS
     )
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(first, stop, ROWS):
-        row, inside, _ = tile_rows(start, stop, None, ROWS)
+        row, inside, _exists = tile_rows(start, stop, None, ROWS)
         place = row[:, None] * num_columns + column[None, :]
         there = inside[:, None] & in_row[None, :]
         value = tl.load(h + place, mask=there, other=0.0).to(tl.float32)
@@ -110,7 +110,7 @@ def _hidden_backward_kernel(
     tug = tl.load(pull + norm * num_columns + column, mask=in_row, other=0.0)[None, :]
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(first, stop, ROWS):
-        row, inside, _ = tile_rows(start, stop, None, ROWS)
+        row, inside, _exists = tile_rows(start, stop, None, ROWS)
         place = row[:, None] * num_columns + column[None, :]
         there = inside[:, None] & in_row[None, :]
         of_z = tl.load(grad + place, mask=there, other=0.0).to(tl.float32)
@@ -168,10 +168,11 @@ def product_sums(h: Tensor, grad: Tensor) -> Tensor:
 def hidden_backward(
     grad: Tensor, h: Tensor, slope: Tensor, factor: Tensor, pull: Tensor, *, with_response: bool
 ) -> tuple[Tensor | None, Tensor]:
-    """(`grad` * factor + h * pull) * slope in place of `grad`; gives h * factor if asked for, and the sums [D] of the first."""
+    """h * factor if asked for, and the sums over all sites [D] of what takes the place of `grad`.
+
+    That is (grad * factor + h * pull) * slope, the gradient of GELU's input. grad: of GRN's output. factor, pull: [S, D].
+    """
     strips = _Strips(h)
     response = torch.empty_like(h) if with_response else None
-    _hidden_backward_kernel[strips.grid](
-        grad, h, slope, factor, pull, response, strips.sums, *strips.sizes, **strips.tile
-    )
+    _hidden_backward_kernel[strips.grid](grad, h, slope, factor, pull, response, strips.sums, *strips.sizes, **strips.tile)
     return response, strips.sums.sum((0, 1))

@@ -3,7 +3,8 @@
 Shapes: M rows, C columns, P strips (contiguous ranges of rows, one program each for a block of columns). `valid`: bool [M]
 or None; a row where it is False counts for nothing, whatever it holds, and comes out as 0.
 
-Each tensor is read once and written once. A sum over rows is taken in two stages and a fixed order, in float32: every strip
+Each tensor is read once and written once; rows that do not exist are loaded, too, as a load that waited for `valid` would
+come a second latency late. A sum over rows is taken in two stages and a fixed order, in float32: every strip
 writes its own sum [P, C], and one reduction adds the strips, so the result never depends on timing. How many strips there
 are follows from the shape alone, not from the GPU.
 """
@@ -37,14 +38,15 @@ def _layer_norm_kernel(
     column = tl.arange(0, COLUMNS)
     in_row = column < num_columns
     place = row[:, None] * num_columns + column[None, :]
-    value = tl.load(x + place, mask=exists[:, None] & in_row[None, :], other=0.0).to(tl.float32)
+    there, here = inside[:, None] & in_row[None, :], exists[:, None] & in_row[None, :]
+    value = tl.where(here, tl.load(x + place, mask=there, other=0.0).to(tl.float32), 0.0)
     average = tl.sum(value, axis=1) / num_columns
     centred = tl.where(in_row[None, :], value - average[:, None], 0.0)
     scale = tl.rsqrt(tl.sum(centred * centred, axis=1) / num_columns + eps)
     gain = tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)
     shift = tl.load(bias + column, mask=in_row, other=0.0).to(tl.float32)
     out = tl.where(exists[:, None], centred * scale[:, None] * gain[None, :] + shift[None, :], 0.0)
-    tl.store(normed + place, out.to(normed.dtype.element_ty), mask=inside[:, None] & in_row[None, :])
+    tl.store(normed + place, out.to(normed.dtype.element_ty), mask=there)
     tl.store(mean + row, average, mask=inside)
     tl.store(rstd + row, scale, mask=inside)
 
@@ -80,11 +82,10 @@ def _layer_norm_backward_kernel(
         row, inside, exists = tile_rows(start, stop, valid, ROWS)
         place = row[:, None] * num_columns + column[None, :]
         there, here = inside[:, None] & in_row[None, :], exists[:, None] & in_row[None, :]
-        centre = tl.load(mean + row, mask=exists, other=0.0)
-        scale = tl.load(rstd + row, mask=exists, other=0.0)
-        pulled = tl.load(grad + place, mask=here, other=0.0).to(tl.float32)
-        value = tl.load(x + place, mask=here, other=0.0).to(tl.float32)
-        unit = tl.where(in_row[None, :], (value - centre[:, None]) * scale[:, None], 0.0)
+        centre, scale = tl.load(mean + row, mask=inside, other=0.0), tl.load(rstd + row, mask=inside, other=0.0)
+        pulled = tl.where(here, tl.load(grad + place, mask=there, other=0.0).to(tl.float32), 0.0)
+        value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+        unit = tl.where(here, (value - centre[:, None]) * scale[:, None], 0.0)
         of_weight += pulled * unit
         of_bias += pulled
         scaled = pulled * gain[None, :]
@@ -111,25 +112,24 @@ def _column_sums_kernel(
     for start in range(strip * rows_per_strip, stop, ROWS):
         row, inside, exists = tile_rows(start, stop, valid, ROWS)
         place = row[:, None] * num_columns + column[None, :]
-        value = tl.load(x + place, mask=exists[:, None] & in_row[None, :], other=0.0)
-        total += value.to(tl.float32)
+        there, here = inside[:, None] & in_row[None, :], exists[:, None] & in_row[None, :]
+        value = tl.where(here, tl.load(x + place, mask=there, other=0.0).to(tl.float32), 0.0)
+        total += value
         if kept is not None:
-            tl.store(kept + place, value, mask=inside[:, None] & in_row[None, :])
+            tl.store(kept + place, value.to(kept.dtype.element_ty), mask=there)
     tl.store(sums + strip.to(tl.int64) * num_columns + column, tl.sum(total, axis=0), mask=in_row)
 
 
 @triton.jit
-def _add_row_kernel(
-    x, addend, valid, out, num_rows, num_columns, num_blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _add_row_kernel(x, addend, valid, out, num_rows, num_columns, num_blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row, inside, exists = tile_rows(tl.program_id(0) // num_blocks * ROWS, num_rows, valid, ROWS)
     column = tl.program_id(0) % num_blocks * COLUMNS + tl.arange(0, COLUMNS)
     in_row = column < num_columns
     place = row[:, None] * num_columns + column[None, :]
-    here = exists[:, None] & in_row[None, :]
-    value = tl.load(x + place, mask=here, other=0.0).to(tl.float32)
+    there, here = inside[:, None] & in_row[None, :], exists[:, None] & in_row[None, :]
+    value = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
     added = value + tl.load(addend + column, mask=in_row, other=0.0).to(tl.float32)[None, :]
-    tl.store(out + place, tl.where(here, added, 0.0).to(out.dtype.element_ty), mask=inside[:, None] & in_row[None, :])
+    tl.store(out + place, tl.where(here, added, 0.0).to(out.dtype.element_ty), mask=there)
 
 
 def bytes_of(valid: Tensor | None) -> Tensor | None:
@@ -146,7 +146,7 @@ def tile_shape(num_columns: int) -> tuple[int, int]:
 def row_tile(num_columns: int) -> dict[str, int]:
     """The same for a kernel that needs whole rows of up to MAX_ROW_LENGTH columns, as its options."""
     columns = triton.next_power_of_2(num_columns)
-    return {"ROWS": max(1, ELEMENTS_PER_TILE // columns), "COLUMNS": columns, "num_warps": 4 if columns <= 2048 else 8}
+    return {"ROWS": max(1, ELEMENTS_PER_TILE // columns), "COLUMNS": columns, "num_warps": max(4, columns // 256)}
 
 
 def strip_length(num_rows: int, num_programs_per_strip: int, rows: int) -> int:
@@ -155,9 +155,7 @@ def strip_length(num_rows: int, num_programs_per_strip: int, rows: int) -> int:
     return triton.cdiv(max(even, 4 * rows), rows) * rows
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor, bias: Tensor, valid: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, valid: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """LayerNorm of `x` [M, C] in its dtype, 0 where rows do not exist, and the rows' mean and 1/deviation, float32 [M]."""
     num_rows, num_columns = x.shape
     normed = torch.empty_like(x)

@@ -1,10 +1,10 @@
-"""The pointwise half of a ConvNeXt V2 block for wide blocks: products by cuBLAS, everything between them in few Triton passes.
+"""The pointwise half of a wide ConvNeXt V2 block: products by cuBLAS, what lies between them in few Triton passes.
 
 From about C = 128 on the products take most of the time, and cuBLAS comes closest to the matrix rate; what is left to win is
 the traffic between them. Signatures and results are those of `mpmae.kernels.pointwise.formulas`, its oracle.
 
-Shapes as there; M = N*K sites; S norms over R sites each. One unit is one pass over [M, C] in the type of y, so [M, D] takes 4.
-Products count what they read and write, small tensors (weights, statistics) count nothing.
+Shapes as there; M = N*K sites. One unit is one pass over [M, C] in the type of y, so [M, D] takes 4. Products count what
+they read and write, small tensors (weights, statistics) count nothing.
 
     forward                                  folded  scaled    backward                           folded  scaled
     LayerNorm: y -> n                             2       2    zero g where no data, sum it         1-2     1-2

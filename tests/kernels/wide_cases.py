@@ -45,7 +45,9 @@ def draw(case: Case, dtype: torch.dtype, device: str = "cpu") -> Inputs:
     tensors = [normal(samples, sites, c).to(dtype) for _ in range(3)]
     if gaps:
         valid[1] = False
-        tensors = [torch.where(valid[:, :, None], t, hole) for t, hole in zip(tensors, (1e3, torch.nan, torch.nan), strict=True)]
+        tensors = [
+            torch.where(valid[:, :, None], t, hole) for t, hole in zip(tensors, (1e3, torch.nan, torch.nan), strict=True)
+        ]
         valid = valid.to(device)
     return Inputs(*(t.to(device) for t in tensors), Weights(*(t.to(device) for t in weights)), valid)
 
