@@ -27,7 +27,7 @@ CASES = [
     ("row_passes", "_layer_norm_kernel", {"ROWS": 1, "COLUMNS": 4096}, {"num_warps": 16}, 80),
     ("row_passes", "_layer_norm_backward_kernel", {"ROWS": 16, "COLUMNS": 128}, {}, 128),
     ("row_passes", "_layer_norm_backward_kernel", {"ROWS": 1, "COLUMNS": 2048}, {"num_warps": 8}, 96),
-    ("row_passes", "_layer_norm_backward_kernel", {"ROWS": 1, "COLUMNS": 4096}, {"num_warps": 16}, 96),
+    ("row_passes", "_layer_norm_backward_kernel", {"ROWS": 1, "COLUMNS": 4096}, {"num_warps": 16}, 112),
     ("row_passes", "_column_sums_kernel", TILE, {}, 80),
     ("row_passes", "_add_row_kernel", TILE, {}, 64),
     ("hidden_passes", "_gelu_kernel", {"TANH": False, **TILE}, {}, 128),
