@@ -8,11 +8,13 @@ sites of a tile are in Morton order, so four siblings of a 2x2 square lie next t
 """
 
 from mpmae.kernels.depthwise import depthwise_conv
+from mpmae.kernels.downsample import downsample
 from mpmae.kernels.layout import hidden_patches, morton_sites, pack_sites, site_index, tile_slots, unpack_sites
 from mpmae.kernels.pointwise import global_response_norm, pointwise_block
 
 __all__ = [
     "depthwise_conv",
+    "downsample",
     "global_response_norm",
     "hidden_patches",
     "morton_sites",

@@ -16,7 +16,6 @@ from torch import Tensor
 
 ELEMENTS_PER_TILE = 2048
 TARGET_PROGRAMS = 4096
-MAX_ROW_LENGTH = 4096
 
 
 @triton.jit
@@ -144,7 +143,7 @@ def tile_shape(num_columns: int) -> tuple[int, int]:
 
 
 def row_tile(num_columns: int) -> dict[str, int]:
-    """The same for a kernel that needs whole rows of up to MAX_ROW_LENGTH columns, as its options."""
+    """The same for a kernel that needs whole rows of up to `choice.MAX_ROW_LENGTH` columns, as its options."""
     columns = triton.next_power_of_2(num_columns)
     return {"ROWS": max(1, ELEMENTS_PER_TILE // columns), "COLUMNS": columns, "num_warps": max(4, columns // 256)}
 

@@ -27,7 +27,9 @@ import torch
 from torch import Tensor
 
 from mpmae.kernels.pointwise import hidden_passes, norm_passes, row_passes
+from mpmae.kernels.pointwise.choice import MAX_ROW_LENGTH
 from mpmae.kernels.pointwise.formulas import GELUS, Options, Saved, Weights
+from mpmae.kernels.pointwise.products import add_product, float32_product
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCOPES = ("sample", "batch")
@@ -37,8 +39,8 @@ SITES_PER_CHANNEL_TO_FOLD = 4
 def supports(num_channels: int, dtype: torch.dtype, options: Options) -> str | None:
     """Why this implementation does not take such a block, all reasons at once; None if it does."""
     problems = []
-    if not 1 <= num_channels <= row_passes.MAX_ROW_LENGTH:
-        problems.append(f"{num_channels} channels, expected 1 to {row_passes.MAX_ROW_LENGTH}")
+    if not 1 <= num_channels <= MAX_ROW_LENGTH:
+        problems.append(f"{num_channels} channels, expected 1 to {MAX_ROW_LENGTH}")
     if dtype not in DTYPES:
         problems.append(f"{dtype}, expected one of {', '.join(map(str, DTYPES))}")
     if options.scope not in SCOPES:
@@ -73,9 +75,9 @@ def forward(residual: Tensor, y: Tensor, weights: Weights, valid: Tensor | None,
     offset = torch.addmv(weights.bias2.float(), weights.weight2.float(), weights.grn_beta.float().flatten())
     out = row_passes.add_row(residual.view_as(flat), offset, valid, torch.empty_like(flat)).view(*by_norm, -1)
     if folds(options.scope, num_sites, num_channels):
-        _add_product(out, h, norm_passes.fold(weights.weight2, factor, dtype).transpose(1, 2))
+        add_product(out, h, norm_passes.fold(weights.weight2, factor, dtype).transpose(1, 2))
     else:
-        _add_product(out.view(1, -1, num_channels), hidden_passes.scale(h, factor), weights.weight2.to(dtype).t()[None])
+        out.view_as(flat).addmm_(hidden_passes.scale(h, factor).view(len(flat), -1), weights.weight2.to(dtype).t())
     shape = (num_samples, num_sites, -1)
     return out.view(y.shape), Saved(mean.view(shape[:2]), rstd.view(shape[:2]), h.view(shape), slope.view(shape), norm)
 
@@ -94,7 +96,7 @@ def backward(
 
     folded = folds(options.scope, num_sites, num_channels)
     if folded:
-        outer = _wide_product(grad.view(*by_norm, -1).transpose(1, 2), h)
+        outer = _products_by_norm(grad.view(*by_norm, -1), h)
         grad_weight2, products = norm_passes.unfold(outer, weights.weight2, factor)
         del outer
     else:
@@ -102,7 +104,7 @@ def backward(
     pull, grad_gamma = norm_passes.pulls(products, saved.norm, weights.grn_gamma, options.grn_eps)
     response, grad_bias1 = hidden_passes.hidden_backward(hidden_grad, h, slope, factor, pull, with_response=not folded)
     if not folded:
-        grad_weight2 = _wide_product(grad.t()[None], response.view(1, len(flat), -1))[0]
+        grad_weight2 = float32_product(grad.t(), response.view(len(flat), -1))
         del response
     grad_weight2.addr_(grad_sum, weights.grn_beta.float().flatten())
 
@@ -113,7 +115,7 @@ def backward(
     return grad_y.view(y.shape), Weights(
         grad_norm_weight,
         grad_norm_bias,
-        _wide_product(flat_a.t()[None], normed[None])[0],
+        float32_product(flat_a.t(), normed),
         grad_bias1,
         grad_gamma,
         torch.mv(weights.weight2.float().t(), grad_sum),
@@ -122,19 +124,8 @@ def backward(
     )
 
 
-def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add the products of batches of matrices to `out`, in place: torch copies nothing then."""
-    if len(out) == 1:
-        out[0].addmm_(left.view(out.shape[1], -1), right[0])
-    else:
-        out.baddbmm_(left, right)
-
-
-def _wide_product(left: Tensor, right: Tensor) -> Tensor:
-    """The products of batches of matrices in float32, accumulated and never rounded to the type of the inputs."""
-    if left.dtype != torch.float32 and not left.is_cuda:
-        left, right = left.float(), right.float()
-    out = {} if left.dtype == torch.float32 else {"out_dtype": torch.float32}
-    if len(left) == 1:
-        return torch.mm(left[0], right[0], **out)[None]
-    return torch.bmm(left, right, **out)
+def _products_by_norm(grad: Tensor, h: Tensor) -> Tensor:
+    """The products of `grad` [S, R, C] and `h` [S, R, D] over the sites of each norm: float32 [S, C, D]."""
+    if len(grad) == 1:
+        return float32_product(grad[0].t(), h[0])[None]
+    return float32_product(grad.transpose(1, 2), h)

@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpmae.kernels import depthwise_conv, hidden_patches, morton_sites, pack_sites, pointwise_block, site_index, unpack_sites
+from mpmae.kernels import (
+    depthwise_conv,
+    downsample,
+    hidden_patches,
+    morton_sites,
+    pack_sites,
+    pointwise_block,
+    site_index,
+    unpack_sites,
+)
 
 __all__ = [
     "NORM_EPS",
@@ -94,8 +103,8 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor, valid_in: Tensor | None, valid_out: Tensor | None) -> Tensor:
         """[N, K/4, C_out] for `x` [N, K, C_in]; `valid_in` [N, K] and `valid_out` [N, K/4] are None when all sites exist."""
-        x = keep(self.norm(x), valid_in)
-        return keep(merge_conv(x, self.conv), valid_out)
+        norm, conv = (self.norm.weight, self.norm.bias), (self.conv.weight, self.conv.bias)
+        return downsample(x, norm, conv, valid_in, valid_out, eps=NORM_EPS)
 
 
 def keep(x: Tensor, valid: Tensor | None) -> Tensor:

@@ -2,33 +2,19 @@
 
 import pytest
 import torch
-from triton.runtime import interpreter
 
 from mpmae.kernels.pointwise import formulas, hidden_passes, norm_passes, row_passes, wide
 from mpmae.kernels.pointwise.formulas import Options
 from tests.kernels.error_bounds import poisoned
+from tests.kernels.rounding import rounding
 from tests.kernels.wide_cases import Case, check, draw, run
 
-__all__ = ["poisoned"]
+__all__ = ["poisoned", "rounding"]
 
 pytestmark = pytest.mark.usefixtures("poisoned", "rounding")
 
 SCOPES = ("sample", "batch")
 NARROW, RAGGED, LONG = Case(3, 7, 24, True), Case(3, 15, 160, True), Case(2, 99, 24, True)
-
-
-@pytest.fixture
-def rounding(monkeypatch):
-    """The interpreter cuts the bits off that bfloat16 has no room for; a GPU rounds to the nearest."""
-    cut = interpreter.InterpreterBuilder.cast_impl
-
-    def rounded(self, source, target):
-        if source.dtype.scalar.name == "fp32" and target.scalar.name == "bf16":
-            values = torch.from_numpy(source.data.copy()).bfloat16()
-            return interpreter.TensorHandle(values.view(torch.uint16).numpy(), target.scalar)
-        return cut(self, source, target)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", rounded)
 
 
 def options(scope, gelu="erf"):
