@@ -1,5 +1,8 @@
 """The downsampling between stages: reference, registration, autocast, bad input."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -82,3 +85,8 @@ def test_bad_input():
     wrong = [weights[0][:-1], weights[1], weights[2][:, :, :1], weights[3]]
     with pytest.raises(ValueError, match=r"norm weight.*conv weight.*valid_in.*valid_out is torch.uint8"):
         apply(x, wrong, (torch.ones(3, 7, dtype=torch.bool), torch.ones(3, 7, dtype=torch.uint8)))
+
+
+def test_the_kernels_are_there_without_triton():
+    code = "import sys; sys.modules['triton'] = None; import mpmae.kernels.pointwise.choice, mpmae.kernels.downsample"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -53,6 +53,18 @@ def test_what_lies_at_missing_sites_changes_no_bit(scope):
         assert torch.equal(got, wanted)
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_what_is_saved_is_what_the_formulas_save(scope):
+    inputs = draw(NARROW, torch.float32)
+    residual, y, _, weights, valid = inputs
+    saved = wide.forward(residual, y, weights, valid, options(scope))[1]
+    expected = formulas.forward(residual, y.nan_to_num(), weights, valid, options(scope))[1]
+    for name, got, wanted in zip(saved._fields, saved, expected, strict=True):
+        if name in ("mean", "rstd"):
+            got, wanted = got[valid], wanted[valid]
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5, msg=name)
+
+
 def test_a_backward_leaves_what_it_reads():
     """A second backward over the same graph gives the same bits."""
     residual, y, grad, weights, valid = draw(NARROW, torch.float32)
