@@ -58,10 +58,11 @@ def usage_of(module: str, name: str, constants: dict, options: dict, architectur
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[1]}-{'x'.join(map(str, case[2].values()))}")
-def test_no_spills(case, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("dtype", "gaps"), [("bf16", True), pytest.param("fp32", False, marks=pytest.mark.slow)])
+def test_no_spills(case, dtype, gaps, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     *which, cap = case
-    for architecture, dtype, gaps in ((80, "bf16", True), (90, "bf16", True), (90, "fp32", False)):
+    for architecture in (80, 90):
         usage = usage_of(*which, architecture, dtype, gaps)
         print(case[1], case[2], architecture, dtype, gaps, usage)
         assert usage.local_bytes == 0, (architecture, dtype, usage)
