@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpmae.kernels import hidden_patches, morton_sites, pack_sites, site_index, tile_slots, unpack_sites
+from mpmae.kernels import downsample, hidden_patches, morton_sites, pack_sites, site_index, tile_slots, unpack_sites
 from mpmae.kernels.block import sparse_block
 from mpmae.kernels.pointwise import Options, Weights
 
@@ -97,8 +97,8 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor, valid_in: Tensor | None, valid_out: Tensor | None) -> Tensor:
         """[N, K/4, C_out] for `x` [N, K, C_in]; `valid_in` [N, K] and `valid_out` [N, K/4] are None when all sites exist."""
-        x = keep(self.norm(x), valid_in)
-        return keep(merge_conv(x, self.conv), valid_out)
+        norm, conv = (self.norm.weight, self.norm.bias), (self.conv.weight, self.conv.bias)
+        return downsample(x, norm, conv, valid_in, valid_out, eps=NORM_EPS)
 
 
 def keep(x: Tensor, valid: Tensor | None) -> Tensor:

@@ -21,14 +21,18 @@ class Usage(NamedTuple):
     shared_bytes: int
 
 
-def compile_for(kernel, architecture: int, signature: dict[str, str], constants: dict, **options) -> Usage:
+def compile_for(
+    kernel, architecture: int, signature: dict[str, str], constants: dict, *, aligned: tuple[str, ...] = (), **options
+) -> Usage:
     """Compile a `triton.jit` function for sm_80, sm_90, ...
 
-    signature: argument -> Triton's name of its type ("*bf16", "i32", ...). constants: constexpr argument -> value. options:
-    num_warps, num_stages.
+    signature: argument -> Triton's name of its type ("*bf16", "i32", ...). constants: constexpr argument -> value. aligned:
+    arguments that are multiples of 16 (pointers: of 16 bytes), as Triton finds out at a launch. options: num_warps,
+    num_stages.
     """
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+    multiples = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=multiples)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
