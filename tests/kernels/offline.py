@@ -21,14 +21,16 @@ class Usage(NamedTuple):
     shared_bytes: int
 
 
-def compile_for(kernel, architecture: int, signature: dict[str, str], constants: dict, **options) -> Usage:
+def compile_for(kernel, architecture: int, signature: dict[str, str], constants: dict, aligned=(), **options) -> Usage:
     """Compile a `triton.jit` function for sm_80, sm_90, ...
 
-    signature: argument -> Triton's name of its type ("*bf16", "i32", ...). constants: constexpr argument -> value. options:
-    num_warps, num_stages.
+    signature: argument -> Triton's name of its type ("*bf16", "i32", ...). constants: constexpr argument -> value. aligned:
+    names of arguments that are multiples of 16, as a launch finds out of PyTorch's tensors (without it no load is wider than
+    an element). options: num_warps, num_stages.
     """
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
