@@ -39,16 +39,18 @@ class _Plan:
         self.num_rows, self.dtype = num_samples * num_sites, y.dtype
         self.per_sample = options.scope == "sample"
         self.groups, self.group_rows = (num_samples, num_sites) if self.per_sample else (1, self.num_rows)
+        # the interpreter takes what the newest GPU takes
+        self.capability = torch.cuda.get_device_capability(y.device)[0] if y.is_cuda else 9
         self.valid = None if valid is None else valid.contiguous().view(torch.uint8)
         self.constants = {
             "C": self.channels,
             "C_PADDED": tuning.padded(self.channels),
             "HAS_VALID": valid is not None,
-            "UPCAST": triton.knobs.runtime.interpret and y.dtype == torch.bfloat16,
+            "UPCAST": triton.knobs.runtime.interpret and y.dtype.itemsize == 2,
         }
 
     def blocks(self, kernel: str) -> tuning.Blocks | None:
-        return tuning.blocks(kernel, self.channels, self.dtype.itemsize, self.group_rows)
+        return tuning.blocks(kernel, self.channels, self.dtype.itemsize, self.group_rows, self.capability)
 
     def launch_options(self, blocks: tuning.Blocks) -> dict:
         named = {"ROWS": blocks.rows, "HIDDEN": blocks.hidden}

@@ -10,7 +10,7 @@ sums as its row C: see `parameters_kernel`. W: the dtype of activations and prod
 import triton
 import triton.language as tl
 
-from mpmae.kernels.pointwise.triton_parts import existing_rows, load_block, product, store_block
+from mpmae.kernels.pointwise.triton_parts import existing_rows, load_block, narrow, product, store_block
 
 
 @triton.jit
@@ -47,7 +47,6 @@ def outer_kernel(
     d = block * HIDDEN + tl.arange(0, HIDDEN)
     place = column[:, None] * D + d[None, :]
     inside = (column < C)[:, None] & (d < D)[None, :]
-    taps = tl.load(weight2 + place, mask=inside, other=0.0).to(tl.float32)
     ones = tl.full([ROWS, 16], 1.0, tl.float32).to(grad.dtype.element_ty)
     scaled = tl.zeros([C_PADDED, HIDDEN], tl.float32)
     grad_sum = tl.zeros([C_PADDED, 16], tl.float32)
@@ -62,6 +61,8 @@ def outer_kernel(
             outer = product(transposed, load_block(h, first + start, row, d, exists, D), outer, UPCAST)
             # every column is the sum over the rows; the tensor cores are idle enough to take it
             grad_sum = product(transposed, ones, grad_sum, UPCAST)
+        # loaded late: over the rows it would hold as many registers as a sum
+        taps = tl.load(weight2 + place, mask=inside, other=0.0).to(tl.float32)
         tl.store(products + tl.cast(part, tl.int64) * D + d, tl.sum(outer * taps, 0), mask=d < D)
         scale = tl.load(factor + tl.cast(part, tl.int64) * FACTOR_STRIDE + d, mask=d < D, other=0.0)
         scaled += outer * scale[None, :]
@@ -146,15 +147,14 @@ def rows_kernel(
     grad_n = tl.zeros([ROWS, C_PADDED], tl.float32)
     for start in range(0, D, HIDDEN):
         d = start + tl.arange(0, HIDDEN)
-        taps = tl.load(
-            weight2 + (column[:, None] * D + d[None, :]), mask=(column < C)[:, None] & (d < D)[None, :], other=0.0
-        )
+        taps = load_block(weight2, 0, column, d, column < C, D)
         wide = grad_hidden(g, taps, h, slope, factor, pull, group, first, row, d, exists, D, UPCAST)
-        da = wide.to(grad_a.dtype.element_ty)
-        store_block(grad_a, da, first, row, d, row < end, D)
+        da = narrow(wide, grad_a.dtype.element_ty, UPCAST)
+        store_block(grad_a, wide, first, row, d, row < end, D, UPCAST)
         grad_n = product(da, load_block(weight1, 0, d, column, d < D, C), grad_n, UPCAST)
     unit, scale = normalised(y, mean, rstd, first, row, column, exists, C)
-    store_block(grad_y, norm_backward(grad_n, unit, scale, norm_weight, column, C), first, row, column, row < end, C)
+    backward = norm_backward(grad_n, unit, scale, norm_weight, column, C)
+    store_block(grad_y, backward, first, row, column, row < end, C, UPCAST)
 
 
 @triton.jit
@@ -198,7 +198,7 @@ def weight1_kernel(
         exists = existing_rows(valid, first, start + row, end, HAS_VALID)
         unit, _ = normalised(y, mean, rstd, first + start, row, column, exists, C)
         da = load_block(grad_a, first + start, row, d, exists, D)
-        left = tl.trans(with_ones(unit, column, C).to(y.dtype.element_ty))
+        left = tl.trans(narrow(with_ones(unit, column, C), y.dtype.element_ty, UPCAST))
         total = product(left, da, total, UPCAST)
         if C == C_PADDED:
             sums += tl.sum(da.to(tl.float32), 0)
@@ -246,16 +246,14 @@ def rows_and_weight1_kernel(
         exists = existing_rows(valid, first, row, end, HAS_VALID)
         g = load_block(grad, first, row, column, exists, C)
         unit, scale = normalised(y, mean, rstd, first, row, column, exists, C)
-        left = tl.trans(with_ones(unit, column, C).to(y.dtype.element_ty))
+        left = tl.trans(narrow(with_ones(unit, column, C), y.dtype.element_ty, UPCAST))
         grad_n = tl.zeros([ROWS, C_PADDED], tl.float32)
         new_totals, new_sums = (), ()
         for piece in tl.static_range(NUM_PIECES):
             d = piece * HIDDEN + tl.arange(0, HIDDEN)
-            taps = tl.load(
-                weight2 + (column[:, None] * D + d[None, :]), mask=(column < C)[:, None] & (d < D)[None, :], other=0.0
-            )
+            taps = load_block(weight2, 0, column, d, column < C, D)
             wide = grad_hidden(g, taps, h, slope, factor, pull, group, first, row, d, exists, D, UPCAST)
-            da = wide.to(y.dtype.element_ty)
+            da = narrow(wide, y.dtype.element_ty, UPCAST)
             grad_n = product(da, load_block(weight1, 0, d, column, d < D, C), grad_n, UPCAST)
             new_totals = new_totals + (product(left, da, totals[piece], UPCAST),)  # noqa: RUF005
             if C == C_PADDED:
@@ -263,7 +261,8 @@ def rows_and_weight1_kernel(
             else:
                 new_sums = new_sums + (sums[piece],)  # noqa: RUF005
         totals, sums = new_totals, new_sums
-        store_block(grad_y, norm_backward(grad_n, unit, scale, norm_weight, column, C), first, row, column, row < end, C)
+        backward = norm_backward(grad_n, unit, scale, norm_weight, column, C)
+        store_block(grad_y, backward, first, row, column, row < end, C, UPCAST)
     for piece in tl.static_range(NUM_PIECES):
         store_weight1(partial, totals[piece], sums[piece], chunk, column, piece * HIDDEN + tl.arange(0, HIDDEN), C)
 

@@ -8,7 +8,7 @@ W: the dtype of activations and products. Bytes are counted in units of one pass
 import triton
 import triton.language as tl
 
-from mpmae.kernels.pointwise.triton_parts import existing_rows, gelu_and_slope, load_block, product, store_block
+from mpmae.kernels.pointwise.triton_parts import existing_rows, gelu_and_slope, load_block, narrow, product, store_block
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def hidden_kernel(
     tl.store(rstd + first + row, scale, mask=inside)
     gamma = tl.load(norm_weight + column, mask=column < C, other=0.0).to(tl.float32)
     beta = tl.load(norm_bias + column, mask=column < C, other=0.0).to(tl.float32)
-    normed = (centred * scale[:, None] * gamma[None, :] + beta[None, :]).to(y.dtype.element_ty)
+    normed = narrow(centred * scale[:, None] * gamma[None, :] + beta[None, :], y.dtype.element_ty, UPCAST)
 
     for start in range(0, D, HIDDEN):
         d = start + tl.arange(0, HIDDEN)
@@ -65,10 +65,10 @@ def hidden_kernel(
         bias = tl.load(bias1 + d, mask=d < D, other=0.0).to(tl.float32)
         a = product(normed, taps, tl.zeros([ROWS, HIDDEN], tl.float32), UPCAST) + bias[None, :]
         value, derivative = gelu_and_slope(a, GELU)
-        value = tl.where(exists[:, None], value, 0.0).to(h.dtype.element_ty)
-        store_block(h, value, first, row, d, inside, D)
-        store_block(slope, tl.where(exists[:, None], derivative, 0.0), first, row, d, inside, D)
-        rounded = value.to(tl.float32)
+        # the norms are those of h as it is stored
+        rounded = narrow(tl.where(exists[:, None], value, 0.0), h.dtype.element_ty, UPCAST).to(tl.float32)
+        store_block(h, rounded, first, row, d, inside, D, UPCAST)
+        store_block(slope, tl.where(exists[:, None], derivative, 0.0), first, row, d, inside, D, UPCAST)
         tl.store(squares + program.to(tl.int64) * D + d, tl.sum(rounded * rounded, 0), mask=d < D)
 
 
@@ -109,10 +109,10 @@ def output_kernel(
         scale = tl.load(factor + group.to(tl.int64) * D + d, mask=d < D, other=0.0)
         shift = tl.load(grn_beta + d, mask=d < D, other=0.0).to(tl.float32)
         value = load_block(h, first, row, d, exists, D).to(tl.float32)
-        response = (value * scale[None, :] + shift[None, :]).to(out.dtype.element_ty)
+        response = narrow(value * scale[None, :] + shift[None, :], out.dtype.element_ty, UPCAST)
         transposed = (d < D)[:, None] & (column < C)[None, :]
         taps = tl.load(weight2 + (column[None, :] * D + d[:, None]), mask=transposed, other=0.0)
         total = product(response, taps, total, UPCAST)
     bias = tl.load(bias2 + column, mask=column < C, other=0.0).to(tl.float32)
     total += load_block(residual, first, row, column, exists, C).to(tl.float32) + bias[None, :]
-    store_block(out, tl.where(exists[:, None], total, 0.0), first, row, column, row < end, C)
+    store_block(out, tl.where(exists[:, None], total, 0.0), first, row, column, row < end, C, UPCAST)

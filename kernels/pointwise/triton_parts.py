@@ -6,10 +6,19 @@ import triton.language as tl
 
 @triton.jit
 def product(a, b, total, UPCAST: tl.constexpr):
-    """total + a b, summed in float32. UPCAST: for Triton's interpreter, which can't multiply bfloat16."""
+    """total + a b, summed in float32. UPCAST: for Triton's interpreter, which can't multiply bfloat16, nor float16 fast."""
     if UPCAST:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """float32 `x` rounded to DTYPE. UPCAST: for Triton's interpreter, which cuts off the bits that bfloat16 has not."""
+    if UPCAST and DTYPE == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
 
 
 @triton.jit
@@ -40,12 +49,12 @@ def load_block(matrix, first, row, column, exists, WIDTH: tl.constexpr):
 
     first: int64, so that the matrix may hold more elements than int32 counts.
     """
-    inside = exists[:, None] & (column < WIDTH)[None, :]
-    return tl.load(matrix + first * WIDTH + (row[:, None] * WIDTH + column[None, :]), mask=inside, other=0.0)
+    place = matrix + first * WIDTH + (row[:, None] * WIDTH + column[None, :])
+    return tl.load(place, mask=exists[:, None] & (column < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
-def store_block(matrix, value, first, row, column, inside, WIDTH: tl.constexpr):
-    """matrix[first + row, column] = value in rows `inside` and below WIDTH."""
+def store_block(matrix, value, first, row, column, inside, WIDTH: tl.constexpr, UPCAST: tl.constexpr):
+    """matrix[first + row, column] = float32 `value` in rows `inside` and below WIDTH."""
     place = matrix + first * WIDTH + (row[:, None] * WIDTH + column[None, :])
-    tl.store(place, value.to(matrix.dtype.element_ty), mask=inside[:, None] & (column < WIDTH)[None, :])
+    tl.store(place, narrow(value, matrix.dtype.element_ty, UPCAST), mask=inside[:, None] & (column < WIDTH)[None, :])

@@ -24,40 +24,38 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-# kernel -> (C padded to a power of two, bytes of an element) -> its blocks; a smaller C takes the entry of the next larger
+# kernel -> (most channels C, bytes of an element) -> its blocks; a C takes the entry with the fewest channels that suffice
 TABLE: dict[str, dict[tuple[int, int], Blocks]] = {
     "hidden": {
         (64, 2): Blocks(64, 64, 4, 2),
-        (128, 2): Blocks(64, 64, 4, 2),
-        (64, 4): Blocks(32, 32, 4, 1),
+        (128, 2): Blocks(64, 32, 4, 2),
         (128, 4): Blocks(32, 32, 4, 1),
     },
     "output": {
         (64, 2): Blocks(64, 64, 4, 3),
-        (128, 2): Blocks(64, 64, 4, 3),
-        (64, 4): Blocks(32, 32, 4, 1),
-        (128, 4): Blocks(32, 32, 4, 1),
+        (128, 2): Blocks(64, 64, 8, 3),
+        (128, 4): Blocks(32, 32, 8, 1),
     },
     "outer": {
-        (64, 2): Blocks(64, 64, 4, 3),
-        (128, 2): Blocks(64, 64, 4, 3),
-        (64, 4): Blocks(32, 32, 4, 1),
+        (128, 2): Blocks(64, 64, 8, 3),
         (128, 4): Blocks(32, 32, 8, 1),
     },
     "rows": {
-        (128, 2): Blocks(64, 64, 4, 2),
-        (64, 4): Blocks(32, 32, 4, 1),
+        (64, 2): Blocks(64, 64, 8, 2),
+        (128, 2): Blocks(64, 32, 8, 2),
         (128, 4): Blocks(32, 32, 8, 1),
     },
     "weight1": {
-        (128, 2): Blocks(64, 64, 4, 3),
-        (64, 4): Blocks(32, 32, 4, 1),
+        (128, 2): Blocks(64, 64, 8, 3),
         (128, 4): Blocks(32, 32, 8, 1),
     },
+    # all of Q, [C, D] in float32, lies in the registers of one program: 255 of them are too few from C = 64 on
     "rows_and_weight1": {
-        (64, 2): Blocks(64, 32, 8, 2),
+        (48, 2): Blocks(64, 32, 8, 2),
     },
 }
+# kernels that spill registers or overflow shared memory below this compute capability
+LEAST_CAPABILITY = {"rows_and_weight1": 9}
 
 
 def padded(count: int) -> int:
@@ -65,10 +63,13 @@ def padded(count: int) -> int:
     return max(MIN_BLOCK, 1 << (count - 1).bit_length())
 
 
-def blocks(kernel: str, channels: int, element_bytes: int, group_rows: int) -> Blocks | None:
-    """The blocks of `kernel` for C channels and groups of so many rows; None where the table has none."""
-    fitting = sorted(key for key in TABLE[kernel] if key[0] >= padded(channels) and key[1] == element_bytes)
-    if not fitting:
+def blocks(kernel: str, channels: int, element_bytes: int, group_rows: int, capability: int) -> Blocks | None:
+    """The blocks of `kernel` for C channels and groups of so many rows; None where the table has none.
+
+    capability: the major number of the GPU's compute capability.
+    """
+    fitting = sorted(key for key in TABLE[kernel] if key[0] >= channels and key[1] == element_bytes)
+    if not fitting or capability < LEAST_CAPABILITY.get(kernel, 0):
         return None
     entry = TABLE[kernel][fitting[0]]
     hidden, total = entry.hidden, 4 * channels
