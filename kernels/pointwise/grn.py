@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_PARTIALS = 256
-_FOLD_ROWS, _FOLD_COLUMNS = 32, 32
+_FOLD_ROWS, _FOLD_COLUMNS = 32, 128
 
 
 @triton.jit
@@ -46,6 +46,7 @@ def sum_partials(partials: Tensor, most: int = 1) -> Tensor:
             PART=MAX_PARTIALS,
             ROWS=_FOLD_ROWS,
             COLUMNS=_FOLD_COLUMNS,
+            num_warps=8,
         )
         partials = sums
     return partials

@@ -14,13 +14,11 @@ CASES = [
     (16, 2, 65, FLOAT, "batch", False),
     (16, 2, 33, BRAIN, "sample", False),
     (40, 2, 19, FLOAT, "sample", False),
-    (40, 3, 65, BRAIN, "sample", True),
-    (40, 2, 76, BRAIN, "batch", True),
+    (40, 2, 65, BRAIN, "sample", True),
     (40, 2, 76, HALF, "batch", False),
-    (64, 2, 20, FLOAT, "batch", True),
-    (64, 2, 65, BRAIN, "sample", True),
-    (80, 2, 20, HALF, "sample", False),
-    (80, 2, 70, BRAIN, "batch", True),
+    (64, 2, 20, BRAIN, "batch", True),
+    pytest.param(64, 2, 65, HALF, "sample", True, marks=pytest.mark.slow),
+    pytest.param(80, 2, 70, BRAIN, "sample", True, marks=pytest.mark.slow),
 ]
 
 
