@@ -135,7 +135,10 @@ def _outer(plan: _Plan, grad: Tensor, weight2: Tensor, h: Tensor, factor: Tensor
     parts_per_chunk = triton.cdiv(num_parts, most)
     num_chunks = triton.cdiv(num_parts, parts_per_chunk)
     products = factor.new_empty(plan.groups, num_parts // plan.groups, hidden)
-    partial_weight2, partial_sum = factor.new_empty(1, num_chunks, channels * hidden), factor.new_empty(1, num_chunks, channels)
+    partial_weight2, partial_sum = (
+        factor.new_empty(1, num_chunks, channels * hidden),
+        factor.new_empty(1, num_chunks, channels),
+    )
     fused_backward.outer_kernel[(num_chunks * num_hidden_blocks,)](
         grad,
         h,
@@ -237,6 +240,4 @@ def _parameters(
         HIDDEN=_PARAMETER_HIDDEN,
     )
     bias1 = sums1.view(channels + 1, hidden)[channels].clone()
-    return Weights(
-        norm_weight, norm_bias, grad_weight1, bias1, grad_gamma, grad_beta, grad_weight2, grad_sum.view(channels)
-    )
+    return Weights(norm_weight, norm_bias, grad_weight1, bias1, grad_gamma, grad_beta, grad_weight2, grad_sum.view(channels))

@@ -16,7 +16,9 @@ _FOLD_ROWS, _FOLD_COLUMNS = 32, 128
 
 
 @triton.jit
-def _fold_kernel(partials, sums, num_partials, num_parts, length, PART: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _fold_kernel(
+    partials, sums, num_partials, num_parts, length, PART: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """One program: the sum of PART rows, for COLUMNS columns, in the order of the rows."""
     part = tl.program_id(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

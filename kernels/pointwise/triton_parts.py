@@ -27,6 +27,19 @@ def gelu_and_slope(a, GELU: tl.constexpr):
     if GELU == "erf":
         cdf = 0.5 + 0.5 * tl.erf(a * 0.7071067811865476)
         return a * cdf, cdf + a * (0.3989422804014327 * tl.exp(-0.5 * a * a))
+    elif GELU == "poly":
+        # the numbers of formulas.CDF_COEFFICIENTS
+        u = tl.minimum(tl.maximum(a, -4.0), 4.0)
+        t = u * u
+        q = -5.932922630e-10 * t + 6.111105033e-08
+        q = q * t - 2.604967780e-06
+        q = q * t + 6.171437460e-05
+        q = q * t - 9.181253198e-04
+        q = q * t + 9.198536975e-03
+        q = q * t - 6.541736100e-02
+        q = q * t + 3.984744487e-01
+        cdf = 0.5 + u * q
+        return a * cdf, cdf + a * (0.3989422804014327 * tl.exp(-0.5 * a * a))
     else:
         # (1 + tanh(u)) / 2 is the logistic function of 2u
         square = a * a

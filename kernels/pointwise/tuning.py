@@ -81,7 +81,8 @@ def blocks(kernel: str, channels: int, element_bytes: int, group_rows: int, capa
 def num_chunks(num_rows: int, channels: int, programs_per_chunk: int) -> int:
     """In how many chunks the rows are summed for a weight gradient.
 
-    Enough to fill a GPU; more only while the partial sums (8C*C bytes written and read per chunk) stay near 4 % of [rows, D].
+    Enough to fill a GPU; more only while writing and reading the partial sums (16C*C bytes each per chunk) stays near 4 % of
+    one pass over [rows, D].
     """
     fill = -(-2 * RESIDENT_PROGRAMS // programs_per_chunk)
     return max(1, min(max(fill, num_rows // (100 * channels)), 512, num_rows // MIN_BLOCK))

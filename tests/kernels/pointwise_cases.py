@@ -20,7 +20,7 @@ class Case(NamedTuple):
 
 
 def draw(channels, samples, sites, dtype, *, scope="sample", gaps=False, gelu="erf", device="cpu") -> Case:
-    """Random activations of `dtype` and float32 weights. gaps: some sites don't exist, in sample 1 none does; g is NaN there."""
+    """Random activations of `dtype`, float32 weights. gaps: sites don't exist, in sample 1 none does; grad is NaN there."""
     generator = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
     hidden = 4 * channels
@@ -61,7 +61,9 @@ def run(implementation, case: Case) -> dict[str, torch.Tensor]:
 
 def exact(case: Case) -> dict[str, torch.Tensor]:
     wide = formulas.Weights(*(w.double() for w in case.weights))
-    return run(formulas, case._replace(residual=case.residual.double(), y=case.y.double(), grad=case.grad.double(), weights=wide))
+    return run(
+        formulas, case._replace(residual=case.residual.double(), y=case.y.double(), grad=case.grad.double(), weights=wide)
+    )
 
 
 def error(got: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -32,7 +32,7 @@ def test_equals_the_formulas(channels, samples, sites, dtype, scope, gaps):
     check(fused, draw(channels, samples, sites, dtype, scope=scope, gaps=gaps))
 
 
-@pytest.mark.parametrize("gelu", ["tanh"])
+@pytest.mark.parametrize("gelu", ["tanh", "poly"])
 def test_other_gelus(gelu):
     check(fused, draw(5, 2, 9, FLOAT, gelu=gelu))
 
