@@ -61,7 +61,7 @@ class _Plan:
 
 
 def forward(residual: Tensor, y: Tensor, weights: Weights, valid: Tensor | None, options: Options) -> tuple[Tensor, Saved]:
-    """residual + Linear2(GRN(GELU(Linear1(LayerNorm(y))))): [N, K, C], 0 at sites that do not exist; see `formulas.forward`."""
+    """residual + Linear2(GRN(GELU(Linear1(LayerNorm(y))))): [N, K, C], 0 where no site exists; see `formulas.forward`."""
     plan, hidden = _Plan(y, valid, options), 4 * y.shape[2]
     residual, y = residual.contiguous(), y.contiguous()
     mean, rstd = y.new_empty((2, *y.shape[:2]), dtype=torch.float32).unbind()

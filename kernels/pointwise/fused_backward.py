@@ -287,7 +287,7 @@ def parameters_kernel(
     CHANNELS: tl.constexpr,
     HIDDEN: tl.constexpr,
 ):
-    """The gradients of the parameters from Q^T and da's sums (sums1 [C + 1, D]), sum of U * factor (sums2 [C, D]) and of g [C].
+    """Gradients of the parameters from Q^T and da's sums (sums1 [C + 1, D]), sums of U * factor (sums2 [C, D]) and of g.
 
     dW1 = Q * weight + sum(da) outer bias; LayerNorm's weight: rowsum(Q^T * W1^T); its bias: W1^T sum(da);
     dW2 = sums2 + sum(g) outer beta; beta: W2^T sum(g). weights1 is in W, as its products were; weights2 as it is given.

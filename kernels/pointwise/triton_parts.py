@@ -15,7 +15,7 @@ def product(a, b, total, UPCAST: tl.constexpr):
 @triton.jit
 def narrow(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
     """float32 `x` rounded to DTYPE. UPCAST: for Triton's interpreter, which cuts off the bits that bfloat16 has not."""
-    if UPCAST and DTYPE == tl.bfloat16:
+    if UPCAST and DTYPE == tl.bfloat16:  # noqa: SIM300
         bits = x.to(tl.int32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
