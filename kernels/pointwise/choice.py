@@ -39,7 +39,7 @@ def chosen(y: Tensor, options: Options) -> ModuleType:
     if backends.choose(OP, y.device, y.dtype, {"triton": None}) == "reference":
         return formulas
     module = importlib.import_module(f"mpmae.kernels.pointwise.{path_of(y.shape[-1], y.dtype, options.scope)}")
-    refusal = module.supports(y.shape[-1], y.dtype, options)
+    refusal = module.supports(y, options)
     if refusal is not None:
         backends.choose(OP, y.device, y.dtype, {"triton": refusal})
         return formulas

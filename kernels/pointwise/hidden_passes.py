@@ -10,19 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mpmae.kernels.pointwise.row_passes import bytes_of, strip_length, tile_rows, tile_shape
-
-
-@triton.jit
-def _gelu(a, TANH: tl.constexpr):
-    """GELU of `a` and its derivative; the formulas of `formulas.gelu_and_slope`."""
-    if TANH:
-        inner = 0.7978845608028654 * (a + 0.044715 * a * a * a)
-        t = 1.0 - 2.0 / (tl.exp(2.0 * inner) + 1.0)
-        slope = 0.5 * (1.0 + t) + 0.5 * a * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 0.134145 * a * a)
-        return 0.5 * a * (1.0 + t), slope
-    else:
-        cdf = 0.5 * (1.0 + tl.erf(a * 0.7071067811865476))
-        return a * cdf, cdf + a * tl.exp(-0.5 * a * a) * 0.3989422804014327
+from mpmae.kernels.pointwise.triton_parts import gelu_and_slope
 
 
 @triton.jit
@@ -40,7 +28,7 @@ def _where(num_sites, num_columns, sites_per_strip, num_strips, num_blocks, COLU
 def _gelu_kernel(
     a, bias, valid, slope, square_sums,
     num_sites, num_columns, sites_per_strip, num_strips, num_blocks,
-    TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    GELU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     _norm, sums, first, stop, column, in_row = _where(
         num_sites, num_columns, sites_per_strip, num_strips, num_blocks, COLUMNS
@@ -51,7 +39,7 @@ def _gelu_kernel(
         row, inside, exists = tile_rows(start, stop, valid, ROWS)
         place = row[:, None] * num_columns + column[None, :]
         there, here = inside[:, None] & in_row[None, :], exists[:, None] & in_row[None, :]
-        value, derivative = _gelu(tl.load(a + place, mask=there, other=0.0).to(tl.float32) + shift[None, :], TANH)
+        value, derivative = gelu_and_slope(tl.load(a + place, mask=there, other=0.0).to(tl.float32) + shift[None, :], GELU)
         rounded = tl.where(here, value, 0.0).to(a.dtype.element_ty)
         tl.store(a + place, rounded, mask=there)
         tl.store(slope + place, tl.where(here, derivative, 0.0).to(slope.dtype.element_ty), mask=there)
@@ -145,9 +133,7 @@ def gelu(a: Tensor, bias: Tensor, valid: Tensor | None, kind: str) -> tuple[Tens
     GELU itself takes the place of `a`; both are 0 at sites that do not exist. kind: one of `formulas.GELUS`.
     """
     strips, slope = _Strips(a), torch.empty_like(a)
-    _gelu_kernel[strips.grid](
-        a, bias, bytes_of(valid), slope, strips.sums, *strips.sizes, TANH=kind == "tanh", **strips.tile
-    )
+    _gelu_kernel[strips.grid](a, bias, bytes_of(valid), slope, strips.sums, *strips.sizes, GELU=kind, **strips.tile)
     return slope, strips.sums.sum(1)
 
 

@@ -36,8 +36,9 @@ SCOPES = ("sample", "batch")
 SITES_PER_CHANNEL_TO_FOLD = 4
 
 
-def supports(num_channels: int, dtype: torch.dtype, options: Options) -> str | None:
-    """Why this implementation does not take such a block, all reasons at once; None if it does."""
+def supports(y: Tensor, options: Options) -> str | None:
+    """Why this implementation does not take `y` [N, K, C], all reasons at once; None if it does."""
+    num_channels, dtype = y.shape[-1], y.dtype
     problems = []
     if not 1 <= num_channels <= MAX_ROW_LENGTH:
         problems.append(f"{num_channels} channels, expected 1 to {MAX_ROW_LENGTH}")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mpmae.kernels.pointwise import formulas
+from mpmae.kernels.pointwise import fit_normal_cdf, formulas
 from tests.kernels import plain
 
 CHANNELS, SITES, SAMPLES = 5, 7, 3
@@ -20,7 +20,7 @@ def draw():
     return residual * valid[:, :, None], y, grad, plain.draw_weights(CHANNELS), valid
 
 
-@pytest.mark.parametrize("gelu", formulas.GELUS)
+@pytest.mark.parametrize("gelu", GELU_NAMES)
 @pytest.mark.parametrize("gaps", [False, True])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_equals_autograd(scope, gaps, gelu):
@@ -77,10 +77,25 @@ def test_the_norm_accumulates_wider_than_bfloat16(scope):
     torch.testing.assert_close(half, norm, rtol=0.02, atol=0)
 
 
-@pytest.mark.parametrize("kind", formulas.GELUS)
+@pytest.mark.parametrize("kind", GELU_NAMES)
 def test_gelu_and_its_slope(kind):
     a = torch.linspace(-9, 9, 1001, dtype=torch.float64, requires_grad=True)
     expected = F.gelu(a, approximate=GELU_NAMES[kind])
     value, slope = formulas.gelu_and_slope(a.detach(), kind)
     torch.testing.assert_close(value, expected, rtol=0, atol=1e-14)
     torch.testing.assert_close(slope, torch.autograd.grad(expected.sum(), a)[0], rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("kind", "value_error", "slope_error"), [("tanh", 4.8e-4, 8.7e-4), ("poly", 1.3e-4, 1.3e-4)])
+def test_errors_of_the_other_gelus_are_as_stated(kind, value_error, slope_error):
+    a = torch.linspace(-12, 12, 240001, dtype=torch.float64)
+    pairs = zip(formulas.gelu_and_slope(a, kind), formulas.gelu_and_slope(a, "erf"), strict=True)
+    errors = [(got - exact).abs().max().item() for got, exact in pairs]
+    assert 0.9 * value_error < errors[0] <= value_error
+    assert 0.9 * slope_error < errors[1] <= slope_error
+
+
+def test_the_fit_gives_the_coefficients_of_poly():
+    assert fit_normal_cdf.CUT == formulas.CDF_CUT
+    fitted = fit_normal_cdf.fit()
+    assert fitted == pytest.approx(formulas.CDF_COEFFICIENTS, rel=1e-4)

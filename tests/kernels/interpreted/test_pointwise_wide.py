@@ -102,6 +102,6 @@ def test_strips_cover_each_row_once():
 
 
 def test_supports_names_every_reason():
-    assert wide.supports(128, torch.bfloat16, options("sample")) is None
-    reasons = wide.supports(5000, torch.float64, options("image", "relu"))
+    assert wide.supports(torch.empty(2, 3, 128, dtype=torch.bfloat16), options("sample")) is None
+    reasons = wide.supports(torch.empty(2, 3, 5000, dtype=torch.float64), options("image", "relu"))
     assert all(word in reasons for word in ("5000", "float64", "image", "relu"))

@@ -1,0 +1,73 @@
+"""Pieces of the fused pointwise kernels, in Triton: products, GELU, which rows exist, blocks of matrices."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def product(a, b, total, UPCAST: tl.constexpr):
+    """total + a b, summed in float32. UPCAST: for Triton's interpreter, which can't multiply bfloat16, nor float16 fast."""
+    if UPCAST:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """float32 `x` rounded to DTYPE. UPCAST: for Triton's interpreter, which cuts off the bits that bfloat16 has not."""
+    if UPCAST and DTYPE == tl.bfloat16:  # noqa: SIM300
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def gelu_and_slope(a, GELU: tl.constexpr):
+    """GELU of float32 `a` and its derivative. GELU, the kind: see `mpmae.kernels.pointwise.formulas.gelu_and_slope`."""
+    if GELU == "erf":
+        cdf = 0.5 + 0.5 * tl.erf(a * 0.7071067811865476)
+        return a * cdf, cdf + a * (0.3989422804014327 * tl.exp(-0.5 * a * a))
+    elif GELU == "poly":
+        # the numbers of formulas.CDF_COEFFICIENTS
+        u = tl.minimum(tl.maximum(a, -4.0), 4.0)
+        t = u * u
+        q = -5.932922630e-10 * t + 6.111105033e-08
+        q = q * t - 2.604967780e-06
+        q = q * t + 6.171437460e-05
+        q = q * t - 9.181253198e-04
+        q = q * t + 9.198536975e-03
+        q = q * t - 6.541736100e-02
+        q = q * t + 3.984744487e-01
+        cdf = 0.5 + u * q
+        return a * cdf, cdf + a * (0.3989422804014327 * tl.exp(-0.5 * a * a))
+    else:
+        # (1 + tanh(u)) / 2 is the logistic function of 2u
+        square = a * a
+        cdf = 1 / (1 + tl.exp(a * (-1.5957691216057308 - 0.07135481627159897 * square)))
+        return a * cdf, cdf + a * (cdf * (1 - cdf)) * (1.5957691216057308 + 0.21406444881479692 * square)
+
+
+@triton.jit
+def existing_rows(valid, first, row, end, HAS_VALID: tl.constexpr):
+    """Whether rows `row` (counted from row `first`) exist: below `end`, and sites with data."""
+    exists = row < end
+    if HAS_VALID:
+        exists = exists & (tl.load(valid + first + row, mask=exists, other=0) != 0)
+    return exists
+
+
+@triton.jit
+def load_block(matrix, first, row, column, exists, WIDTH: tl.constexpr):
+    """matrix[first + row, column] of a row-major matrix of WIDTH columns: 0 in rows that don't exist and beyond WIDTH.
+
+    first: int64, so that the matrix may hold more elements than int32 counts.
+    """
+    place = matrix + first * WIDTH + (row[:, None] * WIDTH + column[None, :])
+    return tl.load(place, mask=exists[:, None] & (column < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def store_block(matrix, value, first, row, column, inside, WIDTH: tl.constexpr, UPCAST: tl.constexpr):
+    """matrix[first + row, column] = float32 `value` in rows `inside` and below WIDTH."""
+    place = matrix + first * WIDTH + (row[:, None] * WIDTH + column[None, :])
+    tl.store(place, narrow(value, matrix.dtype.element_ty, UPCAST), mask=inside[:, None] & (column < WIDTH)[None, :])
