@@ -16,11 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 NUM_TAPS = tl.constexpr(49)
-UNIT_CELLS_SIDE = tl.constexpr(4)
+UNIT_CELLS_SIDE = 4
 NUM_WARPS = 1
 SITES_PER_PROGRAM = 64
 MAX_GRADIENT_PROGRAMS = 1024
-REDUCED_ROWS = 32
+MIN_PROGRAMS = 2048
+REDUCED_ROWS, REDUCED_CHANNELS = 32, 32
 
 
 @triton.constexpr_function
@@ -81,6 +82,11 @@ def _cell(slots, sample, row, column, G: tl.constexpr, HALVINGS: tl.constexpr, B
 
 
 @triton.jit
+def _add_product(sums, index: tl.constexpr, a, b):
+    return sums[:index] + (tl.fma(a, b, sums[index]),) + sums[index + 1 :]
+
+
+@triton.jit
 def _convolve_kernel(
     out,
     x,
@@ -129,8 +135,8 @@ def _convolve_kernel(
                             value = tl.load(near + site * C, mask=inside, other=0).to(tl.float32)
                             for target in tl.static_range(BLOCK * BLOCK * cell_sites):
                                 if _tap(near_row, near_column, site, target, CELL, BLOCK) >= 0:
-                                    product = value * weights[_tap(near_row, near_column, site, target, CELL, BLOCK)]
-                                    sums = sums[:target] + (sums[target] + product,) + sums[target + 1 :]
+                                    weight = weights[_tap(near_row, near_column, site, target, CELL, BLOCK)]
+                                    sums = sums[:target] + (tl.fma(value, weight, sums[target]),) + sums[target + 1 :]
         for own in tl.static_range(BLOCK * BLOCK):
             cell = _cell(slots, sample, block_row + own // BLOCK, block_column + own % BLOCK, G, HALVINGS, BLOCK)
             if cell >= 0:
@@ -190,8 +196,9 @@ def _weight_gradient_kernel(
                             value = tl.load(near + site * C, mask=inside, other=0).to(tl.float32)
                             for target in tl.static_range(BLOCK * BLOCK * cell_sites):
                                 if _tap(near_row, near_column, site, target, CELL, BLOCK) >= 0:
-                                    tap = _tap(near_row, near_column, site, target, CELL, BLOCK)
-                                    sums = sums[:tap] + (sums[tap] + value * grads[target],) + sums[tap + 1 :]
+                                    sums = _add_product(
+                                        sums, _tap(near_row, near_column, site, target, CELL, BLOCK), value, grads[target]
+                                    )
     to = partial + part * ((NUM_TAPS + 1) * C) + channel
     for tap in tl.static_range(NUM_TAPS):
         tl.store(to + tap * C, sums[tap], mask=inside)
@@ -214,3 +221,134 @@ def _reduce_kernel(grad_weight, grad_bias, partial, num_parts, C: tl.constexpr, 
         tl.store(grad_weight + channel * NUM_TAPS + tap, total, mask=channel < C)
     else:
         tl.store(grad_bias + channel, total, mask=channel < C)
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor, visible: Tensor, slots: Tensor, tile_side: int) -> Tensor:
+    """The depthwise convolution of the packed sites, an absent neighbour contributing 0: [N, K, C] of the dtype of `x`.
+
+    x: [N, K, C], bfloat16, float16 or float32, contiguous; 0 at sites that hold no data. weight: [C, 1, 7, 7] and bias: [C], of
+    any floating dtype. visible: int64 [N, V], slots: int16 [N, G+6, G+6] from `tile_slots`. tile_side: s. Sums are float32.
+    Raises ValueError for inputs of another kind and for a sample of 2**31 elements or more.
+    """
+    _check({"x": x}, visible, slots, tile_side, weight, bias)
+    return _convolve(x, weight, bias, None, visible, slots, tile_side, flip=False)
+
+
+def backward_input(
+    grad_y: Tensor, weight: Tensor, visible: Tensor, slots: Tensor, tile_side: int, residual: Tensor | None = None
+) -> Tensor:
+    """The gradient of the input, plus `residual` where given (rounded once): [N, K, C] of the dtype of `grad_y`.
+
+    grad_y: [N, K, C], 0 at sites that hold no data. residual: [N, K, C] of the same dtype. The rest as in `forward`, whose taps
+    in reverse order these are.
+    """
+    given = {"grad_y": grad_y} if residual is None else {"grad_y": grad_y, "residual": residual}
+    _check(given, visible, slots, tile_side, weight)
+    return _convolve(grad_y, weight, None, residual, visible, slots, tile_side, flip=True)
+
+
+def backward_weight(grad_y: Tensor, x: Tensor, visible: Tensor, slots: Tensor, tile_side: int) -> tuple[Tensor, Tensor]:
+    """The gradients of weight [C, 1, 7, 7] and bias [C], float32, the same bits in every run.
+
+    grad_y, x: [N, K, C] of one dtype, both 0 at sites that hold no data. The rest as in `forward`. P programs per group of
+    channels leave P*50*C float32 sums (13 MB at most), which a second kernel adds in a fixed order.
+    """
+    _check({"grad_y": grad_y, "x": x}, visible, slots, tile_side)
+    channels = x.shape[-1]
+    layout = _layout(visible, slots, tile_side)
+    num_blocks, block_channels = _num_blocks(layout, *visible.shape), _block_channels(channels)
+    channel_blocks = triton.cdiv(channels, block_channels)
+    per_program = max(1, triton.cdiv(num_blocks, max(1, MAX_GRADIENT_PROGRAMS // channel_blocks)))
+    num_parts = triton.cdiv(num_blocks, per_program)
+    partial = torch.empty(num_parts, NUM_TAPS.value + 1, channels, dtype=torch.float32, device=x.device)
+    grad_weight = torch.empty(channels, 1, 7, 7, dtype=torch.float32, device=x.device)
+    grad_bias = torch.empty(channels, dtype=torch.float32, device=x.device)
+    with torch.cuda.device_of(x):
+        if num_parts:
+            _weight_gradient_kernel[(num_parts * channel_blocks,)](
+                partial, grad_y, x, visible, slots, visible.shape[1], num_blocks, per_program,
+                C=channels, **layout, BLOCK_C=block_channels, num_warps=NUM_WARPS,
+            )  # fmt: skip
+        _reduce_kernel[(NUM_TAPS.value + 1, triton.cdiv(channels, REDUCED_CHANNELS))](
+            grad_weight, grad_bias, partial, num_parts, C=channels, ROWS=REDUCED_ROWS, BLOCK_C=REDUCED_CHANNELS
+        )
+    return grad_weight, grad_bias
+
+
+def _convolve(x, weight, bias, residual, visible, slots, tile_side, flip):
+    channels = x.shape[-1]
+    layout = _layout(visible, slots, tile_side)
+    num_blocks, block_channels = _num_blocks(layout, *visible.shape), _block_channels(channels)
+    channel_blocks = triton.cdiv(channels, block_channels)
+    most = SITES_PER_PROGRAM // (layout["BLOCK"] * layout["CELL"]) ** 2
+    per_program = min(most, max(1, num_blocks * channel_blocks // MIN_PROGRAMS))
+    out = torch.empty_like(x)
+    # tap-major, so that a program's lanes read neighbouring addresses
+    taps = torch.empty(NUM_TAPS.value, channels, dtype=torch.float32, device=x.device).copy_(weight.view(channels, -1).t())
+    with torch.cuda.device_of(x):
+        if num_blocks:
+            _convolve_kernel[(triton.cdiv(num_blocks, per_program) * channel_blocks,)](
+                out, x, taps, bias, residual, visible, slots, visible.shape[1], num_blocks, per_program,
+                C=channels, **layout, FLIP=flip, BLOCK_C=block_channels, num_warps=NUM_WARPS,
+            )  # fmt: skip
+    return out
+
+
+def _layout(visible: Tensor, slots: Tensor, tile_side: int) -> dict[str, int]:
+    """The compile-time geometry of the kernels: G, sites on a side of a cell, halvings from tile to cell, cells per block."""
+    halvings = 1 if tile_side == 8 else 0
+    block = UNIT_CELLS_SIDE if tile_side == 1 else 1
+    return {"G": slots.shape[1] - 6, "CELL": tile_side >> halvings, "HALVINGS": halvings, "BLOCK": block}
+
+
+def _num_blocks(layout: dict[str, int], num_samples: int, num_visible: int) -> int:
+    if layout["BLOCK"] == 1:
+        return num_samples * num_visible << 2 * layout["HALVINGS"]
+    return num_samples * triton.cdiv(layout["G"], layout["BLOCK"]) ** 2 if num_visible else 0
+
+
+def _block_channels(channels: int) -> int:
+    """Channels of a program: two per lane take 5/3 of the instructions of one per lane, and twice the registers."""
+    return min((32, 3), (64, 5), key=lambda option: triton.cdiv(channels, option[0]) * option[1])[0]
+
+
+def _check(packed, visible, slots, tile_side, weight=None, bias=None) -> None:
+    name, x = next(iter(packed.items()))
+    problems = []
+    if tile_side not in (1, 2, 4, 8):
+        problems.append(f"tile_side = {tile_side}, expected 8, 4, 2 or 1")
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        problems.append(f"{name}: {x.dtype}, expected bfloat16, float16 or float32")
+    sites = (visible.shape[0], visible.shape[-1] * tile_side**2)
+    for other, tensor in packed.items():
+        if tensor.ndim != 3 or tuple(tensor.shape[:2]) != sites or tensor.shape[-1] != x.shape[-1]:
+            problems.append(
+                f"{other}: shape {tuple(tensor.shape)}, expected [N, V*s*s, C] = [{sites[0]}, {sites[1]}, {x.shape[-1]}]"
+            )
+        if tensor.dtype != x.dtype:
+            problems.append(f"{other}: {tensor.dtype}, expected {x.dtype} as {name}")
+    if visible.ndim != 2 or visible.dtype != torch.int64:
+        problems.append(f"visible: {visible.dtype} {tuple(visible.shape)}, expected int64 [N, V]")
+    if (
+        slots.ndim != 3
+        or slots.dtype != torch.int16
+        or slots.shape[0] != visible.shape[0]
+        or slots.shape[1] != slots.shape[2]
+    ):
+        problems.append(
+            f"slots: {slots.dtype} {tuple(slots.shape)}, expected int16 [{visible.shape[0]}, G+6, G+6] from tile_slots"
+        )
+    if weight is not None and tuple(weight.shape) != (x.shape[-1], 1, 7, 7):
+        problems.append(f"weight: shape {tuple(weight.shape)}, expected [C, 1, 7, 7] with C = {x.shape[-1]}")
+    if bias is not None and tuple(bias.shape) != (x.shape[-1],):
+        problems.append(f"bias: shape {tuple(bias.shape)}, expected [C] with C = {x.shape[-1]}")
+    named = {**packed, "visible": visible, "slots": slots, "weight": weight, "bias": bias}
+    for other, tensor in named.items():
+        if tensor is not None and not tensor.is_contiguous():
+            problems.append(f"{other}: strides {tensor.stride()}, expected a contiguous tensor: call .contiguous()")
+        if tensor is not None and tensor.device != x.device:
+            problems.append(f"{other}: on {tensor.device}, expected {x.device} as {name}")
+    if x[:1].numel() >= 2**31:
+        problems.append(f"{name}: {x[:1].numel()} elements in a sample, expected fewer than 2**31")
+    if problems:
+        raise ValueError("depthwise in Triton: " + "; ".join(problems))
