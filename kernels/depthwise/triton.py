@@ -1,13 +1,13 @@
 """Depthwise 7x7 over packed tiles in Triton, for every GPU that Triton knows: forward, input gradient, weight gradient.
 
 A program holds a block of output sites, one accumulator per site, and the 49 weights of its channels in registers, and walks
-the cells around the block: a cell that is absent is skipped by a branch that the whole program takes, of one that is present
-each site is read once and added to all outputs that it reaches. Everything but the cells' addresses is known at compile time.
-README.md has the count.
+the cells around the block: a cell that is absent is skipped by a branch that the whole program takes, of one that is there
+each site is read once and added to all outputs that it reaches. Only the addresses of cells are computed at run time.
+README.md has the count. The functions trust their arguments, which `ops.py` checks.
 
-Shapes: N samples, V visible patches per sample, s sites on a side of a tile (8, 4, 2 or 1), T = s*s, K = V*T sites per sample,
-G patches on a side of the image, C channels, P programs that share the weight gradient of some channels. A cell is a square of
-sites that are neighbours in memory: a quarter of a tile at s = 8, else a tile. A block is one cell, at s = 1 a square of 4x4.
+Shapes: N samples, V visible patches per sample, s sites on a side of a tile (8, 4, 2 or 1), T = s*s, K = V*T sites per
+sample, G patches on a side of the image, C channels, P programs that share the weight gradient of some channels. A cell is a
+square of sites that are neighbours in memory: a quarter of a tile at s = 8, else a tile. A block is one cell, at s = 1 4x4.
 """
 
 import torch
@@ -19,17 +19,17 @@ NUM_TAPS = tl.constexpr(49)
 UNIT_CELLS_SIDE = 4
 NUM_WARPS = 1
 SITES_PER_PROGRAM = 64
-MAX_GRADIENT_PROGRAMS = 1024
+MAX_GRADIENT_PROGRAMS = 1536
 MIN_PROGRAMS = 2048
-REDUCED_ROWS, REDUCED_CHANNELS = 32, 32
+REDUCED_ROWS, REDUCED_CHANNELS = 128, 32
 
 
 @triton.constexpr_function
 def _tap(near_row, near_column, site, target, cell_side, block_side):
     """The tap that takes the input `site` of a cell to the output `target` of the block, -1 if it does not reach it.
 
-    near_row, near_column: the cell's place, counted in cells from the block's first one. Sites of a cell are in Morton order,
-    cells of a block in raster order.
+    near_row, near_column: the cell's place, counted in cells from the block's first one. Sites of a cell are in Morton
+    order, cells of a block in raster order.
     """
 
     def morton(position):
@@ -46,8 +46,9 @@ def _tap(near_row, near_column, site, target, cell_side, block_side):
 @triton.constexpr_function
 def _is_needed(near_row, near_column, site, cell_side, block_side):
     """Whether the input `site` of a cell reaches any output of the block."""
-    num_targets = (cell_side * block_side) ** 2
-    return any(_tap(near_row, near_column, site, target, cell_side, block_side) >= 0 for target in range(num_targets))
+    row = near_row * cell_side + (site >> 1 & 1) + (site >> 2 & 2)
+    column = near_column * cell_side + (site & 1) + (site >> 1 & 2)
+    return min(row, column) >= -3 and max(row, column) < cell_side * block_side + 3
 
 
 @triton.jit
@@ -79,11 +80,6 @@ def _cell(slots, sample, row, column, G: tl.constexpr, HALVINGS: tl.constexpr, B
     else:
         slot = tl.load(place, mask=(tile_row < WIDTH) & (tile_column < WIDTH), other=-1).to(tl.int32)
     return (slot << 2 * HALVINGS) + ((row & HALVINGS) << 1) + (column & HALVINGS)
-
-
-@triton.jit
-def _add_product(sums, index: tl.constexpr, a, b):
-    return sums[:index] + (tl.fma(a, b, sums[index]),) + sums[index + 1 :]
 
 
 @triton.jit
@@ -196,9 +192,10 @@ def _weight_gradient_kernel(
                             value = tl.load(near + site * C, mask=inside, other=0).to(tl.float32)
                             for target in tl.static_range(BLOCK * BLOCK * cell_sites):
                                 if _tap(near_row, near_column, site, target, CELL, BLOCK) >= 0:
-                                    sums = _add_product(
-                                        sums, _tap(near_row, near_column, site, target, CELL, BLOCK), value, grads[target]
-                                    )
+                                    before = sums[: _tap(near_row, near_column, site, target, CELL, BLOCK)]
+                                    old = sums[_tap(near_row, near_column, site, target, CELL, BLOCK)]
+                                    after = sums[_tap(near_row, near_column, site, target, CELL, BLOCK) + 1 :]
+                                    sums = before + (tl.fma(value, grads[target], old),) + after
     to = partial + part * ((NUM_TAPS + 1) * C) + channel
     for tap in tl.static_range(NUM_TAPS):
         tl.store(to + tap * C, sums[tap], mask=inside)
@@ -226,11 +223,10 @@ def _reduce_kernel(grad_weight, grad_bias, partial, num_parts, C: tl.constexpr, 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, visible: Tensor, slots: Tensor, tile_side: int) -> Tensor:
     """The depthwise convolution of the packed sites, an absent neighbour contributing 0: [N, K, C] of the dtype of `x`.
 
-    x: [N, K, C], bfloat16, float16 or float32, contiguous; 0 at sites that hold no data. weight: [C, 1, 7, 7] and bias: [C], of
-    any floating dtype. visible: int64 [N, V], slots: int16 [N, G+6, G+6] from `tile_slots`. tile_side: s. Sums are float32.
-    Raises ValueError for inputs of another kind and for a sample of 2**31 elements or more.
+    x: [N, K, C], bfloat16, float16 or float32, contiguous, fewer than 2**31 elements in a sample; 0 at sites that hold no
+    data. weight: [C, 1, 7, 7] and bias: [C], of any floating dtype. visible: int64 [N, V], slots: int16 [N, G+6, G+6] from
+    `tile_slots`. tile_side: s. Sums are taken in float32.
     """
-    _check({"x": x}, visible, slots, tile_side, weight, bias)
     return _convolve(x, weight, bias, None, visible, slots, tile_side, flip=False)
 
 
@@ -239,11 +235,9 @@ def backward_input(
 ) -> Tensor:
     """The gradient of the input, plus `residual` where given (rounded once): [N, K, C] of the dtype of `grad_y`.
 
-    grad_y: [N, K, C], 0 at sites that hold no data. residual: [N, K, C] of the same dtype. The rest as in `forward`, whose taps
-    in reverse order these are.
+    grad_y: [N, K, C], 0 at sites that hold no data. residual: [N, K, C] of the same dtype. The rest as in `forward`;
+    this is its convolution with the taps in reverse order.
     """
-    given = {"grad_y": grad_y} if residual is None else {"grad_y": grad_y, "residual": residual}
-    _check(given, visible, slots, tile_side, weight)
     return _convolve(grad_y, weight, None, residual, visible, slots, tile_side, flip=True)
 
 
@@ -251,9 +245,8 @@ def backward_weight(grad_y: Tensor, x: Tensor, visible: Tensor, slots: Tensor, t
     """The gradients of weight [C, 1, 7, 7] and bias [C], float32, the same bits in every run.
 
     grad_y, x: [N, K, C] of one dtype, both 0 at sites that hold no data. The rest as in `forward`. P programs per group of
-    channels leave P*50*C float32 sums (13 MB at most), which a second kernel adds in a fixed order.
+    channels leave P*50*C float32 sums (20 MB at most), which a second kernel adds in a fixed order.
     """
-    _check({"grad_y": grad_y, "x": x}, visible, slots, tile_side)
     channels = x.shape[-1]
     layout = _layout(visible, slots, tile_side)
     num_blocks, block_channels = _num_blocks(layout, *visible.shape), _block_channels(channels)
@@ -295,7 +288,7 @@ def _convolve(x, weight, bias, residual, visible, slots, tile_side, flip):
 
 
 def _layout(visible: Tensor, slots: Tensor, tile_side: int) -> dict[str, int]:
-    """The compile-time geometry of the kernels: G, sites on a side of a cell, halvings from tile to cell, cells per block."""
+    """The kernels' compile-time geometry: G, sites on a side of a cell, halvings from tile to cell, cells on a block's."""
     halvings = 1 if tile_side == 8 else 0
     block = UNIT_CELLS_SIDE if tile_side == 1 else 1
     return {"G": slots.shape[1] - 6, "CELL": tile_side >> halvings, "HALVINGS": halvings, "BLOCK": block}
@@ -310,45 +303,3 @@ def _num_blocks(layout: dict[str, int], num_samples: int, num_visible: int) -> i
 def _block_channels(channels: int) -> int:
     """Channels of a program: two per lane take 5/3 of the instructions of one per lane, and twice the registers."""
     return min((32, 3), (64, 5), key=lambda option: triton.cdiv(channels, option[0]) * option[1])[0]
-
-
-def _check(packed, visible, slots, tile_side, weight=None, bias=None) -> None:
-    name, x = next(iter(packed.items()))
-    problems = []
-    if tile_side not in (1, 2, 4, 8):
-        problems.append(f"tile_side = {tile_side}, expected 8, 4, 2 or 1")
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        problems.append(f"{name}: {x.dtype}, expected bfloat16, float16 or float32")
-    sites = (visible.shape[0], visible.shape[-1] * tile_side**2)
-    for other, tensor in packed.items():
-        if tensor.ndim != 3 or tuple(tensor.shape[:2]) != sites or tensor.shape[-1] != x.shape[-1]:
-            problems.append(
-                f"{other}: shape {tuple(tensor.shape)}, expected [N, V*s*s, C] = [{sites[0]}, {sites[1]}, {x.shape[-1]}]"
-            )
-        if tensor.dtype != x.dtype:
-            problems.append(f"{other}: {tensor.dtype}, expected {x.dtype} as {name}")
-    if visible.ndim != 2 or visible.dtype != torch.int64:
-        problems.append(f"visible: {visible.dtype} {tuple(visible.shape)}, expected int64 [N, V]")
-    if (
-        slots.ndim != 3
-        or slots.dtype != torch.int16
-        or slots.shape[0] != visible.shape[0]
-        or slots.shape[1] != slots.shape[2]
-    ):
-        problems.append(
-            f"slots: {slots.dtype} {tuple(slots.shape)}, expected int16 [{visible.shape[0]}, G+6, G+6] from tile_slots"
-        )
-    if weight is not None and tuple(weight.shape) != (x.shape[-1], 1, 7, 7):
-        problems.append(f"weight: shape {tuple(weight.shape)}, expected [C, 1, 7, 7] with C = {x.shape[-1]}")
-    if bias is not None and tuple(bias.shape) != (x.shape[-1],):
-        problems.append(f"bias: shape {tuple(bias.shape)}, expected [C] with C = {x.shape[-1]}")
-    named = {**packed, "visible": visible, "slots": slots, "weight": weight, "bias": bias}
-    for other, tensor in named.items():
-        if tensor is not None and not tensor.is_contiguous():
-            problems.append(f"{other}: strides {tensor.stride()}, expected a contiguous tensor: call .contiguous()")
-        if tensor is not None and tensor.device != x.device:
-            problems.append(f"{other}: on {tensor.device}, expected {x.device} as {name}")
-    if x[:1].numel() >= 2**31:
-        problems.append(f"{name}: {x[:1].numel()} elements in a sample, expected fewer than 2**31")
-    if problems:
-        raise ValueError("depthwise in Triton: " + "; ".join(problems))
