@@ -248,9 +248,9 @@ def backward_weight(grad_y: Tensor, x: Tensor, visible: Tensor, slots: Tensor, t
     channels leave P*50*C float32 sums (20 MB at most), which a second kernel adds in a fixed order.
     """
     channels = x.shape[-1]
-    layout = _layout(visible, slots, tile_side)
-    num_blocks, block_channels = _num_blocks(layout, *visible.shape), _block_channels(channels)
-    channel_blocks = triton.cdiv(channels, block_channels)
+    layout = layout_constants(tile_side, slots.shape[1] - 6)
+    num_blocks, width = _num_blocks(layout, *visible.shape), block_channels(channels)
+    channel_blocks = triton.cdiv(channels, width)
     per_program = max(1, triton.cdiv(num_blocks, max(1, MAX_GRADIENT_PROGRAMS // channel_blocks)))
     num_parts = triton.cdiv(num_blocks, per_program)
     partial = torch.empty(num_parts, NUM_TAPS.value + 1, channels, dtype=torch.float32, device=x.device)
@@ -260,7 +260,7 @@ def backward_weight(grad_y: Tensor, x: Tensor, visible: Tensor, slots: Tensor, t
         if num_parts:
             _weight_gradient_kernel[(num_parts * channel_blocks,)](
                 partial, grad_y, x, visible, slots, visible.shape[1], num_blocks, per_program,
-                C=channels, **layout, BLOCK_C=block_channels, num_warps=NUM_WARPS,
+                C=channels, **layout, BLOCK_C=width, num_warps=NUM_WARPS,
             )  # fmt: skip
         _reduce_kernel[(NUM_TAPS.value + 1, triton.cdiv(channels, REDUCED_CHANNELS))](
             grad_weight, grad_bias, partial, num_parts, C=channels, ROWS=REDUCED_ROWS, BLOCK_C=REDUCED_CHANNELS
@@ -270,9 +270,9 @@ def backward_weight(grad_y: Tensor, x: Tensor, visible: Tensor, slots: Tensor, t
 
 def _convolve(x, weight, bias, residual, visible, slots, tile_side, flip):
     channels = x.shape[-1]
-    layout = _layout(visible, slots, tile_side)
-    num_blocks, block_channels = _num_blocks(layout, *visible.shape), _block_channels(channels)
-    channel_blocks = triton.cdiv(channels, block_channels)
+    layout = layout_constants(tile_side, slots.shape[1] - 6)
+    num_blocks, width = _num_blocks(layout, *visible.shape), block_channels(channels)
+    channel_blocks = triton.cdiv(channels, width)
     most = SITES_PER_PROGRAM // (layout["BLOCK"] * layout["CELL"]) ** 2
     per_program = min(most, max(1, num_blocks * channel_blocks // MIN_PROGRAMS))
     out = torch.empty_like(x)
@@ -282,16 +282,16 @@ def _convolve(x, weight, bias, residual, visible, slots, tile_side, flip):
         if num_blocks:
             _convolve_kernel[(triton.cdiv(num_blocks, per_program) * channel_blocks,)](
                 out, x, taps, bias, residual, visible, slots, visible.shape[1], num_blocks, per_program,
-                C=channels, **layout, FLIP=flip, BLOCK_C=block_channels, num_warps=NUM_WARPS,
+                C=channels, **layout, FLIP=flip, BLOCK_C=width, num_warps=NUM_WARPS,
             )  # fmt: skip
     return out
 
 
-def _layout(visible: Tensor, slots: Tensor, tile_side: int) -> dict[str, int]:
+def layout_constants(tile_side: int, num_patches_side: int) -> dict[str, int]:
     """The kernels' compile-time geometry: G, sites on a side of a cell, halvings from tile to cell, cells on a block's."""
     halvings = 1 if tile_side == 8 else 0
     block = UNIT_CELLS_SIDE if tile_side == 1 else 1
-    return {"G": slots.shape[1] - 6, "CELL": tile_side >> halvings, "HALVINGS": halvings, "BLOCK": block}
+    return {"G": num_patches_side, "CELL": tile_side >> halvings, "HALVINGS": halvings, "BLOCK": block}
 
 
 def _num_blocks(layout: dict[str, int], num_samples: int, num_visible: int) -> int:
@@ -300,6 +300,6 @@ def _num_blocks(layout: dict[str, int], num_samples: int, num_visible: int) -> i
     return num_samples * triton.cdiv(layout["G"], layout["BLOCK"]) ** 2 if num_visible else 0
 
 
-def _block_channels(channels: int) -> int:
+def block_channels(channels: int) -> int:
     """Channels of a program: two per lane take 5/3 of the instructions of one per lane, and twice the registers."""
     return min((32, 3), (64, 5), key=lambda option: triton.cdiv(channels, option[0]) * option[1])[0]
