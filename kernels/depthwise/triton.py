@@ -69,13 +69,26 @@ def _place(block, visible, num_visible, G: tl.constexpr, CELL: tl.constexpr, HAL
 
 
 @triton.jit
-def _cell(slots, sample, row, column, G: tl.constexpr, HALVINGS: tl.constexpr, BLOCK: tl.constexpr):
-    """Where in its sample the cell at (row, column) lies, in cells; negative if it is absent."""
+def _cell(
+    slots,
+    sample,
+    block_row,
+    block_column,
+    near_row: tl.constexpr,
+    near_column: tl.constexpr,
+    G: tl.constexpr,
+    HALVINGS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Where in its sample a cell near a block lies, in cells; negative if it is absent."""
     WIDTH: tl.constexpr = G + 6
+    row = block_row + near_row
+    column = block_column + near_column
     tile_row = row >> HALVINGS
     tile_column = column >> HALVINGS
     place = slots + (sample * (WIDTH * WIDTH) + tile_row * WIDTH + tile_column)
-    if G % BLOCK == 0:
+    # the last blocks hang over the grid by -G % BLOCK cells, more than the border of the slots bears
+    if max(near_row, near_column) < BLOCK + 3 - -G % BLOCK:
         slot = tl.load(place).to(tl.int32)
     else:
         slot = tl.load(place, mask=(tile_row < WIDTH) & (tile_column < WIDTH), other=-1).to(tl.int32)
@@ -123,7 +136,7 @@ def _convolve_kernel(
         sums = (start,) * (BLOCK * BLOCK * cell_sites)
         for near_row in tl.static_range(-reach, BLOCK + reach):
             for near_column in tl.static_range(-reach, BLOCK + reach):
-                cell = _cell(slots, sample, block_row + near_row, block_column + near_column, G, HALVINGS, BLOCK)
+                cell = _cell(slots, sample, block_row, block_column, near_row, near_column, G, HALVINGS, BLOCK)
                 if cell >= 0:
                     near = here + cell * (cell_sites * C)
                     for site in tl.static_range(cell_sites):
@@ -134,7 +147,7 @@ def _convolve_kernel(
                                     weight = weights[_tap(near_row, near_column, site, target, CELL, BLOCK)]
                                     sums = sums[:target] + (tl.fma(value, weight, sums[target]),) + sums[target + 1 :]
         for own in tl.static_range(BLOCK * BLOCK):
-            cell = _cell(slots, sample, block_row + own // BLOCK, block_column + own % BLOCK, G, HALVINGS, BLOCK)
+            cell = _cell(slots, sample, block_row, block_column, own // BLOCK, own % BLOCK, G, HALVINGS, BLOCK)
             if cell >= 0:
                 place = shift + cell * (cell_sites * C) + channel
                 for site in tl.static_range(cell_sites):
@@ -177,14 +190,14 @@ def _weight_gradient_kernel(
         shift = sample.to(tl.int64) * num_visible * ((CELL << HALVINGS) * (CELL << HALVINGS) * C) + channel
         grads = ()
         for own in tl.static_range(BLOCK * BLOCK):
-            cell = _cell(slots, sample, block_row + own // BLOCK, block_column + own % BLOCK, G, HALVINGS, BLOCK)
+            cell = _cell(slots, sample, block_row, block_column, own // BLOCK, own % BLOCK, G, HALVINGS, BLOCK)
             for site in tl.static_range(cell_sites):
                 place = grad + shift + (cell * cell_sites + site) * C
                 grads = grads + (tl.load(place, mask=inside & (cell >= 0), other=0).to(tl.float32),)
                 bias_sum += grads[own * cell_sites + site]
         for near_row in tl.static_range(-reach, BLOCK + reach):
             for near_column in tl.static_range(-reach, BLOCK + reach):
-                cell = _cell(slots, sample, block_row + near_row, block_column + near_column, G, HALVINGS, BLOCK)
+                cell = _cell(slots, sample, block_row, block_column, near_row, near_column, G, HALVINGS, BLOCK)
                 if cell >= 0:
                     near = x + shift + cell * (cell_sites * C)
                     for site in tl.static_range(cell_sites):
@@ -301,5 +314,5 @@ def _num_blocks(layout: dict[str, int], num_samples: int, num_visible: int) -> i
 
 
 def block_channels(channels: int) -> int:
-    """Channels of a program: two per lane take 5/3 of the instructions of one per lane, and twice the registers."""
-    return min((32, 3), (64, 5), key=lambda option: triton.cdiv(channels, option[0]) * option[1])[0]
+    """Channels of a program: two per lane take half as many instructions again as one per lane, and twice the registers."""
+    return min((32, 2), (64, 3), key=lambda option: triton.cdiv(channels, option[0]) * option[1])[0]

@@ -7,7 +7,7 @@ pytest.importorskip("triton", reason="needs triton, which is not installed")
 from mpmae.kernels.depthwise import triton as depthwise
 from tests.kernels.offline import ARCHITECTURES, Usage, assert_fits
 
-MAX_REGISTERS = {32: 128, 64: 200}  # by channels of a program: 16 and 10 warps of an SM
+MAX_REGISTERS = {32: 128, 64: 200}  # by channels of a program: 16 and 10 warps per SM at least
 PRESETS = {"atto": 40, "tiny": 96, "base": 128}
 FUNCTIONS = ("forward", "backward_input", "backward_weight")
 
