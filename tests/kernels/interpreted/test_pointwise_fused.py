@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mpmae.kernels.pointwise import fused, tuning
+from mpmae.kernels.pointwise import formulas, fused, tuning
 from tests.kernels.pointwise_cases import check, draw, poison, run
 
 FLOAT, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
