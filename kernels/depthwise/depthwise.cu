@@ -191,25 +191,33 @@ __device__ __forceinline__ int slot_at(const short* slots, int sample, int row, 
   return inside ? slots[static_cast<long long>(sample) * side * side + (row + RADIUS) * side + column + RADIUS] : -1;
 }
 
-// Starts the copies of a stage. Thread t copies piece t % PIECES of every (THREADS / PIECES)-th site.
+__device__ constexpr int power_of_two_below(int value) { return value < 2 ? 1 : 2 * power_of_two_below(value / 2); }
+
+// Starts the copies of a stage. A thread keeps to one piece of the rows, and to one site of the tiles where there are threads
+// enough: then nothing but additions is left in its loop.
 __device__ __forceinline__ void fetch(char* buffer, const Stage& stage, const Element* x, const short* slots, int num_visible) {
-  constexpr int PIECES = ROW / COPY_BYTES, STEP = THREADS / PIECES;
-  const int piece = threadIdx.x % PIECES, channel = blockIdx.x * CHUNK + piece * (COPY_BYTES / ELEMENT_BYTES);
-  if (threadIdx.x >= STEP * PIECES || channel >= CHANNELS) return;
-  const Element* source = x + static_cast<long long>(stage.first_sample) * num_visible * SITES * CHANNELS + channel;
-  const int num_rows = (REGION ? WIDTH * WIDTH : stage.num_samples * num_visible) * SITES;
-  for (int row = threadIdx.x / PIECES; row < num_rows; row += STEP) {
-    const int tile = row / SITES, site = row % SITES, quadrant = site / QUADRANT_SITES;
-    int from = row;
+  constexpr int PIECES = ROW / COPY_BYTES, ROWS = THREADS / PIECES;
+  constexpr int TILES = ROWS < SITES ? 1 : ROWS / SITES, STEP = ROWS < SITES ? power_of_two_below(ROWS) : SITES;
+  const int piece = threadIdx.x % PIECES, row = threadIdx.x / PIECES;
+  const int channel = blockIdx.x * CHUNK + piece * (COPY_BYTES / ELEMENT_BYTES);
+  if (row >= TILES * STEP || channel >= CHANNELS) return;
+  const int num_tiles = REGION ? WIDTH * WIDTH : stage.num_samples * num_visible;
+  const Element* source = x + static_cast<long long>(stage.first_sample) * num_visible * (SITES * CHANNELS) + channel;
+#pragma unroll 2
+  for (int tile = row / STEP; tile < num_tiles; tile += TILES) {
+    int from = tile;
     if constexpr (REGION != 0) {
-      const int slot = slot_at(slots, stage.first_sample, stage.row - REACH + tile / WIDTH, stage.column - REACH + tile % WIDTH);
-      if (slot < 0) continue;
-      from = slot * SITES + site;
+      from = slot_at(slots, stage.first_sample, stage.row - REACH + tile / WIDTH, stage.column - REACH + tile % WIDTH);
+      if (from < 0) continue;
     }
-    int place = site % QUADRANT_SITES;
-    if constexpr (MIRRORED) place ^= mirror(quadrant);
-    copy_async(buffer + tile * TILE_BYTES + quadrant * QUADRANT_BYTES + place * ROW + piece * COPY_BYTES,
-               reinterpret_cast<const char*>(source + static_cast<long long>(from) * CHANNELS));
+#pragma unroll 2
+    for (int site = row % STEP; site < SITES; site += STEP) {
+      const int quadrant = site / QUADRANT_SITES;
+      int place = site % QUADRANT_SITES;
+      if constexpr (MIRRORED) place ^= mirror(quadrant);
+      copy_async(buffer + tile * TILE_BYTES + quadrant * QUADRANT_BYTES + place * ROW + piece * COPY_BYTES,
+                 reinterpret_cast<const char*>(source + (from * SITES + site) * CHANNELS));
+    }
   }
 }
 
@@ -304,22 +312,26 @@ __device__ __forceinline__ long long first_element(const Arguments& a, const Lan
   return (static_cast<long long>(sample) * a.num_visible + slot) * (SITES * CHANNELS) + lane.channel;
 }
 
-__device__ __forceinline__ void begin(Block& block, int output, const Element* extra, const float (&bias)[PER_LANE]) {
+// Sets output i to what it starts from, or reads the gradient at it.
+__device__ __forceinline__ void begin(Block& block, int i, const Element* extra, const float (&bias)[PER_LANE]) {
   float value[PER_LANE] = {};
   if (extra) read(value, extra);
 #pragma unroll
-  for (int p = 0; p < PER_LANE; ++p) block[p][output] = OP == FORWARD ? bias[p] : value[p];
+  for (int p = 0; p < PER_LANE; ++p) block[p][i] = OP == FORWARD ? bias[p] : value[p];
 }
 
-__device__ __forceinline__ void finish(const Block& block, int output, Element* y, float (&bias)[PER_LANE]) {
+__device__ __forceinline__ void store(const Block& block, int i, Element* y) {
   float value[PER_LANE];
 #pragma unroll
+  for (int p = 0; p < PER_LANE; ++p) value[p] = block[p][i];
+  write(y, value);
+}
+
+__device__ __forceinline__ void add_to_bias(const Block& block, float (&bias)[PER_LANE]) {
+#pragma unroll
   for (int p = 0; p < PER_LANE; ++p) {
-    value[p] = block[p][output];
-    if constexpr (OP == WEIGHT_GRADIENT) bias[p] += value[p];
-  }
-  if constexpr (OP != WEIGHT_GRADIENT) {
-    if (y) write(y, value);
+#pragma unroll
+    for (int i = 0; i < OUTPUTS; ++i) bias[p] += block[p][i];
   }
 }
 
@@ -361,8 +373,10 @@ __device__ __forceinline__ void compute(const Arguments& a, const Lane& lane, co
   const long long first = first_element(a, lane, sample, slot);
   Block block;
 #pragma unroll
-  for (int i = 0; i < OUTPUTS; ++i) {
-    begin(block, i, OP >= WITH_RESIDUAL && active ? a.extra + first + element_of(lane, i / BLOCK, i % BLOCK) : nullptr, bias);
+  for (int i = 0; i < OUTPUTS; ++i) begin(block, i, nullptr, bias);
+  if (OP >= WITH_RESIDUAL && active) {
+#pragma unroll
+    for (int i = 0; i < OUTPUTS; ++i) begin(block, i, a.extra + first + element_of(lane, i / BLOCK, i % BLOCK), bias);
   }
 #pragma unroll
   for (int k = 0; k < NEIGHBOURS; ++k) {
@@ -371,9 +385,10 @@ __device__ __forceinline__ void compute(const Arguments& a, const Lane& lane, co
     const int place = __shfl_sync(WARP, tile.place, k, LANES);
     visit(shared + place + lane.offset, top * SIDE, left * SIDE, lane.quadrants, taps, block);
   }
+  if constexpr (OP == WEIGHT_GRADIENT) add_to_bias(block, bias);
+  else if (active) {
 #pragma unroll
-  for (int i = 0; i < OUTPUTS; ++i) {
-    finish(block, i, active ? a.y + first + element_of(lane, i / BLOCK, i % BLOCK) : nullptr, bias);
+    for (int i = 0; i < OUTPUTS; ++i) store(block, i, a.y + first + element_of(lane, i / BLOCK, i % BLOCK));
   }
 }
 
@@ -418,15 +433,16 @@ __device__ __forceinline__ void compute(const Arguments& a, const Lane& lane, co
       visit(shared + place + lane.offset, r + LOW, c + LOW, lane.quadrants, taps, block);
     }
   }
+  if constexpr (OP == WEIGHT_GRADIENT) {
+    add_to_bias(block, bias);
+    return;
+  }
 #pragma unroll
   for (int i = 0; i < OUTPUTS; ++i) {
     const int r = i / BLOCK - LOW, c = i % BLOCK - LOW;
-    Element* y = nullptr;
-    if (OP != WEIGHT_GRADIENT && present[r] >> c & 1) {
-      const int slot = __shfl_sync(WARP, tiles[r].slot, c);
-      if (lane.has_channel) y = a.y + first_element(a, lane, sample, slot);
-    }
-    finish(block, i, y, bias);
+    if (!(present[r] >> c & 1)) continue;
+    const int slot = __shfl_sync(WARP, tiles[r].slot, c);
+    if (lane.has_channel) store(block, i, a.y + first_element(a, lane, sample, slot));
   }
 }
 
@@ -446,10 +462,11 @@ __device__ __forceinline__ void load_weights(float* staged, const Weight* weight
   const int first = blockIdx.x * CHUNK, count = min(CHUNK, CHANNELS - first) * TAPS;
   for (int i = threadIdx.x; i < count; i += THREADS) staged[i] = widen<WEIGHT>(weight[first * TAPS + i]);
   __syncthreads();
+  const int row = lane.has_channel ? in_chunk * TAPS : 0;
 #pragma unroll
   for (int p = 0; p < PER_LANE; ++p) {
 #pragma unroll
-    for (int t = 0; t < TAPS; ++t) taps[p][t] = lane.has_channel ? staged[(in_chunk + p) * TAPS + tap_of(t, lane)] : 0.f;
+    for (int t = 0; t < TAPS; ++t) taps[p][t] = staged[row + p * TAPS + tap_of(t, lane)];
   }
   __syncthreads();
 }
@@ -501,7 +518,8 @@ KERNEL(const Element* x, const Weight* weight, const Weight* bias_weight, const 
   const Arguments a{x, residual, slots, visible, y, num_visible};
 #endif
   DYNAMIC_SHARED;
-  const int warp = threadIdx.x / 32, in_warp = threadIdx.x % 32, group = warp % GROUPS, worker = warp / GROUPS;
+  const int warp = __shfl_sync(WARP, threadIdx.x / 32, 0);  // the same for all lanes, and known to be
+  const int in_warp = threadIdx.x % 32, group = warp % GROUPS, worker = warp / GROUPS;
   Lane lane;
   lane.subgroup = in_warp / LANES;
   lane.in_subgroup = in_warp % LANES;
