@@ -103,14 +103,14 @@ template <int KIND> __device__ __forceinline__ float widen(typename Stored<KIND>
   }
 }
 
-__device__ __forceinline__ Element narrow(float value) {
-  if constexpr (ELEMENT == FLOAT) return value;
+template <int KIND> __device__ __forceinline__ typename Stored<KIND>::type narrow(float value) {
+  if constexpr (KIND == FLOAT) return value;
 #ifdef EMULATED
-  else return ELEMENT == BFLOAT16 ? emulated_float_to_bfloat16(value) : emulated_float_to_half(value);
+  else return KIND == BFLOAT16 ? emulated_float_to_bfloat16(value) : emulated_float_to_half(value);
 #else
   else {
-    Element bits;
-    if constexpr (ELEMENT == BFLOAT16) asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    unsigned short bits;
+    if constexpr (KIND == BFLOAT16) asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     else asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
   }
@@ -128,8 +128,11 @@ __device__ __forceinline__ void read(float (&value)[PER_LANE], const void* addre
 }
 
 __device__ __forceinline__ void write(Element* address, const float (&value)[PER_LANE]) {
-  if constexpr (PER_LANE == 1) *address = narrow(value[0]);
-  else *reinterpret_cast<unsigned*>(address) = narrow(value[0]) | static_cast<unsigned>(narrow(value[1])) << 16;
+  if constexpr (PER_LANE == 1) *address = narrow<ELEMENT>(value[0]);
+  else {
+    const unsigned low = narrow<ELEMENT>(value[0]), high = narrow<ELEMENT>(value[1]);
+    *reinterpret_cast<unsigned*>(address) = low | high << 16;
+  }
 }
 
 __device__ constexpr int morton(int row, int column) {
