@@ -21,10 +21,10 @@ ALIGNMENT_BYTES = 16
 def forward(x: Tensor, weight: Tensor, bias: Tensor, visible: Tensor, slots: Tensor, tile_side: int) -> Tensor:
     """Depthwise 7x7 convolution of the packed sites, [N, K, C] of the dtype of `x` [N, K, C].
 
-    weight: [C, 1, 7, 7], bias: [C], of one dtype. Sites that do not exist must hold 0 in `x`; what comes out at them means
+    weight: [C, 1, 7, 7], bias: [C]. Sites that do not exist must hold 0 in `x`; what comes out at them means
     nothing. Raises ValueError for what the kernel does not take.
     """
-    _check(x=x, weight=weight, bias=bias.to(weight.dtype))
+    _check(x=x, weight=weight, bias=bias)
     return _convolve("forward", x, weight, bias.to(weight.dtype), None, visible, slots, tile_side)
 
 
@@ -98,8 +98,8 @@ def _check(**tensors: Tensor) -> None:
             problems.append(f"{name}: shape {list(tensor.shape)}, expected {list(first.shape)}")
         if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT_BYTES:
             problems.append(
-                f"{name}: strides {list(tensor.stride())} from address {tensor.data_ptr()}, expected a contiguous tensor that "
-                f"starts at a multiple of {ALIGNMENT_BYTES}; .clone() it"
+                f"{name}: strides {list(tensor.stride())} from address {tensor.data_ptr()}, expected a contiguous tensor "
+                f"that starts at a multiple of {ALIGNMENT_BYTES}; .clone() it"
             )
     if problems:
         raise ValueError(f"depthwise kernel: {'; '.join(problems)}")

@@ -101,7 +101,10 @@ class Shape:
 def plan(problem: Problem, device: Device) -> Plan:
     """The launch for a problem on a device. Raises ValueError with everything that it does not take."""
     _refuse(problem, device)
-    shapes = [_occupied(shape, device) for shape in _shapes(problem, device.shared_limit)]
+    shapes = [_occupied(shape, device) for shape in _shapes(problem, device.shared_limit, (0,))]
+    if not any(shape.stages * shape.min_ctas > 1 for shape in shapes):  # nothing would overlap the copies of whole samples
+        regions = (block_side(problem.num_patches_side),) if problem.tile_side == 1 else REGIONS
+        shapes += [_occupied(shape, device) for shape in _shapes(problem, device.shared_limit, regions)]
     shape = max(shapes, key=lambda shape: (_score(problem, device, shape), -shape.shared_bytes))
     chunks = _ceil(problem.channels, shape.chunk)
     items = _items(problem, shape)
@@ -164,16 +167,15 @@ def _refuse(problem: Problem, device: Device) -> None:
         raise ValueError(f"depthwise kernel: {'; '.join(problems)}")
 
 
-def _shapes(problem: Problem, shared_limit: int) -> Iterator[Shape]:
-    """Every way to cut the problem that fits the shared memory."""
+def _shapes(problem: Problem, shared_limit: int, regions: tuple[int, ...]) -> Iterator[Shape]:
+    """Every way to cut the problem that fits the shared memory, with stages of whole samples (0) or of regions."""
     lanes, per_lane, max_warps = _lanes(problem)
     side, element_bytes = problem.tile_side, problem.dtype.itemsize
     group = lanes * per_lane
     quadrants = 4 if side == 8 else 1
     padding = quadrants * _ceil(group * element_bytes, 16) * 16 if lanes < WARP else 0
-    regions = (block_side(problem.num_patches_side),) if side == 1 else REGIONS
     max_groups = min(_ceil(problem.channels, group), max_warps)
-    for region, groups in itertools.product((0, *regions), range(1, max_groups + 1)):
+    for region, groups in itertools.product(regions, range(1, max_groups + 1)):
         tile_bytes = side**2 * groups * group * element_bytes + padding
         zeros = tile_bytes if lanes < WARP else 0
         sums_bytes = groups * group * SUMS * 4
@@ -189,7 +191,7 @@ def _shapes(problem: Problem, shared_limit: int) -> Iterator[Shape]:
 
 
 def _lanes(problem: Problem) -> tuple[int, int, int]:
-    """Lanes of a warp along channels, channels of each, and warps of a multiprocessor that their registers leave room for."""
+    """Lanes of a warp along channels, channels of each, warps of a multiprocessor that their registers leave room for."""
     side, channels = problem.tile_side, problem.channels
     is_half = problem.dtype.itemsize == 2
     if side == 8:

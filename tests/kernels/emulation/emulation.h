@@ -6,7 +6,6 @@
 #include <csetjmp>
 #include <cstdlib>
 #include <cstring>
-#include <tuple>
 #include <ucontext.h>
 #include <utility>
 #include <vector>
@@ -37,7 +36,7 @@ struct Copy {
   int bytes, group;
 };
 
-constexpr size_t STACK_BYTES = 256 << 10;
+constexpr size_t STACK_BYTES = 64 << 10;
 
 struct Fiber {
   ucontext_t context;
@@ -51,14 +50,14 @@ struct Fiber {
   int num_groups;
 };
 
-inline std::vector<Fiber> fibers;
-inline std::vector<char> stacks;
-inline ucontext_t scheduler;
-inline jmp_buf scheduler_jump;
-inline int current;
-inline char* shared_memory;
-inline void (*body)();
-inline const char* failure;
+static std::vector<Fiber> fibers;
+static char* stacks;
+static ucontext_t scheduler;
+static jmp_buf scheduler_jump;
+static int current;
+static char* shared_memory;
+static void (*body)();
+static const char* failure;
 
 // The first failure ends the launch, which hands it back.
 inline void fail(const char* message) {
@@ -67,8 +66,8 @@ inline void fail(const char* message) {
 
 #if defined(__SANITIZE_ADDRESS__)
 // The sanitizer has to be told of every change of stacks, and follows `swapcontext` only.
-inline const void* scheduler_stack;
-inline size_t scheduler_stack_bytes;
+static const void* scheduler_stack;
+static size_t scheduler_stack_bytes;
 
 inline void leave() {
   void* fake = nullptr;
@@ -79,7 +78,7 @@ inline void leave() {
 
 inline void enter() {
   void* fake = nullptr;
-  __sanitizer_start_switch_fiber(&fake, stacks.data() + current * STACK_BYTES, STACK_BYTES);
+  __sanitizer_start_switch_fiber(&fake, stacks + current * STACK_BYTES, STACK_BYTES);
   swapcontext(&scheduler, &fibers[current].context);
   __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 }
@@ -180,7 +179,7 @@ template <class T> inline T exchange(T value, int source) {
 
 }  // namespace emulated
 
-inline emulated::Index block_index, block_size, grid_size;
+static emulated::Index block_index, block_size, grid_size;
 #define threadIdx (emulated::Index{emulated::current, 0, 0})
 #define blockIdx block_index
 #define gridDim grid_size
@@ -257,7 +256,7 @@ inline void emulated_wait(int newest) {
 
 namespace emulated {
 
-inline void* const* arguments;
+static void* const* arguments;
 
 template <class... A, size_t... I>
 void call(void (*kernel)(A...), std::index_sequence<I...>) {
@@ -273,9 +272,9 @@ inline const char* launch(const int* grid, int num_threads, int shared_bytes, bo
   block_size = {num_threads, 1, 1};
   grid_size = {grid[0], grid[1], grid[2]};
   fibers = std::vector<Fiber>(num_threads);
-  stacks.resize(num_threads * STACK_BYTES);
-  for (block_index.z = 0; block_index.z < grid[2]; ++block_index.z)
-    for (block_index.y = 0; block_index.y < grid[1]; ++block_index.y)
+  stacks = static_cast<char*>(std::malloc(num_threads * STACK_BYTES));
+  for (block_index.z = 0; block_index.z < grid[2] && !failure; ++block_index.z)
+    for (block_index.y = 0; block_index.y < grid[1] && !failure; ++block_index.y)
       for (block_index.x = 0; block_index.x < grid[0]; ++block_index.x) {
         shared_memory = static_cast<char*>(std::aligned_alloc(16, (shared_bytes + 15) / 16 * 16));
         std::memset(shared_memory, 0xff, shared_bytes);
@@ -286,21 +285,22 @@ inline const char* launch(const int* grid, int num_threads, int shared_bytes, bo
           fiber.num_groups = 0;
           fiber.copies.clear();
           getcontext(&fiber.context);
-          fiber.context.uc_stack.ss_sp = stacks.data() + i * STACK_BYTES;
+          fiber.context.uc_stack.ss_sp = stacks + i * STACK_BYTES;
           fiber.context.uc_stack.ss_size = STACK_BYTES;
           fiber.context.uc_link = nullptr;
           makecontext(&fiber.context, entry, 0);
         }
         run_cta(num_threads, reversed);
         std::free(shared_memory);
-        if (failure) return failure;
+        if (failure) break;
       }
-  return nullptr;
+  std::free(stacks);
+  return failure;
 }
 
 }  // namespace emulated
 
-#define EMULATED_LAUNCH(kernel)                                                                                             \
-  extern "C" const char* emulated_launch(const int* grid, int num_threads, int shared_bytes, int reversed, void* const* args) {     \
+#define EMULATED_LAUNCH(kernel, name)                                                                                       \
+  extern "C" const char* name(const int* grid, int num_threads, int shared_bytes, int reversed, void* const* args) {     \
     return emulated::launch(grid, num_threads, shared_bytes, reversed, args, [] { emulated::call(kernel); });                        \
   }

@@ -1,36 +1,32 @@
-"""CUDA sources compiled by g++ behind `emulation.h` and run on CPU tensors, with the interface of `mpmae.kernels.cuda_runtime`."""
+"""CUDA sources compiled by g++ behind `emulation.h`, run on CPU tensors; in place of `mpmae.kernels.cuda_runtime`."""
 
 import ctypes
-import hashlib
-import shutil
 import subprocess
-import tempfile
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 HEADER = Path(__file__).parent / "emulation.h"
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-w", "-x", "c++", "-")
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-w", "-x", "c++", "-")
 SANITIZED = ("-fsanitize=address,alignment", "-fno-sanitize-recover=alignment", "-g")
+Defines = Mapping[str, str | int]
 
 
 class Kernel:
-    """One kernel as a shared library."""
+    """One function of a shared library."""
 
-    def __init__(self, library: Path, reverse: bool):
-        self._launch = ctypes.CDLL(str(library)).emulated_launch
-        self._launch.restype = ctypes.c_char_p
-        self._reverse = reverse
+    def __init__(self, function, runtime: "Runtime"):
+        self._function, self._runtime = function, runtime
+        self._function.restype = ctypes.c_char_p
 
     def launch(self, grid, block, shared_bytes, *args) -> None:
         """Run it on every CTA of the grid."""
         values = [_value(arg) for arg in args]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         size = (ctypes.c_int * 3)(*grid, *[1] * (3 - len(grid)))
-        assert len(block) == 1 or set(block[1:]) == {1}
-        failure = self._launch(size, block[0], shared_bytes, self._reverse, pointers)
+        assert set(block[1:]) <= {1}
+        failure = self._function(size, block[0], shared_bytes, self._runtime.reverse, pointers)
         assert failure is None, failure.decode()
 
 
@@ -44,31 +40,39 @@ def _value(arg):
 
 
 class Runtime:
-    """Stands in for the module `mpmae.kernels.cuda_runtime`; compiles into a folder of its own, removed by `close`.
+    """Stands in for the module `mpmae.kernels.cuda_runtime`; compiles into `folder`.
 
-    reverse: run the threads of a CTA in reverse order. sanitize: with the address and alignment sanitizers.
+    sanitize: with the address and alignment sanitizers. reverse: whether launches run the threads of a CTA in reverse order.
     """
 
-    def __init__(self, *, reverse: bool = False, sanitize: bool = False):
-        self.folder = Path(tempfile.mkdtemp(prefix="emulated-"))
-        self.reverse, self.sanitize = reverse, sanitize
-        self.load = lambda source, name, defines: self._load(source, name, tuple(sorted(defines.items())))
-        self._load = cache(self._compile)
+    def __init__(self, folder: Path, *, sanitize: bool = False):
+        self.folder, self.sanitize = folder, sanitize
+        self.reverse = False
+        self._kernels: dict[tuple, Kernel] = {}
 
-    def _compile(self, source: Path, name: str, defines: tuple[tuple[str, str | int], ...]) -> Kernel:
-        return Kernel(self.build(source, name, dict(defines)), self.reverse)
+    def load(self, source: Path, name: str, defines: Defines) -> Kernel:
+        """The kernel `name` of a source under its macros, compiled now unless it was before."""
+        key = _key(source, name, defines)
+        if key not in self._kernels:
+            self.compile([(source, name, defines)])
+        return self._kernels[key]
 
-    def build(self, source: Path, name: str, defines: Mapping[str, str | int]) -> Path:
-        """The shared library of a kernel."""
-        key = hashlib.sha256(repr((str(source), name, sorted(defines.items()))).encode()).hexdigest()[:16]
-        library = self.folder / f"{key}.so"
-        text = f'#include "{HEADER}"\n#include "{source}"\nEMULATED_LAUNCH({name})\n'
-        macros = [f"-D{key}={value}" for key, value in defines.items()]
-        command = ["g++", *FLAGS, *(SANITIZED if self.sanitize else ()), *macros, "-o", str(library)]
-        done = subprocess.run(command, input=text, capture_output=True, text=True)
+    def compile(self, wanted: Iterable[tuple[Path, str, Defines]]) -> None:
+        """Compile several kernels at once: a start of the compiler costs as much as two kernels."""
+        text, keys = [f'#include "{HEADER}"'], []
+        for number, (source, name, defines) in enumerate(wanted):
+            text += [f"#define {macro} {value}" for macro, value in defines.items()]
+            text += [f"namespace kernel{number} {{", f'#include "{source}"', "}"]
+            text += [f"EMULATED_LAUNCH(kernel{number}::{name}, launch{number})", *(f"#undef {macro}" for macro in defines)]
+            keys.append(_key(source, name, defines))
+        library = self.folder / f"{len(self._kernels)}.so"
+        command = ["g++", *FLAGS, *(SANITIZED if self.sanitize else ()), "-o", str(library)]
+        done = subprocess.run(command, input="\n".join(text) + "\n", capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
-        return library
+        loaded = ctypes.CDLL(str(library))
+        for number, key in enumerate(keys):
+            self._kernels[key] = Kernel(loaded[f"launch{number}"], self)
 
-    def close(self) -> None:
-        """Remove the compiled files."""
-        shutil.rmtree(self.folder)
+
+def _key(source: Path, name: str, defines: Defines) -> tuple:
+    return str(source), name, *sorted(defines.items())
