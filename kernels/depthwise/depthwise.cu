@@ -224,20 +224,6 @@ __device__ __forceinline__ void fetch(char* buffer, const Stage& stage, const El
   }
 }
 
-// A tile near a warp's unit of work: its number in the sample (-1: absent) and where it begins in shared memory.
-struct Tile {
-  int slot, place;
-};
-
-// base: where the stage begins in shared memory; the zeros lie at 0. sample: of the stage.
-__device__ __forceinline__ Tile tile_at(const short* slots, const Stage& stage, int base, int sample, int row, int column,
-                                        int num_visible) {
-  const int slot = slot_at(slots, stage.first_sample + sample, row, column);
-  int number = sample * num_visible + slot;
-  if constexpr (REGION != 0) number = (row - stage.row + REACH) * WIDTH + column - stage.column + REACH;
-  return {slot, slot < 0 ? 0 : base + number * TILE_BYTES};
-}
-
 // Multiplies the input sites of one tile with the taps that lead from them to the thread's outputs (rows 0 .. BLOCK - 1).
 // top, left: site of the tile's corner. A convolution adds to `block`, the weight gradient to `taps`.
 __device__ __forceinline__ void visit(const char* tile, int top, int left, const int (&quadrants)[4],
@@ -295,6 +281,10 @@ struct Unit {
 
   __device__ __forceinline__ void advance(int num_units) {
     number += WORKERS;
+    if constexpr (SIDE == 1) {  // num_units is a constant
+      sample += number / num_units;
+      number %= num_units;
+    }
     while (number >= num_units) {
       number -= num_units;
       ++sample;
@@ -339,6 +329,20 @@ __device__ __forceinline__ void add_to_bias(const Block& block, float (&bias)[PE
 }
 
 #if SIDE > 1
+
+// A tile near a warp's unit of work: its number in the sample (-1: absent) and where it begins in shared memory.
+struct Tile {
+  int slot, place;
+};
+
+// base: where the stage begins in shared memory; the zeros lie at 0. sample: of the stage.
+__device__ __forceinline__ Tile tile_at(const short* slots, const Stage& stage, int base, int sample, int row, int column,
+                                        int num_visible) {
+  const int slot = slot_at(slots, stage.first_sample + sample, row, column);
+  int number = sample * num_visible + slot;
+  if constexpr (REGION != 0) number = (row - stage.row + REACH) * WIDTH + column - stage.column + REACH;
+  return {slot, slot < 0 ? 0 : base + number * TILE_BYTES};
+}
 
 // The tile that this lane looks up for its subgroup: lane k of a subgroup sees to neighbour k.
 __device__ __forceinline__ Tile look_up(const Arguments& a, const Lane& lane, const Stage& stage, int base, const Unit& unit) {
@@ -402,50 +406,49 @@ __device__ __forceinline__ void compute(const Arguments& a, const Lane& lane, co
                                         const Unit& unit, Taps& taps, float (&bias)[PER_LANE]) {
   constexpr int LOW = BLOCKS_SIDE == 1 ? 0 : -RADIUS, WINDOW = BLOCK - 2 * LOW;
   const int row = stage.row + unit.number / BLOCKS_SIDE * BLOCK, column = stage.column + unit.number % BLOCKS_SIDE * BLOCK;
-  Tile tiles[WINDOW];
-  unsigned present[WINDOW];
+  const int sample = stage.first_sample + unit.sample;
+  int slots[WINDOW];  // of the lane's column; which columns are visible is asked row by row, registers being short
 #pragma unroll
   for (int r = 0; r < WINDOW; ++r) {
-    tiles[r] = {-1, 0};
-    if (lane.in_subgroup < WINDOW) {
-      tiles[r] = tile_at(a.slots, stage, base, unit.sample, row + LOW + r, column + LOW + lane.in_subgroup, a.num_visible);
-    }
+    slots[r] = lane.in_subgroup < WINDOW ? slot_at(a.slots, sample, row + LOW + r, column + LOW + lane.in_subgroup) : -1;
   }
-#pragma unroll
-  for (int r = 0; r < WINDOW; ++r) present[r] = __ballot_sync(WARP, tiles[r].slot >= 0);
-  const int sample = stage.first_sample + unit.sample;
   Block block;
 #pragma unroll
-  for (int i = 0; i < OUTPUTS; ++i) {
-    const int r = i / BLOCK - LOW, c = i % BLOCK - LOW;
-    const Element* extra = nullptr;
-    if constexpr (OP >= WITH_RESIDUAL) {
-      if (present[r] >> c & 1) {
-        const int slot = __shfl_sync(WARP, tiles[r].slot, c);
-        if (lane.has_channel) extra = a.extra + first_element(a, lane, sample, slot);
-      }
+  for (int i = 0; i < BLOCK; ++i) {
+    const unsigned present = OP >= WITH_RESIDUAL ? __ballot_sync(WARP, slots[i - LOW] >= 0) : 0;
+#pragma unroll
+    for (int j = 0; j < BLOCK; ++j) {
+      begin(block, i * BLOCK + j, nullptr, bias);
+      if (!(present >> (j - LOW) & 1)) continue;
+      const int slot = __shfl_sync(WARP, slots[i - LOW], j - LOW);
+      if (lane.has_channel) begin(block, i * BLOCK + j, a.extra + first_element(a, lane, sample, slot), bias);
     }
-    begin(block, i, extra, bias);
   }
 #pragma unroll
   for (int r = 0; r < WINDOW; ++r) {
+    const unsigned present = __ballot_sync(WARP, slots[r] >= 0);
 #pragma unroll
     for (int c = 0; c < WINDOW; ++c) {
-      if (!(present[r] >> c & 1)) continue;
-      const int place = __shfl_sync(WARP, tiles[r].place, c);
-      visit(shared + place + lane.offset, r + LOW, c + LOW, lane.quadrants, taps, block);
+      if (!(present >> c & 1)) continue;
+      int number = (r + LOW + REACH) * WIDTH + c + LOW + REACH;
+      if constexpr (REGION == 0) number = unit.sample * a.num_visible + __shfl_sync(WARP, slots[r], c);
+      visit(shared + base + number * TILE_BYTES + lane.offset, r + LOW, c + LOW, lane.quadrants, taps, block);
     }
   }
   if constexpr (OP == WEIGHT_GRADIENT) {
     add_to_bias(block, bias);
     return;
   }
+  Element* const y = a.y + first_element(a, lane, sample, 0);
 #pragma unroll
-  for (int i = 0; i < OUTPUTS; ++i) {
-    const int r = i / BLOCK - LOW, c = i % BLOCK - LOW;
-    if (!(present[r] >> c & 1)) continue;
-    const int slot = __shfl_sync(WARP, tiles[r].slot, c);
-    if (lane.has_channel) store(block, i, a.y + first_element(a, lane, sample, slot));
+  for (int i = 0; i < BLOCK; ++i) {
+    const unsigned present = __ballot_sync(WARP, slots[i - LOW] >= 0);
+#pragma unroll
+    for (int j = 0; j < BLOCK; ++j) {
+      if (!(present >> (j - LOW) & 1)) continue;
+      const int slot = __shfl_sync(WARP, slots[i - LOW], j - LOW);
+      if (lane.has_channel) store(block, i * BLOCK + j, y + slot * CHANNELS);
+    }
   }
 }
 
@@ -547,20 +550,22 @@ KERNEL(const Element* x, const Weight* weight, const Weight* bias_weight, const 
   const int num_units = SIDE == 1 ? (REGION ? 1 : BLOCKS_SIDE * BLOCKS_SIDE)
                                   : ((REGION ? REGION * REGION : num_visible) + TILES_PER_UNIT - 1) / TILES_PER_UNIT;
   const int stage_bytes = (REGION ? WIDTH * WIDTH : SAMPLES * num_visible) * TILE_BYTES;
-  int ahead = blockIdx.y, ahead_base = ZERO_BYTES;
-  int base = ZERO_BYTES;
-  const int end = ZERO_BYTES + STAGES * stage_bytes;
-  for (int i = 0; i < STAGES - 1; ++i) {
-    if (ahead < num_items) fetch(shared + ahead_base, stage_of(ahead, num_samples), x, slots, num_visible);
+  // STAGES - 1 stages are on their way while one is computed; stage number `turn` of this CTA lies in buffer turn % STAGES.
+#pragma unroll
+  for (int turn = 0; turn < STAGES - 1; ++turn) {
+    const int item = blockIdx.y + turn * gridDim.y;
+    if (item < num_items) fetch(shared + ZERO_BYTES + turn * stage_bytes, stage_of(item, num_samples), x, slots, num_visible);
     close_copies();
-    ahead += gridDim.y;
-    ahead_base += stage_bytes;
   }
-  for (int item = blockIdx.y; item < num_items; item += gridDim.y) {
-    if (ahead < num_items) fetch(shared + ahead_base, stage_of(ahead, num_samples), x, slots, num_visible);
+  int turn = 0;
+  for (int item = blockIdx.y; item < num_items; item += gridDim.y, ++turn) {
+    const int ahead = item + (STAGES - 1) * gridDim.y;
+    if (ahead < num_items) {
+      char* buffer = shared + ZERO_BYTES + (turn + STAGES - 1) % STAGES * stage_bytes;
+      fetch(buffer, stage_of(ahead, num_samples), x, slots, num_visible);
+    }
     close_copies();
-    ahead += gridDim.y;
-    ahead_base = ahead_base + stage_bytes == end ? ZERO_BYTES : ahead_base + stage_bytes;
+    const int base = ZERO_BYTES + turn % STAGES * stage_bytes;
     const Stage stage = stage_of(item, num_samples);
     Unit unit{0, worker - WORKERS};
     unit.advance(num_units);
@@ -582,7 +587,6 @@ KERNEL(const Element* x, const Weight* weight, const Weight* bias_weight, const 
       unit = next;
     }
     __syncthreads();
-    base = base + stage_bytes == end ? ZERO_BYTES : base + stage_bytes;
   }
 #if OP == 3
   store_partial(reinterpret_cast<float*>(shared), partial, in_chunk, worker, lane, taps, bias);

@@ -18,7 +18,7 @@ class Usage(NamedTuple):
 
 
 def compile_with_nvcc(source: Path, defines: Mapping[str, str | int], architecture: int, folder: Path) -> Usage:
-    """Compile a source with one kernel for sm_80, sm_90, ...; shared_bytes is the static part. The cubin stays in `folder`."""
+    """Compile a source of one kernel for sm_80, sm_90, ... into `folder`; shared_bytes is the static part."""
     macros = [f"-D{name}={value}" for name, value in defines.items()]
     target = ["-std=c++17", f"-arch=sm_{architecture}", "-cubin", "-o", str(folder / f"sm_{architecture}.cubin")]
     done = subprocess.run(["nvcc", "-Xptxas", "-v", *target, *macros, str(source)], capture_output=True, text=True)
@@ -38,6 +38,8 @@ def nvrtc_library() -> Path | None:
 
 def compile_with_nvrtc(library: Path, source: Path, defines: Mapping[str, str | int], architecture: int) -> bytes:
     """The cubin of a source."""
+    for part in library.parent.glob("libnvrtc-builtins.so.*"):  # NVRTC finds it once it is loaded
+        ctypes.CDLL(str(part), mode=ctypes.RTLD_GLOBAL)
     nvrtc, program = ctypes.CDLL(str(library)), ctypes.c_void_p()
     options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", *(f"-D{k}={v}" for k, v in defines.items())]
     given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
