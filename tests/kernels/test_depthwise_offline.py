@@ -88,9 +88,7 @@ def test_nvrtc_takes_the_source(device):
 
 def test_a_plan_says_all_that_it_refuses():
     wrong = Problem("sideways", torch.float64, torch.float32, 0, 50, 7, 3, 0)
-    with pytest.raises(
-        ValueError, match=r"op 'sideways'.*float64.*tile side 3.*50 visible patches.*0 samples"
-    ):
+    with pytest.raises(ValueError, match=r"op 'sideways'.*float64.*tile side 3.*50 visible patches.*0 samples"):
         plan(wrong, HOPPER)
     with pytest.raises(ValueError, match=r"compute capability 7.5, expected at least 8.0"):
         plan(problem("forward", 8, 40), Device(75, 65536, 40))

@@ -214,6 +214,13 @@ inline float __uint_as_float(unsigned bits) {
   return value;
 }
 
+// One fiber runs at a time.
+inline float atomicAdd(float* to, float value) {
+  const float before = *to;
+  *to += value;
+  return before;
+}
+
 inline int min(int a, int b) { return a < b ? a : b; }
 
 inline float emulated_half_to_float(unsigned short bits) {
