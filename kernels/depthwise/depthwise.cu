@@ -295,10 +295,26 @@ struct Unit {
 using Taps = float[PER_LANE][TAPS];
 using Block = float[PER_LANE][OUTPUTS];
 
-// The elements of output (i, j) of the thread, counted from the tile's first element of the thread's channel.
-__device__ __forceinline__ int element_of(const Lane& lane, int i, int j) {
-  if constexpr (MIRRORED) return (lane.subgroup * 16 + (morton(i, j) ^ mirror(lane.subgroup))) * CHANNELS;
-  return SIDE == 1 ? 0 : morton(i, j) * CHANNELS;
+// Where row i of the thread's outputs begins, in elements from the tile's first element of the thread's channel.
+__device__ __forceinline__ int row_of(const Lane& lane, int i) {
+  if constexpr (MIRRORED) return (lane.subgroup * 16 + (morton(i, 0) ^ (lane.subgroup & 2 ? 10 : 0))) * CHANNELS;
+  return SIDE == 1 ? 0 : morton(i, 0) * CHANNELS;
+}
+
+// Swaps the columns of a mirrored block: from the order of memory to that of the subgroup's frame, or back.
+__device__ __forceinline__ void turn_columns(const Lane& lane, Block& block) {
+  if constexpr (!MIRRORED) return;
+  const bool turned = lane.subgroup & 1;
+#pragma unroll
+  for (int p = 0; p < PER_LANE; ++p) {
+#pragma unroll
+    for (int i = 0; i < OUTPUTS; i += i % BLOCK == 1 ? BLOCK - 1 : 1) {
+      const int other = i / BLOCK * BLOCK + BLOCK - 1 - i % BLOCK;
+      const float here = block[p][i], there = block[p][other];
+      block[p][i] = turned ? there : here;
+      block[p][other] = turned ? here : there;
+    }
+  }
 }
 
 __device__ __forceinline__ long long first_element(const Arguments& a, const Lane& lane, int sample, int slot) {
@@ -330,35 +346,22 @@ __device__ __forceinline__ void add_to_bias(const Block& block, float (&bias)[PE
 
 #if SIDE > 1
 
-// A tile near a warp's unit of work: its number in the sample (-1: absent) and where it begins in shared memory.
-struct Tile {
-  int slot, place;
-};
-
-// base: where the stage begins in shared memory; the zeros lie at 0. sample: of the stage.
-__device__ __forceinline__ Tile tile_at(const short* slots, const Stage& stage, int base, int sample, int row, int column,
-                                        int num_visible) {
-  const int slot = slot_at(slots, stage.first_sample + sample, row, column);
-  int number = sample * num_visible + slot;
-  if constexpr (REGION != 0) number = (row - stage.row + REACH) * WIDTH + column - stage.column + REACH;
-  return {slot, slot < 0 ? 0 : base + number * TILE_BYTES};
+// The tile that this lane looks up for its subgroup: lane k of a subgroup sees to neighbour k. Its patch is known a turn of
+// the warp's loop ahead of its slot, and that a turn ahead of its use, so that no load is waited for.
+__device__ __forceinline__ int patch_of(const Arguments& a, const Lane& lane, const Stage& stage, const Unit& unit) {
+  const int index = unit.number * TILES_PER_UNIT + (MIRRORED ? 0 : lane.subgroup);
+  const bool exists = unit.sample < stage.num_samples && lane.in_subgroup < NEIGHBOURS;
+  if constexpr (REGION != 0) return exists && index < REGION * REGION ? index : -1;
+  if (!exists || index >= a.num_visible) return -1;
+  return a.visible[static_cast<long long>(stage.first_sample + unit.sample) * a.num_visible + index];
 }
 
-// The tile that this lane looks up for its subgroup: lane k of a subgroup sees to neighbour k.
-__device__ __forceinline__ Tile look_up(const Arguments& a, const Lane& lane, const Stage& stage, int base, const Unit& unit) {
-  const int index = unit.number * TILES_PER_UNIT + (MIRRORED ? 0 : lane.subgroup), k = lane.in_subgroup;
-  if (unit.sample >= stage.num_samples || k >= NEIGHBOURS) return {-1, 0};
-  int row = stage.row, column = stage.column;
-  if constexpr (REGION != 0) {
-    if (index >= REGION * REGION) return {-1, 0};
-    row += index / REGION_SIDE;
-    column += index % REGION_SIDE;
-  } else {
-    if (index >= a.num_visible) return {-1, 0};
-    const int patch = a.visible[static_cast<long long>(stage.first_sample + unit.sample) * a.num_visible + index];
-    row = patch / GRID_SIDE;
-    column = patch % GRID_SIDE;
-  }
+// The lane's place in the grid: its subgroup's patch, moved to its neighbour.
+__device__ __forceinline__ void move(const Lane& lane, const Stage& stage, int patch, int& row, int& column) {
+  constexpr int side = REGION ? REGION_SIDE : GRID_SIDE;
+  const int k = lane.in_subgroup;
+  row = stage.row + patch / side;
+  column = stage.column + patch % side;
   if constexpr (MIRRORED) {
     row += lane.subgroup & 2 ? k / 2 : -(k / 2);
     column += lane.subgroup & 1 ? k % 2 : -(k % 2);
@@ -366,36 +369,63 @@ __device__ __forceinline__ Tile look_up(const Arguments& a, const Lane& lane, co
     row += k / NEIGHBOURS_SIDE - REACH;
     column += k % NEIGHBOURS_SIDE - REACH;
   }
-  return tile_at(a.slots, stage, base, unit.sample, row, column, a.num_visible);
 }
 
-__device__ __forceinline__ void compute(const Arguments& a, const Lane& lane, const char* shared, int sample, const Tile& tile,
-                                        Taps& taps, float (&bias)[PER_LANE]) {
-  unsigned present = __ballot_sync(WARP, tile.slot >= 0);
+__device__ __forceinline__ int slot_of(const Arguments& a, const Lane& lane, const Stage& stage, const Unit& unit, int patch) {
+  if (patch < 0) return -1;
+  int row, column;
+  move(lane, stage, patch, row, column);
+  return slot_at(a.slots, stage.first_sample + unit.sample, row, column);
+}
+
+// Where the tile of a slot begins in shared memory. base: of the stage; the zeros lie at 0.
+__device__ __forceinline__ int place_of(const Lane& lane, const Stage& stage, int base, const Unit& unit, int slot,
+                                        int num_visible, int patch) {
+  int number = unit.sample * num_visible + slot;
+  if constexpr (REGION != 0) {
+    int row, column;
+    move(lane, stage, patch, row, column);
+    number = (row - stage.row + REACH) * WIDTH + column - stage.column + REACH;
+  }
+  return slot < 0 ? 0 : base + number * TILE_BYTES;
+}
+
+__device__ __forceinline__ void compute(const Arguments& a, const Lane& lane, const char* shared, const Stage& stage, int base,
+                                        const Unit& unit, int patch, int own_slot, Taps& taps, float (&bias)[PER_LANE]) {
+  unsigned present = __ballot_sync(WARP, own_slot >= 0);
 #pragma unroll
   for (int shift = 16; shift >= LANES; shift /= 2) present |= present >> shift;
   if (!(present >> OWN & 1)) return;
-  const int slot = __shfl_sync(WARP, tile.slot, OWN, LANES);
+  const int own_place = place_of(lane, stage, base, unit, own_slot, a.num_visible, patch);
+  const int slot = __shfl_sync(WARP, own_slot, OWN, LANES);
   const bool active = slot >= 0 && lane.has_channel;
-  const long long first = first_element(a, lane, sample, slot);
   Block block;
 #pragma unroll
   for (int i = 0; i < OUTPUTS; ++i) begin(block, i, nullptr, bias);
   if (OP >= WITH_RESIDUAL && active) {
+    const Element* extra = a.extra + first_element(a, lane, stage.first_sample + unit.sample, slot);
 #pragma unroll
-    for (int i = 0; i < OUTPUTS; ++i) begin(block, i, a.extra + first + element_of(lane, i / BLOCK, i % BLOCK), bias);
+    for (int i = 0; i < OUTPUTS; ++i) begin(block, i, extra + row_of(lane, i / BLOCK) + morton(0, i % BLOCK) * CHANNELS, bias);
+    turn_columns(lane, block);
   }
 #pragma unroll
   for (int k = 0; k < NEIGHBOURS; ++k) {
     if (!(present >> k & 1)) continue;
     const int top = MIRRORED ? -(k / 2) : k / NEIGHBOURS_SIDE - REACH, left = MIRRORED ? -(k % 2) : k % NEIGHBOURS_SIDE - REACH;
-    const int place = __shfl_sync(WARP, tile.place, k, LANES);
+    const int place = __shfl_sync(WARP, own_place, k, LANES);
     visit(shared + place + lane.offset, top * SIDE, left * SIDE, lane.quadrants, taps, block);
   }
   if constexpr (OP == WEIGHT_GRADIENT) add_to_bias(block, bias);
-  else if (active) {
+  else {
+    turn_columns(lane, block);
+    if (!active) return;
+    Element* y = a.y + first_element(a, lane, stage.first_sample + unit.sample, slot);
 #pragma unroll
-    for (int i = 0; i < OUTPUTS; ++i) store(block, i, a.y + first + element_of(lane, i / BLOCK, i % BLOCK));
+    for (int i = 0; i < BLOCK; ++i) {
+      Element* row = y + row_of(lane, i);
+#pragma unroll
+      for (int j = 0; j < BLOCK; ++j) store(block, i * BLOCK + j, row + morton(0, j) * CHANNELS);
+    }
   }
 }
 
@@ -570,21 +600,29 @@ KERNEL(const Element* x, const Weight* weight, const Weight* bias_weight, const 
     Unit unit{0, worker - WORKERS};
     unit.advance(num_units);
 #if SIDE > 1
-    Tile tile = look_up(a, lane, stage, base, unit);
+    Unit next = unit;
+    next.advance(num_units);
+    int patch = patch_of(a, lane, stage, unit), next_patch = patch_of(a, lane, stage, next);
+    int slot = slot_of(a, lane, stage, unit, patch);
 #endif
     await_copies();
     __syncthreads();
     while (unit.sample < stage.num_samples) {
-      Unit next = unit;
-      next.advance(num_units);
 #if SIDE > 1
-      const Tile next_tile = look_up(a, lane, stage, base, next);  // its loads return while this unit is computed
-      compute(a, lane, shared, stage.first_sample + unit.sample, tile, taps, bias);
-      tile = next_tile;
+      const int next_slot = slot_of(a, lane, stage, next, next_patch);
+      Unit later = next;
+      later.advance(num_units);
+      const int later_patch = patch_of(a, lane, stage, later);
+      compute(a, lane, shared, stage, base, unit, patch, slot, taps, bias);
+      unit = next;
+      patch = next_patch;
+      slot = next_slot;
+      next = later;
+      next_patch = later_patch;
 #else
       compute(a, lane, shared, stage, base, unit, taps, bias);
+      unit.advance(num_units);
 #endif
-      unit = next;
     }
     __syncthreads();
   }
