@@ -20,7 +20,7 @@ from mpmae.kernels import cuda_driver, kernel_cache
 from mpmae.kernels.cuda_runtime import Specialisation, compiled_for
 
 # each offers specialisations(case, architecture), an iterable of `Specialisation`; architecture: 80, 90, ...
-PLANS = ("mpmae.kernels.depthwise.plan",)
+PLANS = ("mpmae.kernels.depthwise.cuda",)
 FIRST_TILE_SIDE = 8
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -5,17 +5,24 @@ Shapes as in `mpmae.kernels`. All tensors are contiguous, start at a multiple of
 same type or float32; sums are taken in float32. No float atomics: the same inputs give the same bits.
 """
 
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mpmae.kernels.depthwise.plan import Device, Plan, Problem, plan, plan_sum
+from mpmae.kernels.depthwise.plan import MULTIPROCESSORS, OPS, Device, Plan, Problem, plan, plan_sum
+
+if TYPE_CHECKING:
+    from mpmae.kernels.build import Case
+    from mpmae.kernels.cuda_runtime import Specialisation
 
 SOURCE = Path(__file__).parent / "depthwise.cu"
 HALO = 3
 ALIGNMENT_BYTES = 16
+SHARED_LIMITS = {80: 166912, 90: 232448}  # bytes of one CTA, opted in
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, visible: Tensor, slots: Tensor, tile_side: int) -> Tensor:
@@ -77,6 +84,20 @@ def _launch(chosen: Plan, *args) -> None:
 
     kernel = cuda_runtime.load(SOURCE, chosen.kernel_name, chosen.defines)
     kernel.launch(chosen.grid, chosen.block, chosen.shared_bytes, *args)
+
+
+def specialisations(case: "Case", architecture: int) -> Iterator["Specialisation"]:
+    """What a use of the op asks to be compiled on an architecture (80, 90), for `mpmae.kernels.build`."""
+    from mpmae.kernels.cuda_runtime import Specialisation
+
+    device = Device(architecture, SHARED_LIMITS[architecture], MULTIPROCESSORS[architecture])
+    for op in OPS:
+        sizes = (case.num_samples, case.num_visible, case.num_patches_side, case.tile_side, case.channels)
+        chosen = plan(Problem(op, case.dtype, torch.float32, *sizes), device)
+        yield Specialisation(SOURCE, chosen.kernel_name, chosen.defines)
+        if chosen.partial_shape is not None:
+            total = plan_sum(chosen.partial_shape)
+            yield Specialisation(SOURCE, total.kernel_name, total.defines)
 
 
 @cache

@@ -36,7 +36,7 @@ def compile_for(
     """Compile a `triton.jit` function for sm_80, sm_90, ...
 
     signature: argument -> Triton's name of its type ("*bf16", "i32", ...). constants: constexpr argument -> value, None for
-    a pointer that is left out. aligned: numbers that are multiples of 16, as Triton finds out at a launch; pointers are taken
+    a pointer that is left out. aligned: numbers that are multiples of 16, as a launch finds out; pointers are taken
     to be multiples of 16 bytes, as those of PyTorch are. options: num_warps, num_stages.
     """
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}

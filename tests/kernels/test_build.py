@@ -71,3 +71,13 @@ def test_cuda_sources_are_in_the_wheel(repo):
     for path in (repo / "kernels").rglob("*.cu*"):
         assert any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns), path
         assert (path.parent / "__init__.py").exists(), f"{path.parent} is no package, so its sources are not installed"
+
+
+def test_every_stage_has_its_kernels():
+    sizes = {"num_samples": 64, "num_visible": 19, "num_patches_side": 7, "dtypes": [torch.bfloat16]}
+    for target in ("sm_80", "sm_90"):
+        names = [item.kernel_name for item in build.specialisations(build.cases((40, 80, 160, 320), 512, **sizes), target)]
+        for stage, side in enumerate((8, 4, 2, 1)):
+            for op in ("forward", "backward_input", "backward_input_residual", "backward_weight"):
+                assert f"depthwise_{op}_s{side}_c{40 << stage}" in names
+        assert sum("sum" in name for name in names) >= 1
