@@ -30,6 +30,8 @@ MAX_CTAS = 16  # of a multiprocessor, on every architecture
 RESERVED_BYTES = 1024  # of a multiprocessor's shared memory for each CTA
 IN_FLIGHT_BYTES = 32 << 10  # that a multiprocessor has to ask for at a time to keep the memory busy
 REGIONS = (4, 3, 2, 1)
+# (stages, CTAs of a multiprocessor) -> how much of the copying hides behind arithmetic
+OVERLAP = {(1, 1): 0.6, (1, 2): 0.85, (1, 3): 0.95, (2, 1): 0.95}
 # (s, lanes, channels of each) -> instructions per output, counted in the machine code for 19 of 49 patches
 SLOTS = {(4, 32, 2): 36, (4, 32, 1): 42, (4, 16, 1): 55, (2, 32, 2): 45, (2, 32, 1): 68}
 

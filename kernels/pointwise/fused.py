@@ -65,7 +65,7 @@ def forward(residual: Tensor, y: Tensor, weights: Weights, valid: Tensor | None,
     """residual + Linear2(GRN(GELU(Linear1(LayerNorm(y))))): [N, K, C], 0 where no site exists; see `formulas.forward`."""
     plan, hidden = _Plan(y, valid, options), 4 * y.shape[2]
     residual, y = residual.contiguous(), y.contiguous()
-    mean, rstd = y.new_empty((2, *y.shape[:2]), dtype=torch.float32).unbind()
+    mean, rstd = (y.new_empty(y.shape[:2], dtype=torch.float32) for _ in range(2))  # outputs of an op may not share memory
     h, slope = (y.new_empty(*y.shape[:2], hidden) for _ in range(2))
     blocks = plan.blocks("hidden")
     num_blocks = triton.cdiv(plan.group_rows, blocks.rows)

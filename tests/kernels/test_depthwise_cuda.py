@@ -187,7 +187,7 @@ def test_equals_the_oracle_everywhere(case, tmp_path, monkeypatch):
     agree(case, tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("case", [CASES[0], CASES[3], CASES[6], CASES[8]], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], CASES[8]], ids=str)
 def test_nothing_reaches_further_than_the_kernel(case, tmp_path, monkeypatch):
     """What is not finite in one tile shows at the sites within 3 of it, and nowhere else."""
     install(case, tmp_path, monkeypatch)
