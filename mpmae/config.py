@@ -180,6 +180,7 @@ class ModelSection(_Section):
     decoder_dim: Int = Field(512, gt=0)
     decoder_depth: Int = Field(1, gt=0)
     grn_scope: Literal["sample", "batch"] | None = Field(None, description="None: batch with reference_quirks, else sample")
+    gelu: Literal["erf", "tanh", "poly"] = Field("erf", description="erf is exact; poly and tanh take fewer instructions")
     init: Literal["reference", "convnextv2"] = "convnextv2"
     reference_quirks: bool = False
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from mpmae.kernels import downsample, hidden_patches, morton_sites, pack_sites, site_index, tile_slots, unpack_sites
 from mpmae.kernels.block import sparse_block
-from mpmae.kernels.pointwise import Options, Weights
+from mpmae.kernels.pointwise import GELUS, Options, Weights
 
 __all__ = [
+    "GELUS",
     "NORM_EPS",
     "Block",
     "Downsample",
@@ -60,16 +61,17 @@ class Block(nn.Module):
     """ConvNeXt V2 block: depthwise 7x7, LayerNorm, Linear, GELU, GRN, Linear, residual.
 
     grn_scope: "sample" or "batch", over which sites GRN takes its norm; grn_eps: 1e-6 in the encoder, 1e-4 in the decoder.
+    gelu: one of `mpmae.kernels.pointwise.GELUS`.
     """
 
-    def __init__(self, dim: int, *, grn_scope: str, grn_eps: float):
+    def __init__(self, dim: int, *, grn_scope: str, grn_eps: float, gelu: str = "erf"):
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, DEPTHWISE_SIZE, padding=DEPTHWISE_SIZE // 2, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.grn = GRN(4 * dim)
         self.pwconv2 = nn.Linear(4 * dim, dim)
-        self.grn_scope, self.grn_eps = grn_scope, grn_eps
+        self.options = Options(grn_scope, NORM_EPS, grn_eps, gelu)
 
     def forward(self, x: Tensor, sites: Sites) -> Tensor:
         """The block's output [N, K, C] for `x` [N, K, C]; both are 0 at sites that do not exist."""
@@ -83,8 +85,7 @@ class Block(nn.Module):
             self.pwconv2.weight,
             self.pwconv2.bias,
         )
-        options = Options(self.grn_scope, NORM_EPS, self.grn_eps)
-        return sparse_block(x, (self.dwconv.weight, self.dwconv.bias), weights, *sites, options)
+        return sparse_block(x, (self.dwconv.weight, self.dwconv.bias), weights, *sites, self.options)
 
 
 class Downsample(nn.Module):

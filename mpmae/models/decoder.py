@@ -18,7 +18,7 @@ DECODER_GRN_EPS = 1e-4
 class Decoder(nn.Module):
     """1x1 projection, mask token at the hidden patches, ConvNeXt V2 blocks on the whole grid."""
 
-    def __init__(self, dim_in: int, dim: int, depth: int, num_patches_side: int):
+    def __init__(self, dim_in: int, dim: int, depth: int, num_patches_side: int, gelu: str = "erf"):
         super().__init__()
         self.num_patches_side = num_patches_side
         self.proj = nn.Linear(dim_in, dim)
@@ -26,7 +26,7 @@ class Decoder(nn.Module):
         everywhere = torch.arange(num_patches_side**2)[None]
         self.register_buffer("everywhere", everywhere, persistent=False)
         self.register_buffer("slots", blocks.tile_slots(everywhere, num_patches_side), persistent=False)
-        self.blocks = nn.ModuleList(Block(dim, grn_scope="sample", grn_eps=DECODER_GRN_EPS) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, grn_scope="sample", grn_eps=DECODER_GRN_EPS, gelu=gelu) for _ in range(depth))
 
     def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
         """[N, L, D] from the encoder's `tokens` [N, V, C] at the patches `visible` int64 [N, V]."""

@@ -70,6 +70,7 @@ class SparseEncoder(nn.Module):
         patch_size: int,
         stem: str,
         grn_scope: str,
+        gelu: str = "erf",
     ):
         super().__init__()
         self.num_patches_side, self.patch_size = img_size // patch_size, patch_size
@@ -78,7 +79,7 @@ class SparseEncoder(nn.Module):
         self.stem = STEMS[stem](num_bands, dims[0], self.stem_stride)
         self.downsamples = nn.ModuleList(Downsample(*pair) for pair in pairwise(dims))
         self.stages = nn.ModuleList(
-            nn.ModuleList(Block(dim, grn_scope=grn_scope, grn_eps=ENCODER_GRN_EPS) for _ in range(depth))
+            nn.ModuleList(Block(dim, grn_scope=grn_scope, grn_eps=ENCODER_GRN_EPS, gelu=gelu) for _ in range(depth))
             for dim, depth in zip(dims, depths, strict=True)
         )
         for side in {patch_size, *self.tile_sides}:

@@ -63,6 +63,7 @@ class MPMAE(nn.Module):
         decoder_dim: int,
         decoder_depth: int,
         grn_scope: str,
+        gelu: str,
         reference_quirks: bool,
     ):
         super().__init__()
@@ -80,6 +81,7 @@ class MPMAE(nn.Module):
                 patch_size=patch_size,
                 stem=stem,
                 grn_scope=grn_scope,
+                gelu=gelu,
             )
         else:
             self.encoder = DenseEncoder(
@@ -90,7 +92,7 @@ class MPMAE(nn.Module):
                 stem=stem,
                 stem_padding="reference" if reference_quirks else "same",
             )
-        self.decoder = Decoder(dims[-1], decoder_dim, decoder_depth, self.num_patches_side)
+        self.decoder = Decoder(dims[-1], decoder_dim, decoder_depth, self.num_patches_side, gelu)
         channels = {name: spec_of(name).num_classes or len(bands) for name, bands in bands_out.items()}
         self.heads = Heads(channels, decoder_dim, patch_size)
         self.log_vars = nn.Parameter(torch.zeros(len(bands_out))) if loss_weighting == "uncertainty" else None

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from mpmae.errors import ConfigError
 from mpmae.masking import num_visible
 from mpmae.modalities import ALL_TARGETS, MODALITIES, TARGETS, spec_of
+from mpmae.models.blocks import GELUS
 from mpmae.models.dense import grid_side
 from mpmae.models.encoder import FIRST_TILE_SIDE, STEMS
 from mpmae.models.init import INITS, initialise
@@ -31,6 +32,7 @@ _CHOICES = {
     "stem": tuple(STEMS),
     "loss_weighting": ("uncertainty", "unweighted"),
     "grn_scope": ("sample", "batch"),
+    "gelu": GELUS,
     "init": INITS,
 }
 
@@ -55,6 +57,7 @@ def create_model(
     decoder_dim: int = 512,
     decoder_depth: int = 1,
     grn_scope: str | None = None,
+    gelu: str = "erf",
     init: str = "convnextv2",
     reference_quirks: bool = False,
     bands_available: Mapping[str, Sequence[str]] | None = None,
@@ -69,6 +72,7 @@ def create_model(
     loss_weighting: "uncertainty" (learned log variances) or "unweighted". norm_pix_loss: whether sentinel2 targets are
     normalised per patch. grn_scope: over which sites the encoder's GRN takes its norm, "sample" or "batch" (the published
     sparse code; results then depend on the micro batch); None: "batch" with reference_quirks, else "sample".
+    gelu: "erf" (exact), or on a GPU with fewer instructions "poly" (error at most 1.3e-4) or "tanh" (4.8e-4).
     init: "convnextv2" (0.02 everywhere; trains better, see `mpmae.models.init`) or "reference" (published code).
     reference_quirks: what the published code computes where that differs, line by line in docs/quirks.md; it reads the bands
     that it reconstructs, so bands_in then defaults to sentinel2's output bands and may not differ from them. With the dense
@@ -80,7 +84,14 @@ def create_model(
     """
     problems: list[str] = []
     grn_scope = grn_scope or ("batch" if reference_quirks and encoder != "dense" else "sample")
-    chosen = {"encoder": encoder, "stem": stem, "loss_weighting": loss_weighting, "grn_scope": grn_scope, "init": init}
+    chosen = {
+        "encoder": encoder,
+        "stem": stem,
+        "loss_weighting": loss_weighting,
+        "grn_scope": grn_scope,
+        "gelu": gelu,
+        "init": init,
+    }
     problems += [
         f"{key} = {value!r}, expected one of {', '.join(_CHOICES[key])}"
         for key, value in chosen.items()
@@ -88,6 +99,8 @@ def create_model(
     ]
     if encoder == "dense" and grn_scope == "batch":
         problems.append("grn_scope = 'batch': the dense encoder takes the norm per sample; leave grn_scope out")
+    if encoder == "dense" and gelu != "erf":
+        problems.append(f"gelu = {gelu!r}: the dense encoder has the exact one; leave gelu out")
     problems += name_problems(name, list_models())
     problems += _size_problems(img_size, patch_size, decoder_dim, decoder_depth)
     if encoder == "dense" and reference_quirks and not problems:
@@ -129,6 +142,7 @@ def create_model(
         decoder_dim=decoder_dim,
         decoder_depth=decoder_depth,
         grn_scope=grn_scope,
+        gelu=gelu,
         reference_quirks=reference_quirks,
     )
     initialise(model, init)

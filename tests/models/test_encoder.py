@@ -36,8 +36,8 @@ def dense_block(x, block, exists):
     y = F.conv2d(x, block.dwconv.weight, block.dwconv.bias, padding=3, groups=x.shape[1])
     y = layer_norm(y, block.norm).permute(0, 2, 3, 1)
     h = F.gelu(F.linear(y, block.pwconv1.weight, block.pwconv1.bias)) * exists.permute(0, 2, 3, 1)
-    norm = torch.linalg.vector_norm(h, dim=(1, 2) if block.grn_scope == "sample" else (0, 1, 2), keepdim=True)
-    h = h + block.grn.gamma * h * (norm / (norm.mean(-1, keepdim=True) + block.grn_eps)) + block.grn.beta
+    norm = torch.linalg.vector_norm(h, dim=(1, 2) if block.options.scope == "sample" else (0, 1, 2), keepdim=True)
+    h = h + block.grn.gamma * h * (norm / (norm.mean(-1, keepdim=True) + block.options.grn_eps)) + block.grn.beta
     return (x + F.linear(h, block.pwconv2.weight, block.pwconv2.bias).permute(0, 3, 1, 2)) * exists
 
 
@@ -130,3 +130,18 @@ def test_a_sample_without_any_data_is_zero():
     assert tokens[1].count_nonzero() == 0
     tokens.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
+
+
+def test_the_gelus_are_close_but_not_the_same():
+    image, valid = torch.randn(2, 3, 24, 24), torch.ones(2, 24, 24, dtype=torch.bool)
+    visible, features = torch.tensor([[0, 4, 5], [2, 3, 8]]), {}
+    for gelu in ("erf", "poly", "tanh"):
+        torch.manual_seed(0)
+        encoder = SparseEncoder(
+            DIMS, DEPTHS, num_bands=3, img_size=24, patch_size=8, stem="mmearth", grn_scope="sample", gelu=gelu
+        )
+        with torch.no_grad():
+            features[gelu] = encoder(image, valid, visible)
+    for gelu in ("poly", "tanh"):
+        error = ((features[gelu] - features["erf"]).norm() / features["erf"].norm()).item()
+        assert 0 < error < 5e-3

@@ -63,7 +63,7 @@ def test_importing_the_package_leaves_torch_alone():
         ("mpmae_atto", {"bands_in": ()}, ["empty list of bands"]),
         ("mpmae_atto", {"bands_available": {"sentinel3": ("O1",)}}, ["bands_available", "'sentinel3'"]),
         ("mpmae_atto", {"mask_ratio": 1.0}, ["mask_ratio = 1.0"]),
-        ("mpmae_atto", {"loss_weighting": "sum", "init": "zeros", "grn_scope": "all"}, ["'sum'", "'zeros'", "'all'"]),
+        ("mpmae_atto", {"loss_weighting": "sum", "init": "zeros", "gelu": "relu"}, ["'sum'", "'zeros'", "'relu'"]),
         ("mpmae_atto", {"decoder_depth": 0}, ["decoder_depth = 0"]),
     ],
 )
