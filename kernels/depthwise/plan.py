@@ -197,14 +197,15 @@ def _shapes(problem: Problem, shared_limit: int, regions: tuple[int, ...]) -> It
 def _lanes(problem: Problem) -> tuple[int, int, int]:
     """Lanes of a warp along channels, channels of each, warps of a multiprocessor that their registers leave room for."""
     side, channels = problem.tile_side, problem.channels
+    single = 20 if _copy_bytes(problem) == 16 else 16  # narrow copies take registers for their addresses
     is_half = problem.dtype.itemsize == 2
     if side == 8:
-        return (8, 2, 12) if is_half and channels % 16 == 0 else (8, 1, 20)
+        return (8, 2, 12) if is_half and channels % 16 == 0 else (8, 1, single)
     if side == 1:
         return WARP, 1, 16 if problem.num_patches_side <= BLOCK_SIDE else 12
     usable = [key for key in SLOTS if key[0] == side and (key[2] == 1 or (is_half and channels % 2 == 0))]
     _, lanes, per_lane = min(usable, key=lambda key: SLOTS[key] * _ceil(channels, key[1] * key[2]) * key[1] * key[2])
-    return lanes, per_lane, 12 if per_lane == 2 else 20
+    return lanes, per_lane, 12 if per_lane == 2 else single
 
 
 def _occupied(shape: Shape, device: Device) -> Shape:
