@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mpmae.train.record import commit, environment
+from mpmae.provenance import commit, environment
 
 RECORDS = Path(__file__).resolve().parent / "records"
 
