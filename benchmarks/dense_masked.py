@@ -69,11 +69,20 @@ def _show(x: Tensor, shown: Tensor | None) -> Tensor:
     return x if shown is None else x * shown.to(x.dtype)
 
 
+def pair_weights(*layers: nn.Module) -> tuple[Tensor, ...]:
+    """Weight and bias of each layer."""
+    return tuple(tensor for layer in layers for tensor in (layer.weight, layer.bias))
+
+
+def stem_weights(part: nn.Module) -> tuple[Tensor, ...]:
+    """The parameters of the stem of a dense encoder, in the order of `stem`."""
+    return pair_weights(part.conv, part.conv_norm, part.pool, part.norm)
+
+
 def block_weights(part: nn.Module) -> tuple[Tensor, ...]:
     """The parameters of a block of the model, in the order of `block`."""
-    pairs = (part.dwconv, part.norm, part.pwconv1, part.pwconv2)
-    depthwise_pair, norm, first, second = ((layer.weight, layer.bias) for layer in pairs)
-    return *depthwise_pair, *norm, *first, part.grn.gamma, part.grn.beta, *second
+    before = pair_weights(part.dwconv, part.norm, part.pwconv1)
+    return *before, part.grn.gamma, part.grn.beta, *pair_weights(part.pwconv2)
 
 
 def shown_sites(visible: Tensor, num_patches_side: int, tile_side: int) -> Tensor:
@@ -95,16 +104,13 @@ class DenseMasked(nn.Module):
     def encode(self, image: Tensor, visible: Tensor) -> Tensor:
         """The last map [N, G, G, C], 0 at hidden patches, of `image` [N, B, S, S]."""
         encoder, side = self.model.encoder, self.model.num_patches_side
-        part = encoder.stem
-        stem_weights = [t for layer in (part.conv, part.conv_norm, part.pool, part.norm) for t in (layer.weight, layer.bias)]
         shown = shown_sites(visible, side, 8)
-        x = self.stem(image, shown_sites(visible, side, self.model.patch_size), shown, tuple(stem_weights))
+        x = self.stem(image, shown_sites(visible, side, self.model.patch_size), shown, stem_weights(encoder.stem))
         for stage, blocks in enumerate(encoder.stages):
             if stage:
                 finer, shown = shown, shown_sites(visible, side, 8 >> stage)
                 part = encoder.downsamples[stage - 1]
-                weights = part.norm.weight, part.norm.bias, part.conv.weight, part.conv.bias
-                x = self.downsample(x, finer, shown, weights)
+                x = self.downsample(x, finer, shown, pair_weights(part.norm, part.conv))
             for part in blocks:
                 x = self.block(x, shown, block_weights(part), ENCODER_GRN_EPS)
         return x

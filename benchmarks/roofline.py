@@ -8,6 +8,7 @@ micro batch, C channels, D = 4C hidden channels, p patch side in pixels, B bands
 outputs of a patch. An item is one number of an activation (2 bytes in bf16); parameters and their gradients are float32.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,11 @@ class Work(NamedTuple):
     def bound(self, bytes_per_s: float, flops_per_s: float) -> str:
         """Which of the two sets the floor: "memory" or "matrix"."""
         return "memory" if self.num_bytes / bytes_per_s >= self.matrix_flops / flops_per_s else "matrix"
+
+
+def added(parts: Iterable[Work]) -> Work:
+    """The work of several operators that share nothing."""
+    return Work(*map(sum, zip(*parts, strict=True)))
 
 
 def active_taps(visible: Tensor, num_patches_side: int, tile_side: int) -> float:
