@@ -54,9 +54,12 @@ class Timer:
 
 
 class Captured:
-    """A run as a CUDA graph; `outputs` are its results, overwritten by each replay."""
+    """A run as a CUDA graph; `outputs` are its results, overwritten by each replay.
 
-    def __init__(self, run: Run):
+    pool: memory shared with other graphs that never run at the same time.
+    """
+
+    def __init__(self, run: Run, pool: Any = None):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -64,7 +67,7 @@ class Captured:
                 run()
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=pool):
             self.outputs = run()
 
     def __call__(self) -> Any:

@@ -32,7 +32,9 @@ from torch import Tensor
 from mpmae.models.presets import SIZES
 
 MODELS = ("tiny", "atto", "base")
-TOLERANCE = 0.02  # of the norm of the difference from float32, over the norm: bf16 operands give 0.002 to 0.01
+# of an output's difference from float32, in norm over its norm: what bf16 operands give, and what sums that cancel may give
+TOLERANCE, LOOSE = 0.02, 0.1
+OURS_OVER_OTHERS = 3.0
 
 
 def planned(setting: Setting) -> Iterator[tuple[str, Callable[[], Case]]]:
@@ -65,11 +67,14 @@ def entry_of(name: str, make: Callable[[], Case], timer: Timer, rates: dict[str,
 def measure(case: Case, wanted: list[Tensor], timer: Timer, rates: dict[str, float]) -> dict[str, Any]:
     """Every way of a case that is right, timed; why the others are not."""
     runs, timed, errors, failed = {}, {}, {}, {}
-    for way, how in case.ways.items():
+    for way in sorted(case.ways, key=lambda way: case.ways[way].ours):  # the others first: they are the yardstick
+        how = case.ways[way]
         try:
             outputs = compared(case, how)
-            errors[way] = max(relative_error(*pair) for pair in zip(outputs, wanted, strict=True))
-            problem = complaint(case, how, outputs, errors[way])
+            errors[way] = [relative_error(*pair) for pair in zip(outputs, wanted, strict=True)]
+            problem = too_wrong(case, errors, way)
+            if not problem and how.ours and not all(map(torch.equal, outputs, compared(case, how))):
+                problem = "a second run gave other bits"
             if problem:
                 failed[way] = problem
             else:
@@ -89,7 +94,7 @@ def measure(case: Case, wanted: list[Tensor], timer: Timer, rates: dict[str, flo
             "ms": ms,
             "timed": timed[way],
             "ours": case.ways[way].ours,
-            "relative_error": errors[way],
+            "relative_error": max(errors[way]),
             "copy_fraction": case.work.num_bytes / seconds / bandwidth,
             "matrix_fraction": case.work.matrix_flops / seconds / flops,
             "floor_fraction": floor_s / seconds,
@@ -127,12 +132,15 @@ def poison() -> None:
         del blocks
 
 
-def complaint(case: Case, way: Way, outputs: list[Tensor], error: float) -> str | None:
-    """What is wrong with a way; None when it is right."""
-    if not error <= TOLERANCE:
-        return f"relative error {error:.3g}, expected at most {TOLERANCE}"
-    if way.ours and not all(map(torch.equal, outputs, compared(case, way))):
-        return "a second run gave other bits"
+def too_wrong(case: Case, errors: dict[str, list[float]], way: str) -> str | None:
+    """Which output of a way lies too far from float32, ours by the measure of the other ways; None when none does."""
+    others = [errors[name] for name in errors if not case.ways[name].ours]
+    for i, error in enumerate(errors[way]):
+        allowed = LOOSE
+        if case.ways[way].ours:
+            allowed = max(TOLERANCE, OURS_OVER_OTHERS * min((other[i] for other in others), default=0))
+        if not error <= allowed:
+            return f"output {i}: relative error {error:.3g}, expected at most {allowed:.3g}"
     return None
 
 
