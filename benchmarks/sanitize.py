@@ -3,8 +3,10 @@
 compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/sanitize.py
 python benchmarks/sanitize.py --device cpu
 
-All stages, 3 visible patches of 3 x 3, channels that leave remainders; outputs are compared with float32 so that a
-kernel that does nothing does not pass. Status 1 when a kernel is wrong, 2 when there is none of ours to run.
+All stages, 3 visible patches of 3 x 3, channels that leave remainders. Nothing runs but our kernels, what they call and what
+draws their inputs, since the tools follow every kernel; right or wrong is for the tests to say. Status 1 when an output is
+not finite or a kernel fails, 2 when there is none of ours to run. A hazard that racecheck reports in a kernel of cuBLAS
+(its name holds "cutlass" or "gemm") is not ours.
 """
 
 import argparse
@@ -17,8 +19,6 @@ from kernel_cases import Case, Setting
 from module_cases import downsample_case, heads_case, stem_case
 from pointwise_cases import OPERATIONS as POINTWISE
 from pointwise_cases import pointwise_case
-
-from kernels import compared, relative_error, too_wrong
 
 CHANNELS = (40, 72)
 
@@ -39,22 +39,23 @@ def small_cases(setting: Setting) -> dict[str, Case]:
 
 
 def main() -> int:
-    """Run and compare each of ours; the exit status."""
+    """Run each of ours; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     device = torch.device(parser.parse_args().device)
     setting = Setting(device, torch.bfloat16, 3, 2, 3, 24, False)
     num_run, red = 0, False
     for name, case in small_cases(setting).items():
-        wanted = [t.float() for t in case.expected()]
-        errors = {}
-        for way, how in sorted(case.ways.items(), key=lambda pair: pair[1].ours):
-            errors[way] = [relative_error(*pair) for pair in zip(compared(case, how), wanted, strict=True)]
-            if how.ours:
-                num_run += 1
-                problem = too_wrong(case, errors, way)
-                red |= problem is not None
-                print(f"{name}, {way}: {problem or 'right'}", flush=True)
+        for way, how in case.ways.items():
+            if not how.ours:
+                continue
+            num_run += 1
+            try:
+                problem = None if all(t.isfinite().all() for t in how.packed(how.run())) else "not finite"
+            except Exception as error:  # the next kernel is to run all the same
+                problem = f"{type(error).__name__}: {error}".splitlines()[0]
+            red |= problem is not None
+            print(f"{name}, {way}: {problem or 'ran'}", flush=True)
         for way, why in case.missing.items():
             print(f"{name}, {way}: not run, {why}", flush=True)
     print(f"{num_run} kernels run")
