@@ -136,22 +136,22 @@ def plot(record: dict[str, Any]) -> str:
     height = max(3.2, 0.42 * len(steps) + 1.2)
     figure, panels = plt.subplots(1, 1 + len(by_ratio), figsize=(6.2 + 3.6 * len(by_ratio), height), squeeze=False)
     axes = panels[0][0]
+    speedups = [entry["speedup"] for entry in steps]
+    axes.barh([entry["name"] for entry in steps], speedups, 0.6, color=COLOURS["sparse"])
     for i, entry in enumerate(steps):
-        for side, offset in (("sparse", -0.2), ("dense", 0.2)):
-            rate = entry["ways"][entry["best"][side]]["images_per_s"]
-            axes.barh(i + offset, rate, 0.38, color=COLOURS[side], label=LABELS[side] if i == 0 else None)
-            text = f"  {rate:,.0f}" + (f"  ({entry['speedup']:.1f} x)" if side == "sparse" else "")
-            axes.text(rate, i + offset, text, va="center", fontsize=8)
-    axes.set_yticks(range(len(steps)), [entry["name"] for entry in steps], fontsize=9)
-    axes.set_xscale("log")
-    axes.set_xlim(right=axes.get_xlim()[1] * 3)
-    axes.set_xlabel("images/s, training step (log scale)")
-    axes.invert_yaxis()
-    axes.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=9)
+        ours, others = (entry["ways"][entry["best"][side]]["images_per_s"] for side in COLOURS)
+        axes.text(entry["speedup"], i, f"  {ours:,.0f} against {others:,.0f}", va="center", fontsize=8)
+    for x, colour, words in ((1, COLOURS["dense"], "dense"), (record["results"]["goals"]["speedup"], "#33363b", "goal")):
+        axes.axvline(x, color=colour, lw=1.2)
+        axes.text(x, -0.6, words, color=colour, ha="center", va="bottom", fontsize=9)
+    axes.set_xlim(0, 1.6 * max([3, *speedups]))
+    axes.set_xlabel("images/s of a training step over those of the dense grid, masked")
+    axes.set_ylim(len(steps) - 0.4, -0.6)
     for axes, (name, points) in zip(panels[0][1:], by_ratio.items(), strict=True):
         ratios, sparse, dense = zip(*points, strict=True)
-        axes.plot(ratios, sparse, "o-", color=COLOURS["sparse"], ms=4)
-        axes.plot(ratios, dense, "o-", color=COLOURS["dense"], ms=4)
+        for side, values in (("sparse", sparse), ("dense", dense)):
+            axes.plot(ratios, values, "o-", color=COLOURS[side], ms=4, label=LABELS[side])
+        axes.legend(frameon=False, fontsize=9, loc="lower left")
         at = crossover(points)
         if at is not None and at < 1:
             axes.axvline(at, color="#d98a29", lw=1)
