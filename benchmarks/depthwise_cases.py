@@ -13,7 +13,18 @@ import roofline
 import torch
 import torch.nn.functional as F
 from gpu_timing import Run
-from kernel_cases import MASK_RATIO, Case, Setting, Way, as_tuple, backends, depthwise_module, per_tap_module, same
+from kernel_cases import (
+    MASK_RATIO,
+    Case,
+    Setting,
+    Unavailable,
+    Way,
+    as_tuple,
+    backends,
+    depthwise_module,
+    per_tap_module,
+    same,
+)
 from synthetic import random_visible
 from torch import Tensor
 
@@ -87,7 +98,7 @@ def depthwise_case(setting: Setting, operation: str, channels: int, tile_side: i
     for backend in (names := backends(setting.device)):
         case.add(backend, lambda b=backend: Way(call(depthwise_module(b), operation, inputs), ours=b in names[:2]))
     if setting.device.type == "cuda":
-        case.add("per-tap atomics", lambda: Way(call(per_tap_module(), operation, inputs)))
+        case.add("per-tap atomics", lambda: per_tap(operation, inputs))
     case.add("cuDNN on the grid", lambda: on_the_grid(operation, inputs, same))
     case.add("cuDNN on the grid, compiled", lambda: on_the_grid(operation, inputs, setting.compiled))
     return case
@@ -101,6 +112,18 @@ def call(module: ModuleType, operation: str, inputs: Inputs) -> Run:
     if operation == "input gradient":
         return partial(module.backward_input, grad_y, weight, *places)
     return partial(module.backward_weight, grad_y, x, *places)
+
+
+def per_tap(operation: str, inputs: Inputs) -> Way:
+    """A launch for each tap, in float32; its map of neighbours is made beforehand."""
+    if operation == "weight gradient":
+        raise Unavailable("its backward gives both gradients at once: see the input gradient")
+    module, runtime = per_tap_module()
+    neighbours = module.neighbour_map(inputs.index, inputs.grid_side)
+    x, grad_y, weight = inputs.x.float(), inputs.grad_y.float(), inputs.weight
+    if operation == "forward":
+        return Way(partial(module.forward, runtime, x, weight, inputs.bias, neighbours))
+    return Way(partial(module.backward, runtime, grad_y, x, weight, neighbours), lambda grads: grads[:1])
 
 
 def on_the_grid(operation: str, inputs: Inputs, wrap: Callable[[Callable], Callable]) -> Way:

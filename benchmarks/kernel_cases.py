@@ -123,15 +123,17 @@ def depthwise_module(backend: str) -> ModuleType:
     return _found(lambda: importlib.import_module("mpmae.kernels.depthwise").implementation(backend))
 
 
-def per_tap_module() -> ModuleType:
-    """The same functions the way of MinkowskiEngine: one kernel for each tap, float32 atomics."""
-    return _found(lambda: importlib.import_module("kernels_baseline"))
+def per_tap_module() -> tuple[ModuleType, ModuleType]:
+    """The way of MinkowskiEngine, a launch for each tap and float32 atomics: `kernels_baseline`, and its launcher."""
+    runtime = _found(lambda: importlib.import_module("mpmae.kernels.cuda_runtime"))
+    return _found(lambda: importlib.import_module("kernels_baseline")), runtime
 
 
-def pointwise_module(name: str, channels: int, dtype: torch.dtype, options: Any) -> ModuleType:
-    """`forward` and `backward` as in `mpmae.kernels.pointwise.formulas`; name: "fused" or "wide"."""
+def pointwise_module(name: str, channels: int, dtype: torch.dtype, num_sites: int, options: Any) -> ModuleType:
+    """`forward` and `backward` as in `mpmae.kernels.pointwise.formulas`; name: "fused" or "wide"; num_sites: N*K."""
     module = _found(lambda: importlib.import_module(f"mpmae.kernels.pointwise.{name}"))
-    refusal = module.supports(channels, dtype, options) if hasattr(module, "supports") else None
+    rest = {"fused": (num_sites, options.gelu), "wide": (options,)}[name]
+    refusal = module.supports(channels, dtype, *rest)
     if refusal:
         raise Unavailable(refusal)
     return module

@@ -60,7 +60,8 @@ def pointwise_case(setting: Setting, operation: str, channels: int, tile_side: i
     )
 
     def ours(name: str) -> Way:
-        return Way(call(pointwise_module(name, channels, setting.dtype, OPTIONS), operation, inputs, same), ours=True)
+        module = pointwise_module(name, channels, setting.dtype, num_samples * num_sites, OPTIONS)
+        return Way(call(module, operation, inputs, same), ours=True)
 
     for name in MODULES if setting.device.type == "cuda" else ():
         case.add(name, partial(ours, name))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 # what a machine with torch, Triton and numpy may lack, of all that mpmae needs
-ABSENT = "pydantic yaml rich h5py cramjam numba isal fsspec safetensors matplotlib jinja2 PIL".split()
+ABSENT = ("pydantic", "yaml", "rich", "h5py", "cramjam", "numba", "isal", "fsspec", "safetensors", "matplotlib", "PIL")
 
 
 @pytest.fixture
