@@ -25,9 +25,9 @@ from rich.table import Table
 from mpmae.config import RunConfig, load_config
 from mpmae.modalities import MODALITIES
 from mpmae.models.init import INITS
+from mpmae.provenance import commit
 from mpmae.shard_files import load_manifest
 from mpmae.train import pretrain
-from mpmae.train.record import commit
 from mpmae.train.track import read_jsonl
 
 REPO = Path(__file__).resolve().parents[1]

@@ -21,6 +21,7 @@ class Section:
 
     what: as in `write_record`. section: its Markdown. plot: its SVG, written to plots/`plot_name`.svg.
     readme: text for README.md, put between the comments `<!-- readme_mark -->` and `<!-- /readme_mark -->`.
+    unmeasured: what the page says in place of the section while there is no record.
     """
 
     what: str
@@ -29,6 +30,7 @@ class Section:
     plot: Text | None = None
     readme_mark: str = ""
     readme: Text | None = None
+    unmeasured: str = ""
 
 
 def machine(record: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import re
 import runpy
 
+import pytest
 import yaml
 
 from mpmae.config import load_config
@@ -20,6 +21,11 @@ def test_the_figure_of_the_orders_is_drawn_from_them(repo):
     assert (repo / "docs" / "order.svg").read_text() == figure(), "run `python docs/order_figure.py`"
 
 
+def test_the_figure_of_the_layout_is_drawn_from_it(repo):
+    figure = runpy.run_path(str(repo / "docs" / "kernels_figure.py"))["figure"]
+    assert (repo / "docs" / "kernels-layout.svg").read_text() == figure(), "run `python docs/kernels_figure.py`"
+
+
 def test_the_configuration_of_the_page_loads(repo, tmp_path):
     (block,) = blocks(repo, "yaml")
     path = tmp_path / "run.yaml"
@@ -35,8 +41,9 @@ def test_the_code_of_the_page_runs(repo, shards_dir):
     assert isinstance(names["order"].order, WindowOrder)
 
 
-def test_the_links_of_the_page_lead_somewhere(repo):
-    page = (repo / "docs" / "data.md").read_text()
+@pytest.mark.parametrize("name", ["data.md", "kernels.md"])
+def test_the_links_of_a_page_lead_somewhere(repo, name):
+    page = (repo / "docs" / name).read_text()
     headings = {
         re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"^## (.*)$", page, re.MULTILINE)
     }

@@ -15,6 +15,7 @@ CORE = {
     "mpmae.index_checks",
     "mpmae.files",
     "mpmae.in_order",
+    "mpmae.lazy",
     "mpmae.modalities",
     "mpmae.pixel_loops",
     "mpmae.shard_codecs",

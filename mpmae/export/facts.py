@@ -13,8 +13,8 @@ from mpmae.checkpoint_format import MMEARTH_NAME, MODEL_NAME
 from mpmae.errors import CheckpointError
 from mpmae.export.config import ArchitectureEntry, BandStatistics, ExportConfig, Provenance, Target, parse_config
 from mpmae.models.interop import Architecture, Weights
+from mpmae.provenance import commit
 from mpmae.shard_files import load_manifest
-from mpmae.train.record import commit
 
 # The FCMAE weights that facebookresearch/ConvNeXt-V2 publishes, also as timm's convnextv2_*.fcmae
 FACEBOOK_LICENCE = "CC-BY-NC-4.0"

@@ -1,20 +1,6 @@
 """Shards to batches: the order (a pure function), random-access reading, and the CPU loader."""
 
-from mpmae.loader.batch import Batch
-from mpmae.loader.cpu import CpuLoader
-from mpmae.loader.folder import shard_folder
-from mpmae.loader.order import (
-    BatchPlan,
-    EpochOrder,
-    ExactOrder,
-    TrainOrder,
-    WindowOrder,
-    evaluation_batches,
-    evaluation_ids,
-    plan_batches,
-)
-from mpmae.loader.read import ShardReader
-from mpmae.loader.transform import Augmentation
+from mpmae.lazy import lazy_exports
 
 __all__ = [
     "Augmentation",
@@ -31,3 +17,12 @@ __all__ = [
     "plan_batches",
     "shard_folder",
 ]
+_HOME_OF = dict.fromkeys(__all__, "mpmae.loader.order") | {
+    "Augmentation": "mpmae.loader.transform",
+    "Batch": "mpmae.loader.batch",
+    "CpuLoader": "mpmae.loader.cpu",
+    "ShardReader": "mpmae.loader.read",
+    "shard_folder": "mpmae.loader.folder",
+}
+# a model needs the Batch, which is torch alone, and not the codecs of the readers
+__getattr__, __dir__ = lazy_exports(__name__, _HOME_OF)

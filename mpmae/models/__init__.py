@@ -1,11 +1,6 @@
 """Models: MP-MAE, the dense ConvNeXt V2 and U-Net for downstream use, their presets and checkpoints from elsewhere."""
 
-from mpmae.models.dense import ConvNeXtV2
-from mpmae.models.encoders import create_encoder, create_unet, list_encoders
-from mpmae.models.interop import load_reference
-from mpmae.models.mpmae import MPMAE, MPMAEOutput
-from mpmae.models.presets import create_model, list_models
-from mpmae.models.unet import UNet
+from mpmae.lazy import lazy_exports
 
 __all__ = [
     "MPMAE",
@@ -19,3 +14,17 @@ __all__ = [
     "list_models",
     "load_reference",
 ]
+_HOME_OF = {
+    "MPMAE": "mpmae.models.mpmae",
+    "ConvNeXtV2": "mpmae.models.dense",
+    "MPMAEOutput": "mpmae.models.mpmae",
+    "UNet": "mpmae.models.unet",
+    "create_encoder": "mpmae.models.encoders",
+    "create_model": "mpmae.models.presets",
+    "create_unet": "mpmae.models.encoders",
+    "list_encoders": "mpmae.models.encoders",
+    "list_models": "mpmae.models.presets",
+    "load_reference": "mpmae.models.interop",
+}
+# a model of random weights needs torch and numpy; checkpoints from elsewhere need safetensors
+__getattr__, __dir__ = lazy_exports(__name__, _HOME_OF)
