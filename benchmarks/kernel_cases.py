@@ -17,7 +17,9 @@ from gpu_timing import Run
 from roofline import Work
 from torch import Tensor, nn
 
+from mpmae.kernels import tile_slots
 from mpmae.loader.batch import Batch
+from mpmae.models.blocks import Sites
 from mpmae.models.encoder import SparseEncoder, shown_pixels
 from mpmae.models.mpmae import MPMAE
 
@@ -129,11 +131,10 @@ def per_tap_module() -> tuple[ModuleType, ModuleType]:
     return _found(lambda: importlib.import_module("kernels_baseline")), runtime
 
 
-def pointwise_module(name: str, channels: int, dtype: torch.dtype, num_sites: int, options: Any) -> ModuleType:
-    """`forward` and `backward` as in `mpmae.kernels.pointwise.formulas`; name: "fused" or "wide"; num_sites: N*K."""
+def pointwise_module(name: str, y: Tensor, options: Any) -> ModuleType:
+    """`forward` and `backward` for `y` as in `mpmae.kernels.pointwise.formulas`; name: "fused" or "wide"."""
     module = _found(lambda: importlib.import_module(f"mpmae.kernels.pointwise.{name}"))
-    rest = {"fused": (num_sites, options.gelu), "wide": (options,)}[name]
-    refusal = module.supports(channels, dtype, *rest)
+    refusal = module.supports(y, options)
     if refusal:
         raise Unavailable(refusal)
     return module
@@ -179,8 +180,5 @@ def pixel_losses(model: MPMAE, grid: Tensor, batch: Batch, hidden: Tensor) -> Te
 
 def block(encoder: SparseEncoder, stage: int, x: Tensor, visible: Tensor) -> Tensor:
     """The first block of a stage on `x` [N, K, C]."""
-    from mpmae.models.blocks import Sites
-
-    tile_side = encoder.tile_sides[stage]
-    sites = Sites(encoder.site_index(visible, tile_side), encoder.num_patches_side * tile_side, None)
-    return encoder.stages[stage][0](x, sites)
+    slots = tile_slots(visible, encoder.num_patches_side)
+    return encoder.stages[stage][0](x, Sites(visible, slots, encoder.tile_sides[stage], None))

@@ -60,7 +60,7 @@ def pointwise_case(setting: Setting, operation: str, channels: int, tile_side: i
     )
 
     def ours(name: str) -> Way:
-        module = pointwise_module(name, channels, setting.dtype, num_samples * num_sites, OPTIONS)
+        module = pointwise_module(name, inputs.y, OPTIONS)
         return Way(call(module, operation, inputs, same), ours=True)
 
     for name in MODULES if setting.device.type == "cuda" else ():
