@@ -18,17 +18,15 @@ def fits(function: str, side: int, channels: int, dtype: str, architecture: int)
     signature = {"visible": "*i64", "slots": "*i16", "num_visible": "i32", "num_blocks": "i32", "blocks_per_program": "i32"}
     signature |= {"x": f"*{dtype}"}
     if function == "backward_weight":
-        options = {"num_warps": depthwise.NUM_WARPS}
         kernel = depthwise._weight_gradient_kernel
         signature |= {"partial": "*fp32", "grad": f"*{dtype}"}
     else:
-        options = depthwise.convolve_options(side)
         kernel = depthwise._convolve_kernel
         forward = function == "forward"
         signature |= {"out": f"*{dtype}", "taps": "*fp32"} | ({"bias": "*fp32"} if forward else {"residual": f"*{dtype}"})
         constants |= {"FLIP": not forward, "residual" if forward else "bias": None}
     cap = MAX_REGISTERS[block_channels]
-    return assert_fits(cap, kernel, architecture, signature, constants, **options)
+    return assert_fits(cap, kernel, architecture, signature, constants, **depthwise.launch_options(side))
 
 
 @pytest.mark.parametrize("function", ["forward", "backward_weight"])
