@@ -1,4 +1,4 @@
-"""Depthwise 7x7 over packed tiles in Triton, for every GPU that Triton knows: forward, input gradient, weight gradient.
+"""Depthwise 7x7 over packed tiles in Triton, where CUDA C++ can't run: forward, input gradient, weight gradient.
 
 A program holds a block of output sites, one accumulator per site, and the 49 weights of its channels in registers, and walks
 the cells around the block: a cell that is absent is skipped by a branch that the whole program takes, of one that is there
@@ -273,7 +273,7 @@ def backward_weight(grad_y: Tensor, x: Tensor, visible: Tensor, slots: Tensor, t
         if num_parts:
             _weight_gradient_kernel[(num_parts * channel_blocks,)](
                 partial, grad_y, x, visible, slots, visible.shape[1], num_blocks, per_program,
-                C=channels, **layout, BLOCK_C=width, num_warps=NUM_WARPS,
+                C=channels, **layout, BLOCK_C=width, **launch_options(tile_side),
             )  # fmt: skip
         _reduce_kernel[(NUM_TAPS.value + 1, triton.cdiv(channels, REDUCED_CHANNELS))](
             grad_weight, grad_bias, partial, num_parts, C=channels, ROWS=REDUCED_ROWS, BLOCK_C=REDUCED_CHANNELS
@@ -295,7 +295,7 @@ def _convolve(x, weight, bias, residual, visible, slots, tile_side, flip):
         if num_blocks:
             _convolve_kernel[(triton.cdiv(num_blocks, per_program) * channel_blocks,)](
                 out, x, taps, bias, residual, visible, slots, visible.shape[1], num_blocks, per_program,
-                C=channels, **layout, FLIP=flip, BLOCK_C=width, num_warps=NUM_WARPS,
+                C=channels, **layout, FLIP=flip, BLOCK_C=width, **launch_options(tile_side),
             )  # fmt: skip
     return out
 
@@ -305,6 +305,11 @@ def layout_constants(tile_side: int, num_patches_side: int) -> dict[str, int]:
     halvings = 1 if tile_side == 8 else 0
     block = UNIT_CELLS_SIDE if tile_side == 1 else 1
     return {"G": num_patches_side, "CELL": tile_side >> halvings, "HALVINGS": halvings, "BLOCK": block}
+
+
+def launch_options(tile_side: int) -> dict[str, int]:
+    """Warps and the cap on registers. Left alone at s = 1, the assembler spills a register to fit 12 warps on an SM."""
+    return {"num_warps": NUM_WARPS} | ({"maxnreg": 224} if tile_side == 1 else {})
 
 
 def _num_blocks(layout: dict[str, int], num_samples: int, num_visible: int) -> int:
