@@ -45,7 +45,7 @@ class Image(NamedTuple):
 
     values: [N, B, S, S]; what it holds at pixels that do not exist means nothing. pixel_valid: bool [N, S, S], True where a
     pixel holds data; None when all do. visible: int64 [N, V], patch numbers. slots: int16 [N, G+6, G+6], their
-    `tile_slots`.
+    `tile_slots`; here only its width is looked at, so [0, G+6, G+6] goes as well.
     """
 
     values: Tensor
@@ -81,6 +81,25 @@ class _Pooled(NamedTuple):
     pixel_exists: Tensor | None
     site_exists: Tensor | None
     pooled: Tensor
+
+
+_FLAT = ("conv_weight", "conv_bias", "conv_norm_weight", "conv_norm_bias", "pool_bias", "norm_weight", "norm_bias", "pool_weight")
+
+
+def flatten(grads: StemWeights) -> Tensor:
+    """All gradients one after the other, the order of `unflatten`: one tensor is one output of an op."""
+    return torch.cat([getattr(grads, name).flatten() for name in _FLAT])
+
+
+def unflatten(flat: Tensor, weights: StemWeights) -> StemWeights:
+    """The gradients in `flat`, each of its weight's shape and dtype."""
+    parts = flat.split([getattr(weights, name).numel() for name in _FLAT])
+    return StemWeights(
+        **{
+            name: part.view(getattr(weights, name).shape).to(getattr(weights, name).dtype)
+            for name, part in zip(_FLAT, parts, strict=True)
+        }
+    )
 
 
 def forward(image: Image, weights: StemWeights, eps: float, dtype: torch.dtype) -> Tensor:
@@ -167,7 +186,8 @@ def _windows(image: Image, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """The visible patches with a pixel around them, 0 where a pixel does not exist, [M, B, p+2, p+2] of `dtype`, and which
     of their own pixels exist, bool [M, p, p]."""
     grid_side, patch = image.num_patches_side, image.patch_size
-    shown = image.slots[:, HALO:-HALO, HALO:-HALO] >= 0
+    shown = torch.zeros(len(image.visible), grid_side**2, dtype=torch.bool, device=image.visible.device)
+    shown = shown.scatter(1, image.visible, True).view(-1, grid_side, grid_side)
     exists = shown[:, :, None, :, None].expand(-1, -1, patch, -1, patch).reshape(-1, *image.values.shape[2:])
     if image.pixel_valid is not None:
         exists = exists & image.pixel_valid

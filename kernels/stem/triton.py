@@ -15,15 +15,9 @@ Shapes as in `mpmae.kernels`; B bands, S image side in pixels, p patch side in p
 gradient rows of C values: 9B taps, VECTORS vectors and the t*t taps of the pooling.
 """
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra import libdevice
-
-from mpmae.kernels.stem.reference import Image, StemWeights
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 SITES = tl.constexpr(64)  # of a tile
@@ -249,13 +243,13 @@ def _forward_kernel(
     BANDS: tl.constexpr,
     C: tl.constexpr,
     T: tl.constexpr,
-    DTYPE: tl.constexpr,
     K: tl.constexpr,
     CHANNELS: tl.constexpr,
     THREADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     inside = tl.arange(0, CHANNELS)[None, :] < C
+    DTYPE: tl.constexpr = packed.dtype.element_ty
     weight = _matrix(packed, K, CHANNELS)
     scale1, shift1 = _vector(conv_norm_weight, 0, 1, C, CHANNELS), _vector(conv_norm_bias, 0, 1, C, CHANNELS)
     for block in range(tl.program_id(0), tl.cdiv(num_sites, BLOCK), tl.num_programs(0)):
@@ -303,7 +297,6 @@ def _backward_kernel(
     BANDS: tl.constexpr,
     C: tl.constexpr,
     T: tl.constexpr,
-    DTYPE: tl.constexpr,
     K: tl.constexpr,
     CHANNELS: tl.constexpr,
     THREADS: tl.constexpr,
@@ -312,6 +305,7 @@ def _backward_kernel(
 ):
     channel = tl.arange(0, CHANNELS)[None, :]
     inside = channel < C
+    DTYPE: tl.constexpr = packed.dtype.element_ty
     weight = _matrix(packed, K, CHANNELS)
     grad_weight = tl.zeros((K, CHANNELS), tl.float32)
     sums = tl.zeros((ROWS, CHANNELS), tl.float32)
@@ -353,3 +347,35 @@ def _backward_kernel(
             grad_weight = _product(tl.trans(columns), _narrow(grad_conv, DTYPE), grad_weight)
     _put(partial + tl.program_id(0) * ((K + ROWS) * CHANNELS), grad_weight, K, CHANNELS)
     _put(partial + tl.program_id(0) * ((K + ROWS) * CHANNELS) + K * CHANNELS, sums, ROWS, CHANNELS)
+
+
+@triton.jit
+def _add_kernel(
+    partial,
+    total,
+    num_programs,
+    BANDS: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
+    K: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    THREADS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """The sums of all programs, in the order of `reference.flatten`: BLOCK values of each of STEP programs at a time."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros((STEP, BLOCK), tl.float32)
+    for first in range(0, num_programs, STEP):
+        program = (first + tl.arange(0, STEP))[:, None]
+        sums += tl.load(partial + program * ((K + ROWS) * CHANNELS) + place[None, :], mask=program < num_programs, other=0)
+    row, channel = place // CHANNELS, place % CHANNELS
+    tap, vector = _taps(row, BANDS, K, THREADS), row - K
+    is_tap = (row < K) & (tap >= 0)
+    of_weight = tl.where(tap < 9 * BANDS, channel * (9 * BANDS) + tap, 9 * BANDS * C + channel)
+    of_vector = (9 * BANDS + 1 + vector) * C + channel
+    of_pool = (9 * BANDS + VECTORS) * C + channel * (T * T) + vector - (VECTORS - 1)
+    target = tl.where(row < K, of_weight, tl.where(vector < VECTORS - 1, of_vector, of_pool))
+    kept = (channel < C) & tl.where(row < K, is_tap, vector < VECTORS - 1 + T * T)
+    tl.store(total + target, tl.sum(sums, 0), mask=kept)
