@@ -78,7 +78,7 @@ def _head_loss(
     total, grads = torch.zeros((), dtype=_wide(x), device=x.device), _empty_gradients(x, weight, with_gradient)
     if not x.numel():
         return total, *(grad.zero_() for grad in grads)
-    backend = choose("head_loss", x.device, x.dtype)
+    backend = choose("head_loss", x.device, x.dtype, {"triton": None})
     chunk_samples = _chunk_samples(x, weight, CHUNK_BYTES[backend])
     with torch.autocast(x.device.type, enabled=False):
         errors = _implementation(backend).Errors(targets, x.dtype, chunk_samples)
@@ -163,7 +163,7 @@ def _implementation(backend: str):
 
 
 def _setup(ctx, inputs, output):
-    x, weight, bias, values, _, bands, hidden, _, patch_size, num_classes, normalise, _ = inputs
+    _, weight, bias, _, _, _, hidden, _, patch_size, num_classes, _, _ = inputs
     channels = 1 if num_classes else len(weight) // patch_size**2
     ctx.gain = _gain(max(hidden.shape[1] * patch_size**2 * channels, 1))
     ctx.dtypes = weight.dtype, bias.dtype

@@ -1,9 +1,9 @@
 """Errors of a chunk of logits and their gradient, in one pass over logits that lie in the L2 cache.
 
-`_statistics`: one program per sample reads its hidden target patches once: the number of valid values, and mean and deviation
-of each patch if targets are normalised. `_errors`: one program per block of pixels; logits and the gradient in their place
-are a plain matrix [pixels, C], targets are read from the image, a patch's row of pixels (p contiguous values, whole sectors)
-at a time, and turned to the logits' layout in shared memory. Each program writes one partial sum.
+`_statistics`: one program per sample reads its hidden target patches once: the number of valid values, and the mean and
+deviation of each patch if targets are normalised. `_errors`: one program per block of pixels; logits and the gradient in their
+place are a plain matrix [pixels, C], targets are read from the image, a patch's row of pixels (p contiguous values, whole
+sectors) at a time, and turned to the logits' layout in shared memory. Each program writes one partial sum.
 
 Shapes as in `mpmae.kernels.heads.targets`; n samples of a chunk.
 """
@@ -15,8 +15,17 @@ from torch import Tensor
 
 from mpmae.kernels.heads.targets import NORM_EPS, Targets
 
-STATISTICS_ELEMENTS, ERROR_ELEMENTS = 4096, 2048
 NUM_WARPS = 4
+
+
+def error_pixels(block: int, is_class: bool) -> int:
+    """Pixels of a program of `_errors`: 8 logits of a cross entropy or 16 of a squared error per thread."""
+    return max((1024 if is_class else 2048) // block, 1)
+
+
+def statistics_pixels(block: int, num_pixels: int) -> int:
+    """Pixels that a program of `_statistics` reads at a time, of `num_pixels`: 16 values per thread at most."""
+    return min(max(2048 // block, 1), triton.next_power_of_2(num_pixels))
 
 
 @triton.jit
@@ -24,6 +33,7 @@ def _targets(
     values,
     valid,
     bands,
+    first,
     sample,
     patch,
     pixel,
@@ -35,23 +45,24 @@ def _targets(
     BLOCK: tl.constexpr,
     IS_CLASS: tl.constexpr,
 ):
-    """Targets and whether they are valid, [BLOCK channels, pixels]; one channel of class ids."""
+    """Targets and whether they are valid, [BLOCK channels, pixels]; one channel of class ids. sample: counted from first."""
     side = grid_side * P
     row = (patch // grid_side) * P + pixel // P
     column = (patch % grid_side) * P + pixel % P
     plane = side * side
     channel = tl.arange(0, BLOCK)
     is_channel = channel < CHANNELS
+    band = channel
     if bands is not None:
         band = tl.load(bands + channel, mask=is_channel, other=0).to(tl.int32)
-    else:
-        band = channel
-    base = sample.to(tl.int64) * (num_bands * plane)
-    place = base + (row * side + column)
+    skipped = first.to(tl.int64) * (num_bands * plane)
+    # a row of a patch is contiguous, which the analysis of % and // does not see through every mask
+    VECTOR: tl.constexpr = P & -P
+    place = tl.multiple_of(tl.max_contiguous(sample * (num_bands * plane) + row * side + column, VECTOR), VECTOR)
     offset = band[:, None] * plane + place[None, :]
     taken = is_channel[:, None] & inside[None, :]
-    ok = tl.load(valid + offset, mask=taken, other=0) != 0
-    loaded = tl.load(values + offset, mask=taken, other=0)
+    ok = tl.load(valid + skipped + offset, mask=taken, other=0) != 0
+    loaded = tl.load(values + skipped + offset, mask=taken, other=0)
     if IS_CLASS:
         value = loaded.to(tl.int32)
         ok = ok & (value >= 0)
@@ -88,33 +99,33 @@ def _statistics(
         for m in range(num_hidden):
             slot = sample * num_hidden + m
             patch = tl.load(hidden + slot).to(tl.int32)
-            count, centre, spread = 0, 0.0, 0.0
-            for start in tl.static_range(0, P * P, PIXELS):
+            count, centre, spread = 0.0, 0.0, 0.0
+            for start in range(0, P * P, PIXELS):
                 pixel = start + tl.arange(0, PIXELS)
                 value, ok = _targets(
-                    values, valid, bands, sample, patch, pixel, pixel < P * P, grid_side, num_bands,
+                    values, valid, bands, sample, 0, patch, pixel, pixel < P * P, grid_side, num_bands,
                     P, CHANNELS, BLOCK, IS_CLASS,
                 )  # fmt: skip
                 # blocks are merged by their means and squared deviations: no difference of large sums
-                part = tl.sum(tl.sum(ok.to(tl.int32), 1), 0)
-                part_mean = tl.sum(tl.sum(tl.where(ok, value, 0.0), 1), 0) / tl.maximum(part, 1).to(tl.float32)
+                part = tl.sum(tl.sum(ok.to(tl.float32), 1), 0)
+                part_mean = tl.div_rn(tl.sum(tl.sum(tl.where(ok, value, 0.0), 1), 0), tl.maximum(part, 1.0))
                 away = tl.where(ok, value - part_mean, 0.0)
                 step = part_mean - centre
-                share = part.to(tl.float32) / tl.maximum(count + part, 1).to(tl.float32)
-                spread += tl.sum(tl.sum(away * away, 1), 0) + step * step * count.to(tl.float32) * share
+                share = tl.div_rn(part, tl.maximum(count + part, 1.0))
+                spread += tl.sum(tl.sum(away * away, 1), 0) + step * step * count * share
                 centre += step * share
                 count += part
-            variance = spread / tl.maximum(count - 1, 1).to(tl.float32) + EPS
+            variance = tl.div_rn(spread, tl.maximum(count - 1.0, 1.0)) + EPS
             tl.store(mean + slot, centre)
-            tl.store(rstd + slot, 1.0 / tl.sqrt_rn(variance))
-            total += count
+            tl.store(rstd + slot, tl.div_rn(1.0, tl.sqrt_rn(variance)))
+            total += count.to(tl.int32)
     else:
         for start in range(0, num_hidden * P * P, PIXELS):
             site = start + tl.arange(0, PIXELS)
             inside = site < num_hidden * P * P
             patch = tl.load(hidden + sample * num_hidden + site // (P * P), mask=inside, other=0).to(tl.int32)
             value, ok = _targets(
-                values, valid, bands, sample, patch, site % (P * P), inside, grid_side, num_bands,
+                values, valid, bands, sample, 0, patch, site % (P * P), inside, grid_side, num_bands,
                 P, CHANNELS, BLOCK, IS_CLASS,
             )  # fmt: skip
             total += tl.sum(tl.sum(ok.to(tl.int32), 1), 0)
@@ -152,11 +163,11 @@ def _errors(
     site = program * PIXELS + tl.arange(0, PIXELS)
     inside = site < num_sites
     slot = first_sample * num_hidden + site // (P * P)
-    sample = slot // num_hidden
+    sample = site // (P * P) // num_hidden
     patch = tl.load(hidden + slot, mask=inside, other=0).to(tl.int32)
-    share = tl.load(per_value + sample, mask=inside, other=0.0)
+    share = tl.load(per_value + first_sample + sample, mask=inside, other=0.0)
     value, ok = _targets(
-        values, valid, bands, sample, patch, site % (P * P), inside, grid_side, num_bands,
+        values, valid, bands, first_sample, sample, patch, site % (P * P), inside, grid_side, num_bands,
         P, CHANNELS, 1 if IS_CLASS else BLOCK, IS_CLASS,
     )  # fmt: skip
 
@@ -177,6 +188,7 @@ def _errors(
         error = tl.where(label < CHANNELS, error, float("nan"))
         partial = tl.sum(tl.where(takes_part, error * share, 0.0), 0)
         slope = power / norm[:, None] - tl.where(is_label, 1.0, 0.0)
+        slope = tl.where((label < CHANNELS)[:, None], slope, float("nan"))
         slope = tl.where(takes_part[:, None], slope, 0.0)
     else:
         if NORMALISE:
@@ -205,7 +217,7 @@ class Errors:
         per_value = torch.empty(num_samples, **floats)
         mean, rstd = torch.empty(2, *hidden.shape, **floats) if targets.normalise else (None, None)
         self.block = triton.next_power_of_2(targets.num_channels)
-        self.pixels = max(ERROR_ELEMENTS // self.block, 1)
+        self.pixels = error_pixels(self.block, targets.num_classes > 0)
         self.images = values, targets.valid.contiguous().view(torch.uint8), targets.bands, hidden
         self.statistics = per_value, mean, rstd
         self.sizes = self.num_hidden, values.shape[-1] // size, values.shape[1]
@@ -215,11 +227,7 @@ class Errors:
         self.partials, self.num_partials = torch.empty(programs, **floats), 0
 
         block = 1 if targets.num_classes else self.block
-        pixels = max(STATISTICS_ELEMENTS // block, 1)
-        if targets.normalise:
-            pixels = min(pixels, triton.next_power_of_2(size**2))
-        else:
-            pixels = min(pixels, triton.next_power_of_2(self.num_hidden * size**2))
+        pixels = statistics_pixels(block, size**2 * (1 if targets.normalise else self.num_hidden))
         kind = self.kind | {"CHANNELS": 1} if targets.num_classes else self.kind
         _statistics[(num_samples,)](
             *self.images,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpmae.kernels import depthwise_conv, hidden_patches, morton_sites, pack_sites, pointwise_block, site_index, unpack_sites
+from mpmae.kernels.heads import head_loss
 
 __all__ = [
     "NORM_EPS",
@@ -19,6 +20,7 @@ __all__ = [
     "Downsample",
     "Sites",
     "fill_hidden",
+    "head_loss",
     "hidden_patches",
     "morton_sites",
     "pack_patches",

@@ -86,3 +86,46 @@ def composite(head: Head, dtype: torch.dtype | None = None) -> Tensor:
         norm_pix=True,
         quirks=False,
     )
+
+
+REGISTER_CAP = 104
+# channels to predict, bands of the image, class ids, normalised, patch size
+COMPILED = {
+    "sentinel2 p8": (12, 13, False, True, 8),
+    "sentinel2 p16": (12, 13, False, True, 16),
+    "sentinel2 p32": (12, 13, False, True, 32),
+    "sentinel1 p8": (8, 8, False, False, 8),
+    "aster p16": (2, 2, False, False, 16),
+    "esa_worldcover p8": (11, 1, True, False, 8),
+    "dynamic_world p16": (9, 1, True, False, 16),
+}
+
+
+def resources(name: str, architecture: int, logits: str = "bf16") -> dict:
+    """What both kernels of a case of COMPILED take on a GPU of an architecture: kernel -> `offline.Usage`."""
+    import triton
+
+    from mpmae.kernels.heads import triton as kernels
+    from tests.kernels.offline import compile_for
+
+    channels, bands, is_class, normalise, size = COMPILED[name]
+    block = triton.next_power_of_2(channels)
+    signature = {"logits": f"*{logits}", "values": "*i64" if is_class else "*fp32", "valid": "*u8", "hidden": "*i64"}
+    signature |= {"bands": "*i64"} if bands != channels and not is_class else {}
+    signature |= {"counted": "*u8", "per_value": "*fp32", "partials": "*fp32", "gain": "fp32"}
+    signature |= {"mean": "*fp32", "rstd": "*fp32"} if normalise else {}
+    signature |= dict.fromkeys(("num_sites", "first_sample", "first_partial", "num_hidden", "grid_side", "num_bands"), "i32")
+    found = {}
+    stats_width = 1 if is_class else block
+    sizes = {
+        kernels._statistics: (stats_width, kernels.statistics_pixels(stats_width, size**2 * (1 if normalise else 30))),
+        kernels._errors: (block, kernels.error_pixels(block, is_class)),
+    }
+    for kernel, (width, pixels) in sizes.items():
+        constants = {"EPS": 1e-6, "P": size, "CHANNELS": channels if kernel is kernels._errors or not is_class else 1}
+        constants |= {"BLOCK": width, "PIXELS": pixels, "IS_CLASS": is_class, "NORMALISE": normalise, "WITH_GRADIENT": True}
+        constants |= {"bands": None, "mean": None, "rstd": None}
+        types = {name: kind for name, kind in signature.items() if name in kernel.arg_names}
+        places = {name: value for name, value in constants.items() if name in kernel.arg_names and name not in types}
+        found[kernel.fn.__name__] = compile_for(kernel, architecture, types, places, num_warps=kernels.NUM_WARPS)
+    return found

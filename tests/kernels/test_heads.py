@@ -1,10 +1,14 @@
 """Heads fused with their loss against the losses of full predictions, and as a registered operator."""
 
+import importlib.util
+
 import pytest
 import torch
 
 from mpmae.kernels.heads import head_loss, ops
-from tests.kernels.head_cases import KINDS, SAMPLES, composite, draw
+from tests.kernels.head_cases import COMPILED, KINDS, REGISTER_CAP, SAMPLES, composite, draw, resources
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton, which is not installed")
 
 
 def gradients(loss, head):
@@ -140,5 +144,68 @@ def test_what_does_not_fit_is_told_at_once():
         head_loss(x, weight[2:], bias, values, valid, hidden.int(), counted.float(), **head.options)
     with pytest.raises(ValueError, match="num_classes 9 expects integer class ids"):
         head_loss(*head.tensors, **head.options | {"num_classes": 9})
-    with pytest.raises(ValueError, match="multiple of patch_size 7"):
+    with pytest.raises(ValueError, match="multiple of patch size 7"):
         head_loss(*head.tensors, **head.options | {"patch_size": 7})
+
+
+def assert_no_spills(name, architecture):
+    for kernel, usage in resources(name, architecture).items():
+        assert usage.local_bytes == 0, (name, kernel, usage)
+        assert usage.registers <= REGISTER_CAP, (name, kernel, usage)
+
+
+@needs_triton
+@pytest.mark.parametrize(("name", "architecture"), [("sentinel2 p16", 90), ("esa_worldcover p8", 80)])
+def test_triton_compiles_offline_without_spills(name, architecture):
+    assert_no_spills(name, architecture)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_every_case_compiles_offline_without_spills(name, architecture):
+    assert_no_spills(name, architecture)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_on_the_gpu(kind, dtype, monkeypatch):
+    """Their error is at most 2 times (gradients: 3) that of PyTorch in the same dtype; two runs give the same bits."""
+    monkeypatch.setattr(ops, "_chunk_samples", lambda *_: 2)
+    exact_head, plain_head, head = draw(kind, dim=64), draw(kind, dtype, dim=64, device="cuda"), None
+    exact, plain = composite(exact_head), composite(plain_head)
+    runs = []
+    for _ in range(2):
+        head = draw(kind, dtype, dim=64, device="cuda")
+        share = head_loss(*head.tensors, **head.options)
+        runs.append([share, *gradients(share, head)])
+    assert all(map(torch.equal, *runs))
+    wanted = [exact, *gradients(exact, exact_head)]
+    for number, (got, by_pytorch, right) in enumerate(
+        zip(runs[0], (plain, *gradients(plain, plain_head)), wanted, strict=True)
+    ):
+        got, by_pytorch = got.double().cpu(), by_pytorch.double().cpu()
+        least = (1e-6 if dtype == torch.float32 else 1e-3) * right.norm()
+        assert (got - right).norm() <= (3 if number else 2) * (by_pytorch - right).norm() + least
+
+
+@pytest.mark.gpu
+def test_capture_in_a_graph():
+    head = draw("sentinel2", torch.bfloat16, dim=64, device="cuda")
+
+    def step():
+        share = head_loss(*head.tensors, **head.options)
+        return [share, *gradients(share, head)]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        expected = step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert all(map(torch.equal, captured, expected))
