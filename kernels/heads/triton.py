@@ -1,9 +1,9 @@
 """Errors of a chunk of logits and their gradient, in one pass over logits that lie in the L2 cache.
 
 `_statistics`: one program per sample reads its hidden target patches once: the number of valid values, and the mean and
-deviation of each patch if targets are normalised. `_errors`: one program per block of pixels; logits and the gradient in their
-place are a plain matrix [pixels, C], targets are read from the image, a patch's row of pixels (p contiguous values, whole
-sectors) at a time, and turned to the logits' layout in shared memory. Each program writes one partial sum.
+deviation of each patch if targets are normalised. `_errors`: one program per block of pixels; logits and the gradient in
+their place are a plain matrix [pixels, C], targets are read from the image, a patch's row of pixels (p contiguous values,
+whole sectors) at a time, and turned to the logits' layout in shared memory. Each program writes one partial sum.
 
 Shapes as in `mpmae.kernels.heads.targets`; n samples of a chunk.
 """

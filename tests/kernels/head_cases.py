@@ -37,10 +37,7 @@ def draw(kind: str, dtype=torch.float64, *, patch_size=8, samples=SAMPLES, dim=D
     bias = torch.randn(len(weight), dtype=torch.float64)
     hidden = torch.stack([torch.randperm(SIDE**2)[:HIDDEN].sort().values for _ in range(samples)])
     shape = (samples, num_bands, side, side)
-    if num_classes:
-        values = torch.randint(0, num_classes, shape)
-    else:
-        values = torch.randn(shape) * 2 + 1
+    values = torch.randint(0, num_classes, shape) if num_classes else torch.randn(shape) * 2 + 1
     valid, counted = torch.ones(shape, dtype=torch.bool), torch.ones(samples, dtype=torch.bool)
     if gaps:
         bad = (-1, 1_000_000) if num_classes else (float("nan"), 1e30)

@@ -31,11 +31,11 @@ def test_equals_the_loss_of_full_predictions(kind, gaps):
         torch.testing.assert_close(grad, wanted, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["sentinel2", "esa_worldcover"])
+@pytest.mark.parametrize("kind", ["aster", "dynamic_world"])
 def test_gradcheck_and_registration(kind):
-    head = draw(kind, samples=3, dim=2)
+    head = draw(kind, samples=2, dim=1)
     x, weight, bias, *rest = head.tensors
-    rows = torch.arange(0, len(weight), 97)  # finite differences of all of them take long
+    rows = torch.arange(0, len(weight), 197)  # finite differences of all of them take long
 
     def share(x, some_weight, some_bias):
         parts = weight.detach().index_copy(0, rows, some_weight), bias.detach().index_copy(0, rows, some_bias)
@@ -144,7 +144,7 @@ def test_what_does_not_fit_is_told_at_once():
         head_loss(x, weight[2:], bias, values, valid, hidden.int(), counted.float(), **head.options)
     with pytest.raises(ValueError, match="num_classes 9 expects integer class ids"):
         head_loss(*head.tensors, **head.options | {"num_classes": 9})
-    with pytest.raises(ValueError, match="multiple of patch size 7"):
+    with pytest.raises(ValueError, match="multiple of patch_size 7"):
         head_loss(*head.tensors, **head.options | {"patch_size": 7})
 
 
@@ -174,7 +174,7 @@ def test_every_case_compiles_offline_without_spills(name, architecture):
 def test_kernels_on_the_gpu(kind, dtype, monkeypatch):
     """Their error is at most 2 times (gradients: 3) that of PyTorch in the same dtype; two runs give the same bits."""
     monkeypatch.setattr(ops, "_chunk_samples", lambda *_: 2)
-    exact_head, plain_head, head = draw(kind, dim=64), draw(kind, dtype, dim=64, device="cuda"), None
+    exact_head, plain_head = draw(kind, dim=64), draw(kind, dtype, dim=64, device="cuda")
     exact, plain = composite(exact_head), composite(plain_head)
     runs = []
     for _ in range(2):
