@@ -37,8 +37,7 @@ def by_kernels(head):
     return head_loss(*head.tensors, **head.options)
 
 
-@pytest.mark.parametrize("gaps", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "gaps"), [("aster", False), *((kind, True) for kind in KINDS)])
 def test_equals_the_loss_of_full_predictions(kind, gaps):
     expected = results(composite, draw(kind, gaps=gaps))
     for got, wanted in zip(results(by_kernels, draw(kind, torch.float32, gaps=gaps)), expected, strict=True):
@@ -58,9 +57,9 @@ def test_patches_of_other_sizes(kind, patch_size):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["sentinel2", "esa_worldcover"])
 def test_error_in_half_precision_is_that_of_pytorch(kind, dtype):
-    exact = results(composite, draw(kind, dim=32))
-    plain = results(composite, draw(kind, dtype, dim=32))
-    got = results(by_kernels, draw(kind, dtype, dim=32))
+    exact = results(composite, draw(kind, dim=16))
+    plain = results(composite, draw(kind, dtype, dim=16))
+    got = results(by_kernels, draw(kind, dtype, dim=16))
     for number, (value, by_pytorch, wanted) in enumerate(zip(got, plain, exact, strict=True)):
         least = 1e-3 * wanted.norm() if number == 0 else 0  # one number's own error may be near 0 by chance
         assert (value - wanted).norm() <= (3 if number else 2) * (by_pytorch - wanted).norm() + least
@@ -73,7 +72,7 @@ def test_large_targets_far_from_zero_are_normalised_exactly():
         torch.testing.assert_close(got, wanted, rtol=2e-3, atol=2e-3 * wanted.abs().max().item())
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
 def test_narrow_class_ids(dtype):
     head = draw("dynamic_world", torch.float32, gaps=False)
     narrow = head._replace(tensors=(*head.tensors[:3], head.tensors[3].to(dtype), *head.tensors[4:]))
