@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mpmae.kernels import tile_slots
 from mpmae.loader.batch import Batch
 from mpmae.models.blocks import Sites
-from mpmae.models.encoder import SparseEncoder, shown_pixels
+from mpmae.models.encoder import SparseEncoder
 from mpmae.models.mpmae import MPMAE
 
 MASK_RATIO = 0.6
@@ -163,9 +163,8 @@ def forced(backend: str | None) -> Iterator[None]:
 
 def stem(encoder: SparseEncoder, image: Tensor, visible: Tensor) -> Tensor:
     """The stem's output [N, V*64, C] for `image` [N, B, S, S] without gaps."""
-    pixels = encoder.site_index(visible, encoder.patch_size)
-    shown = shown_pixels(visible, encoder.num_patches_side, encoder.patch_size)
-    return encoder.stem(image.permute(0, 2, 3, 1) * shown[:, :, :, None], pixels, None, None)
+    slots = tile_slots(visible, encoder.num_patches_side)
+    return encoder.stem(image, None, visible, slots, encoder.site_index(visible, encoder.patch_size), None)
 
 
 def downsample(part: nn.Module, x: Tensor) -> Tensor:
@@ -175,7 +174,7 @@ def downsample(part: nn.Module, x: Tensor) -> Tensor:
 
 def pixel_losses(model: MPMAE, grid: Tensor, batch: Batch, hidden: Tensor) -> Tensor:
     """The loss, a scalar, of a model with pixel modalities alone, from the decoder's output [N, L, D]."""
-    return model._loss(batch, model._pixel_predictions(grid, hidden), hidden)[0]
+    return model._loss(batch, {}, hidden, grid)[0]
 
 
 def block(encoder: SparseEncoder, stage: int, x: Tensor, visible: Tensor) -> Tensor:

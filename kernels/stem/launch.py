@@ -150,7 +150,9 @@ def _pack(kernels, weights: StemWeights, dtype: torch.dtype, cut: Cut) -> tuple[
     shape = {"K": num_columns(bands, cut.threads), "CHANNELS": padded(channels), "THREADS": cut.threads}
     packed = torch.empty(shape["K"], shape["CHANNELS"], dtype=dtype, device=weights.conv_weight.device)
     grid = (packed.numel() // PACK_BLOCK,)
-    kernels._pack_kernel[grid](weights.conv_weight, weights.conv_bias, packed, BANDS=bands, C=channels, **shape, BLOCK=PACK_BLOCK)
+    kernels._pack_kernel[grid](
+        weights.conv_weight, weights.conv_bias, packed, BANDS=bands, C=channels, **shape, BLOCK=PACK_BLOCK
+    )
     return packed, shape
 
 

@@ -49,7 +49,9 @@ def input_problems(image: Image, weights: StemWeights) -> list[str]:
     if grid_side < 1 or side != grid_side * patch:
         problems.append(f"image: {side} pixels on a side, expected {grid_side} patches (slots) of {patch} (8 x stride)")
     if slots.dtype != torch.int16 or slots.shape[0] not in (0, num_samples) or slots.shape[1:] != slots.shape[2:] * 2:
-        problems.append(f"slots: {slots.dtype} {list(slots.shape)}, expected int16 [{num_samples}, G+6, G+6] (see tile_slots)")
+        problems.append(
+            f"slots: {slots.dtype} {list(slots.shape)}, expected int16 [{num_samples}, G+6, G+6] (see tile_slots)"
+        )
     if visible.dtype != torch.int64 or visible.dim() != 2 or visible.shape[0] != num_samples:
         problems.append(f"visible: {visible.dtype} {list(visible.shape)}, expected int64 [{num_samples}, visible patches]")
     elif visible.shape[1] > grid_side**2:

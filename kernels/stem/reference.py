@@ -83,7 +83,16 @@ class _Pooled(NamedTuple):
     pooled: Tensor
 
 
-_FLAT = ("conv_weight", "conv_bias", "conv_norm_weight", "conv_norm_bias", "pool_bias", "norm_weight", "norm_bias", "pool_weight")
+_FLAT = (
+    "conv_weight",
+    "conv_bias",
+    "conv_norm_weight",
+    "conv_norm_bias",
+    "pool_bias",
+    "norm_weight",
+    "norm_bias",
+    "pool_weight",
+)
 
 
 def flatten(grads: StemWeights) -> Tensor:

@@ -28,7 +28,7 @@ VECTORS = tl.constexpr(6)  # gradients of C values: biases and norms
 @triton.jit
 def _narrow(x, DTYPE: tl.constexpr):
     """`x` rounded to DTYPE; the interpreter cuts bfloat16 off instead of rounding it, so it is rounded by hand there."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = bits.to(tl.float32, bitcast=True)
@@ -61,7 +61,15 @@ def _cdf_and_density(x):
 
 @triton.jit
 def _sites(
-    first, num_sites, visible, slots, num_visible, G: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr, THREADS: tl.constexpr
+    first,
+    num_sites,
+    visible,
+    slots,
+    num_visible,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    BLOCK: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """Of the sites from `first` on, [sites, THREADS]: their sample, the row and column of their first pixel in the tile and
     the tile's in the image, and which of the 3x3 patches around them are visible (bits; none for a site past the last)."""
@@ -90,7 +98,7 @@ def _joined(parts, K: tl.constexpr):
         HALF: tl.constexpr = len(parts) // 2
         pairs = ()
         for k in tl.static_range(HALF):
-            pairs = pairs + (tl.join(parts[k], parts[k + HALF]),)  # noqa: RUF005 - Triton has no starred tuples
+            pairs = pairs + (tl.join(parts[k], parts[k + HALF]),)
         return _joined(pairs, K)
 
 
@@ -126,7 +134,7 @@ def _columns(
         if pixel_valid is not None:
             place = sample * (SIDE * SIDE) + (top + near_row) * SIDE + left + near_column
             exists &= tl.load(pixel_valid + place, mask=exists, other=0) != 0
-        there = there + (exists,)  # noqa: RUF005
+        there = there + (exists,)
     own = tl.arange(0, THREADS)[None, :]
     address = image + sample * STRIDES[0] + (top + row) * STRIDES[2] + (left + column) * STRIDES[3]
     address += own * (EACH * STRIDES[1])
@@ -141,7 +149,7 @@ def _columns(
             value = tl.load(near, mask=read, other=0).to(tl.float32)
         else:
             value = zero + 1.0 if k == 9 * EACH else zero
-        parts = parts + (_narrow(value, DTYPE),)  # noqa: RUF005
+        parts = parts + (_narrow(value, DTYPE),)
     return _joined(parts, K), tl.max(there[4].to(tl.int32), 1)
 
 

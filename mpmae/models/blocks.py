@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from mpmae.kernels import downsample, hidden_patches, morton_sites, pack_sites, site_index, tile_slots, unpack_sites
 from mpmae.kernels.block import sparse_block
+from mpmae.kernels.heads import head_loss
 from mpmae.kernels.pointwise import GELUS, Options, Weights
+from mpmae.kernels.stem import StemWeights, stem
 
 __all__ = [
     "GELUS",
@@ -21,12 +23,15 @@ __all__ = [
     "Block",
     "Downsample",
     "Sites",
+    "StemWeights",
     "fill_hidden",
+    "head_loss",
     "hidden_patches",
     "morton_sites",
     "pack_patches",
     "pack_sites",
     "site_index",
+    "stem",
     "tile_slots",
     "unpack_sites",
 ]

@@ -8,7 +8,6 @@ Source: Nedungadi et al., "MMEarth", arXiv 2405.02771, section 4; Woo et al., "C
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpmae.models import blocks
@@ -28,12 +27,26 @@ class MMEarthStem(nn.Module):
         self.pool = nn.Conv2d(dim, dim, stride, stride=stride, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
 
-    def forward(self, image: Tensor, pixels: Tensor, valid_in: Tensor | None, valid_out: Tensor | None) -> Tensor:
-        """[N, V*64, C] from `image` [N, S, S, B], 0 at pixels that do not exist; `pixels` is their packed index."""
-        out = self.conv(image.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        x = F.gelu(self.conv_norm(blocks.pack_sites(out, pixels)))
-        x = blocks.merge_depthwise(blocks.keep(x, valid_in), self.pool)
-        return blocks.keep(self.norm(x), valid_out)
+    def forward(
+        self, image: Tensor, pixel_valid: Tensor | None, visible: Tensor, slots: Tensor, pixels: Tensor, valid: Tensor | None
+    ) -> Tensor:
+        """[N, V*64, C] from `image` [N, B, S, S]; what that holds at pixels that do not exist changes nothing.
+
+        pixel_valid: bool [N, S, S], None when all visible pixels hold data. visible, slots: the patches and their
+        `tile_slots`. pixels: int64, the packed index of the visible pixels. valid: bool [N, V*64], which sites come out;
+        None for all.
+        """
+        weights = blocks.StemWeights(
+            self.conv.weight,
+            self.conv.bias,
+            self.conv_norm.weight,
+            self.conv_norm.bias,
+            self.pool.weight,
+            self.pool.bias,
+            self.norm.weight,
+            self.norm.bias,
+        )
+        return blocks.stem(image, pixel_valid, visible, slots, weights, eps=NORM_EPS)
 
 
 class ConvNextStem(nn.Module):
@@ -44,10 +57,14 @@ class ConvNextStem(nn.Module):
         self.conv = nn.Conv2d(num_bands, dim, stride, stride=stride)
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
 
-    def forward(self, image: Tensor, pixels: Tensor, valid_in: Tensor | None, valid_out: Tensor | None) -> Tensor:
+    def forward(
+        self, image: Tensor, pixel_valid: Tensor | None, visible: Tensor, slots: Tensor, pixels: Tensor, valid: Tensor | None
+    ) -> Tensor:
         """As `MMEarthStem.forward`."""
-        x = blocks.merge_conv(blocks.pack_sites(image, pixels), self.conv)
-        return blocks.keep(self.norm(x), valid_out)
+        if pixel_valid is not None:
+            image = torch.where(pixel_valid[:, None], image, 0)
+        x = blocks.merge_conv(blocks.pack_sites(image.permute(0, 2, 3, 1), pixels), self.conv)
+        return blocks.keep(self.norm(x), valid)
 
 
 STEMS = {"mmearth": MMEarthStem, "convnext": ConvNextStem}
@@ -99,16 +116,16 @@ class SparseEncoder(nn.Module):
 
         image: [N, B, S, S], finite. pixel_valid: bool [N, S, S], True where a pixel holds data. visible: int64 [N, V].
         """
-        pixels = self.site_index(visible, self.patch_size)
-        image = image.to(self.stem.conv.weight.dtype)
-        valid = blocks.pack_sites(pixel_valid[:, :, :, None], pixels)[:, :, 0]
-        if bool(valid.all()):  # the one branch on data: without gaps, no stage has anything to mask
-            valid = None
-        stage_valid = blocks.merge_valid(valid, self.stem_stride)
-        exists = shown_pixels(visible, self.num_patches_side, self.patch_size) & pixel_valid
-        x = self.stem(image.permute(0, 2, 3, 1) * exists[:, :, :, None], pixels, valid, stage_valid)
         visible = visible.contiguous()
         slots = blocks.tile_slots(visible, self.num_patches_side)
+        pixels = self.site_index(visible, self.patch_size)
+        valid = blocks.pack_sites(pixel_valid[:, :, :, None], pixels)[:, :, 0]
+        # Without gaps no stage has anything to leave out. Only a CPU may look: elsewhere that would stall the device, and a
+        # compiler could not follow; there validity always takes part, 1 % of the bytes.
+        if valid.device.type == "cpu" and not torch.compiler.is_compiling() and bool(valid.all()):
+            pixel_valid = valid = None
+        stage_valid = blocks.merge_valid(valid, self.stem_stride)
+        x = self.stem(image.to(self.stem.conv.weight.dtype), pixel_valid, visible, slots, pixels, stage_valid)
         for stage, tile_side in enumerate(self.tile_sides):
             if stage:
                 valid, stage_valid = stage_valid, blocks.merge_valid(stage_valid, 2)

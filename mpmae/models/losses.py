@@ -46,6 +46,11 @@ def patch_statistics(target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance + PATCH_NORM_EPS
 
 
+def is_normalised(spec: ModalitySpec, norm_pix: bool) -> bool:
+    """Whether the target patches of a modality are normalised: those of sentinel2, if `norm_pix`."""
+    return norm_pix and spec.name == "sentinel2"
+
+
 def normalise_patches(target: Tensor, valid: Tensor) -> Tensor:
     """`target` [N, M, Q] per patch with mean 0 and variance 1 by `patch_statistics` (valid: bool [N, M, Q]).
 
@@ -71,7 +76,8 @@ def modality_share(
 
     pred: pixel [N, M, Q], tile [N, K]. target: like pred, or class ids int64 [N, M, P] / [N]. valid: bool, shape of target.
     counted: bool [N], False for padding samples. num_present: tiles of the global batch that have the modality.
-    The arithmetic is float32, or float64 for a float64 prediction.
+    The arithmetic is float32, or float64 for a float64 prediction. `blocks.head_loss` computes the same from a pixel head's
+    input, without the quirks.
     """
     with torch.autocast(pred.device.type, enabled=False):
         if pred.dtype != torch.float64:
@@ -90,7 +96,7 @@ def modality_share(
 
 def _squared_errors(spec: ModalitySpec, pred: Tensor, target: Tensor, valid: Tensor, norm_pix: bool, quirks: bool) -> Tensor:
     target = torch.where(valid, target, 0).to(pred.dtype)
-    if norm_pix and spec.name == "sentinel2":
+    if is_normalised(spec, norm_pix):
         target = normalise_patches(target, torch.ones_like(valid) if quirks else valid)
     if not quirks or spec.scope == "tile":
         target = torch.where(valid, target, pred.detach())  # keeps an error there from overflowing into 0 * inf

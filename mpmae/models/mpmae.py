@@ -112,7 +112,7 @@ class MPMAE(nn.Module):
         visible: int64 [N, V], ascending patch numbers of each row, best left on the CPU: it is checked there and moved to
         the batch's device. Without it a random one is drawn from torch's generator; `mpmae.masking.draw_visible` gives one
         that is the same over any number of ranks and after a resume.
-        Pixel heads run at hidden patches only unless `return_predictions`.
+        Pixel heads run at hidden patches only, together with their losses; `return_predictions` runs them once more.
         Raises ConfigError for a batch or an index that does not fit the model. Duplicate or out-of-range patch numbers are
         looked for only in an index on the CPU: elsewhere the look would stall the device.
         """
@@ -121,13 +121,12 @@ class MPMAE(nn.Module):
         tokens, latent = self._encode(batch, visible)
         grid = self.decoder(tokens, visible)
         hidden = blocks.hidden_patches(visible, self.num_patches)
-        predictions = self._pixel_predictions(grid, None) if return_predictions else {}
-        at_hidden = self._pixel_predictions(grid, hidden)
         tile = self.heads.tile_predictions(grid)
-        loss, shares = self._loss(batch, at_hidden | tile, hidden)
+        loss, shares = self._loss(batch, tile, hidden, grid)
+        predictions = {}
         if return_predictions:
-            predictions = {name: _as_map(pred, self.num_patches_side) for name, pred in predictions.items()} | tile
-            predictions = {name: predictions[name] for name in self.modalities_out}
+            pixel = {name: _as_map(head(grid), self.num_patches_side) for name, head in self.heads.pixel.items()}
+            predictions = {name: (pixel | tile)[name] for name in self.modalities_out}
         log_vars = {} if self.log_vars is None else dict(zip(shares, self.log_vars.detach().unbind(), strict=True))
         return MPMAEOutput(loss, shares, log_vars, predictions, latent, visible)
 
@@ -154,14 +153,10 @@ class MPMAE(nn.Module):
         latent = blocks.fill_hidden(features, visible, features.new_zeros(features.shape[-1]), self.num_patches)
         return features, _as_map(latent, self.num_patches_side)
 
-    def _pixel_predictions(self, grid: Tensor, patches: Tensor | None) -> dict[str, Tensor]:
-        """[N, P, p*p*C] per pixel modality at `patches` int64 [N, P], or at all of them."""
-        if not self.heads.pixel:
-            return {}
-        if patches is not None:
-            sample = torch.arange(len(patches), device=patches.device)[:, None] * self.num_patches
-            grid = blocks.pack_sites(grid.unflatten(1, (self.num_patches_side, -1)), patches + sample)
-        return {name: head(grid) for name, head in self.heads.pixel.items()}
+    def _at_patches(self, grid: Tensor, patches: Tensor) -> Tensor:
+        """The features [N, P, D] of `grid` [N, L, D] at `patches` int64 [N, P]."""
+        sample = torch.arange(len(patches), device=patches.device)[:, None] * self.num_patches
+        return blocks.pack_sites(grid.unflatten(1, (self.num_patches_side, -1)), patches + sample)
 
     def constant_shares(self, batch: Batch, visible: Tensor, constants: dict[str, Tensor]) -> dict[str, Tensor]:
         """Unweighted loss shares of a predictor that says the same everywhere, whatever it sees.
@@ -179,8 +174,15 @@ class MPMAE(nn.Module):
             predictions[name] = values.expand(len(batch), *(hidden.shape[1:] if spec.scope == "pixel" else ()), -1)
         return self._shares(batch, predictions, hidden)
 
-    def _loss(self, batch: Batch, predictions: dict[str, Tensor], hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        shares = self._shares(batch, predictions, hidden)
+    def _loss(self, batch: Batch, tile: dict[str, Tensor], hidden: Tensor, grid: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        at_hidden = self._at_patches(grid, hidden) if self.heads.pixel else None
+        if self.reference_quirks:
+            predictions = tile | {name: head(at_hidden) for name, head in self.heads.pixel.items()}
+            shares = self._shares(batch, predictions, hidden)
+        else:
+            fused = {name: self._fused_share(batch, name, hidden, at_hidden) for name in self.heads.pixel}
+            shares = fused | self._shares(batch, tile, hidden)
+        shares = {name: shares[name] for name in self.modalities_out}
         loss = losses.weigh(
             shares,
             self.log_vars,
@@ -191,13 +193,34 @@ class MPMAE(nn.Module):
         )
         return loss, shares
 
+    def _fused_share(self, batch: Batch, name: str, hidden: Tensor, at_hidden: Tensor) -> Tensor:
+        """A pixel modality's share from the features [N, M, D] at the hidden patches: `modality_share` of the head's output.
+
+        The head's parameters are read here and not in its own forward, for it is not called.
+        """
+        spec, head = spec_of(name), self.heads.pixel[name]
+        return blocks.head_loss(
+            at_hidden,
+            head.weight,
+            head.bias,
+            batch.values[name],
+            batch.valid[name],
+            hidden,
+            ~batch.padding,
+            patch_size=self.patch_size,
+            num_present=batch.num_present[name],
+            num_classes=spec.num_classes or 0,
+            normalise=losses.is_normalised(spec, self.norm_pix_loss),
+            bands=getattr(self, f"select_{name}"),
+        )
+
     def _shares(self, batch: Batch, predictions: dict[str, Tensor], hidden: Tensor) -> dict[str, Tensor]:
         shares = {}
-        for name in self.modalities_out:
+        for name, prediction in predictions.items():
             target, valid = self._target(batch, name, hidden)
             shares[name] = losses.modality_share(
                 spec_of(name),
-                predictions[name],
+                prediction,
                 target,
                 valid,
                 ~batch.padding,

@@ -50,7 +50,9 @@ def test_float32_is_tight_and_nothing_leaks(case):
     """NaN in every pixel that does not exist and in the gradient of every such site."""
     image, weights, grad = draw(**CASES[case])
     wanted, wanted_grads = oracle(image, weights, grad)
-    out, grads = run(poisoned(to(image, weights, torch.float32)[0]), to(image, weights, torch.float32)[1], grad, torch.float32)
+    out, grads = run(
+        poisoned(to(image, weights, torch.float32)[0]), to(image, weights, torch.float32)[1], grad, torch.float32
+    )
     assert torch.equal(out == 0, wanted == 0)
     assert error(out, wanted) < 2e-6
     for name, got, want in zip(grads._fields, grads, wanted_grads, strict=True):
