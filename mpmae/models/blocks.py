@@ -119,14 +119,6 @@ def merge_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return F.linear(x, weight.transpose(1, 2).flatten(1), conv.bias)
 
 
-def merge_depthwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A depthwise convolution with kernel = stride = 2**j on Morton-ordered sites: [N, K / 4**j, C] from [N, K, C]."""
-    weight = _morton_taps(conv.weight)[:, 0].t()
-    if len(weight) == 1:
-        return torch.addcmul(conv.bias, x, weight)
-    return (x.reshape(x.shape[0], -1, *weight.shape) * weight).sum(2) + conv.bias
-
-
 def _morton_taps(weight: Tensor) -> Tensor:
     """The taps of a kernel [C_out, C_in, 2**j, 2**j] in Morton order: [C_out, C_in, 4**j]."""
     num_bits = weight.shape[-1].bit_length() - 1
