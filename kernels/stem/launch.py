@@ -11,13 +11,15 @@ from torch import Tensor
 
 from mpmae.kernels.stem.reference import TILE_SIDE, Image, StemWeights
 
-MAX_CHANNELS = 256
+MAX_CHANNELS = 192
 MAX_BANDS = 14
+MAX_COLUMNS = 128
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PROGRAMS_PER_PROCESSOR = 2
 PROGRAMS_ELSEWHERE = 3  # in Triton's interpreter
+WEIGHT_COLUMNS = 128  # channels of a program that sums the 3x3 convolution's gradient
 ADD_BLOCK, ADD_STEP = 64, 32
-PACK_BLOCK = 256
+PACK_BLOCK = 128
 
 
 class Cut(NamedTuple):
@@ -35,9 +37,9 @@ def refusal(image: Image, weights: StemWeights, dtype: torch.dtype) -> str | Non
     if dtype not in DTYPES:
         return f"dtype {dtype}, expected one of {', '.join(map(str, DTYPES))}"
     if channels > MAX_CHANNELS:
-        return f"{channels} channels, expected at most {MAX_CHANNELS}: more weight gradient than a program's registers hold"
+        return f"{channels} channels, expected at most {MAX_CHANNELS}: a block of more does not fit into registers"
     if bands > MAX_BANDS:
-        return f"{bands} bands, expected at most {MAX_BANDS}: the neighbourhood of a pixel fills 128 columns"
+        return f"{bands} bands, expected at most {MAX_BANDS}: the neighbourhood of a pixel has {MAX_COLUMNS} columns"
     if num_samples * num_visible * TILE_SIDE**2 >= 2**31:
         return f"{num_samples} x {num_visible} visible patches hold 2**31 sites or more; take a smaller batch"
     return None
@@ -49,22 +51,20 @@ def forward(image: Image, weights: StemWeights, eps: float, dtype: torch.dtype) 
 
     num_samples, num_visible = image.visible.shape
     channels = weights.conv_weight.shape[0]
-    num_sites = num_samples * num_visible * TILE_SIDE**2
     out = torch.empty(num_samples, num_visible * TILE_SIDE**2, channels, dtype=dtype, device=image.values.device)
-    cut = forward_cut(channels, dtype)
-    packed, shape = _pack(kernels, weights, dtype, cut)
-    blocks = -(-num_sites // cut.block)
-    kernels._forward_kernel[(_num_programs(out.device, blocks),)](
+    cut = cut_of(weights, dtype)
+    num_sites, num_pixels = out.shape[0] * out.shape[1], weights.pool_weight[0].numel()
+    kernels._forward_kernel[(_num_programs(out.device, -(-num_sites // cut.block)),)](
         *_image_arguments(image),
-        packed,
+        _packed(kernels, weights, dtype, cut.threads),
         *weights[2:],
         out,
         num_sites,
         num_visible,
-        weights.pool_weight.shape[-1] ** 2,
+        num_pixels,
         eps,
-        **_constants(image, weights),
-        **shape,
+        **_image_constants(image, weights),
+        **sizes(weights, cut.threads),
         BLOCK=cut.block,
         num_warps=cut.num_warps,
         num_stages=1,
@@ -76,31 +76,51 @@ def backward(grad: Tensor, image: Image, weights: StemWeights, eps: float) -> Te
     """The gradients of `reference.backward` as `reference.flatten` puts them, float32; `grad` is contiguous."""
     from mpmae.kernels.stem import triton as kernels
 
-    num_samples, num_visible = image.visible.shape
-    channels, bands = weights.conv_weight.shape[:2]
-    stride = weights.pool_weight.shape[-1]
-    num_sites = num_samples * num_visible * TILE_SIDE**2
-    cut = backward_cut(channels, grad.dtype)
-    packed, shape = _pack(kernels, weights, grad.dtype, cut)
-    rows = sum_rows(stride)
-    num_programs = _num_programs(grad.device, -(-num_sites // cut.block))
-    size = (shape["K"] + rows) * shape["CHANNELS"]
+    num_sites, num_visible = grad.shape[0] * grad.shape[1], image.visible.shape[1]
+    num_pixels = weights.pool_weight[0].numel()
+    cut, weight_cut = cut_of(weights, grad.dtype), weight_cut_of(weights, grad.dtype)
+    num_blocks = -(-num_sites // cut.block)
+    num_programs = _num_programs(grad.device, num_blocks)
+    rows = sum_rows(num_pixels)
+    weight_sizes = sizes(weights, weight_cut.threads)
+    channels = weight_sizes["CHANNELS"]
+    size = (weight_sizes["K"] + rows) * channels
     partial = torch.empty(num_programs, size, dtype=torch.float32, device=grad.device)
+    grad_conv = torch.empty(num_blocks * cut.block * num_pixels, grad.shape[2], dtype=grad.dtype, device=grad.device)
+    where, constants = _image_arguments(image), _image_constants(image, weights)
     kernels._backward_kernel[(num_programs,)](
         grad,
-        *_image_arguments(image),
-        packed,
+        *where,
+        _packed(kernels, weights, grad.dtype, cut.threads),
         *weights[2:7],
+        grad_conv,
         partial,
         num_sites,
         num_visible,
-        stride**2,
+        num_pixels,
         eps,
-        **_constants(image, weights),
-        **shape,
+        **constants,
+        **sizes(weights, cut.threads),
         BLOCK=cut.block,
         ROWS=rows,
+        SIZE=size,
         num_warps=cut.num_warps,
+        num_stages=1,
+    )
+    columns = min(channels, WEIGHT_COLUMNS)
+    kernels._weight_kernel[(num_programs, channels // columns)](
+        grad_conv,
+        *where,
+        partial,
+        num_sites,
+        num_visible,
+        num_pixels,
+        **constants,
+        **weight_sizes,
+        BLOCK=cut.block,
+        COLUMNS=columns,
+        SIZE=size,
+        num_warps=weight_cut.num_warps,
         num_stages=1,
     )
     total = torch.empty(sum(weight.numel() for weight in weights), dtype=torch.float32, device=grad.device)
@@ -108,10 +128,8 @@ def backward(grad: Tensor, image: Image, weights: StemWeights, eps: float) -> Te
         partial,
         total,
         num_programs,
-        BANDS=bands,
-        C=channels,
-        T=stride,
-        **shape,
+        T=weights.pool_weight.shape[-1],
+        **weight_sizes,
         ROWS=rows,
         BLOCK=ADD_BLOCK,
         STEP=ADD_STEP,
@@ -119,19 +137,29 @@ def backward(grad: Tensor, image: Image, weights: StemWeights, eps: float) -> Te
     return total
 
 
-def forward_cut(channels: int, dtype: torch.dtype) -> Cut:
-    """The cut of the forward kernel: 16 sites of a warp, so that all warps split sites, as long as registers last."""
-    return Cut(64, 2, 4)
+def cut_of(weights: StemWeights, dtype: torch.dtype) -> Cut:
+    """The cut of the forward and of the backward kernel.
+
+    16 sites of a warp as long as registers last: warps then split sites only, and padded channels cost nothing.
+    """
+    channels, bands = weights.conv_weight.shape[:2]
+    if dtype == torch.float32:
+        return Cut(16, _threads(bands, 4), 8)
+    if channels <= 48:
+        return Cut(64, _threads(bands, 2), 4)
+    return Cut(64 if channels <= 128 else 32, _threads(bands, 4), 8)
 
 
-def backward_cut(channels: int, dtype: torch.dtype) -> Cut:
-    """The cut of the backward kernel, which holds 128 x `channels` sums besides."""
-    return Cut(64, 2, 4)
+def weight_cut_of(weights: StemWeights, dtype: torch.dtype) -> Cut:
+    """The cut of the kernel that sums the gradient of the 3x3 convolution, over the same blocks."""
+    return Cut(cut_of(weights, dtype).block, _threads(weights.conv_weight.shape[1], 4), 8)
 
 
-def padded(channels: int) -> int:
-    """Channels of a block: the next power of two, 16 at least, which a matrix product wants."""
-    return max(16, 1 << (channels - 1).bit_length())
+def sizes(weights: StemWeights, threads: int) -> dict[str, int]:
+    """Constants of a kernel in which `threads` share a pixel."""
+    channels, bands = weights.conv_weight.shape[:2]
+    columns, padded = num_columns(bands, threads), max(16, 1 << (channels - 1).bit_length())
+    return {"BANDS": bands, "C": channels, "K": columns, "CHANNELS": padded, "THREADS": threads}
 
 
 def num_columns(bands: int, threads: int) -> int:
@@ -139,21 +167,22 @@ def num_columns(bands: int, threads: int) -> int:
     return max(16, threads * (1 << (9 * -(-bands // threads)).bit_length()))
 
 
-def sum_rows(stride: int) -> int:
+def sum_rows(num_pixels: int) -> int:
     """Rows of the sums beside the 3x3 convolution's: 5 vectors and the taps of the pooling, padded for a product."""
-    return max(16, 1 << (4 + stride**2).bit_length())
+    return max(16, 1 << (4 + num_pixels).bit_length())
 
 
-def _pack(kernels, weights: StemWeights, dtype: torch.dtype, cut: Cut) -> tuple[Tensor, dict[str, int]]:
-    """Weight and bias of the 3x3 convolution in the order of a block's columns, and the kernels' sizes."""
-    channels, bands = weights.conv_weight.shape[:2]
-    shape = {"K": num_columns(bands, cut.threads), "CHANNELS": padded(channels), "THREADS": cut.threads}
-    packed = torch.empty(shape["K"], shape["CHANNELS"], dtype=dtype, device=weights.conv_weight.device)
+def _threads(bands: int, wanted: int) -> int:
+    return wanted if num_columns(bands, wanted) <= MAX_COLUMNS else 2
+
+
+def _packed(kernels, weights: StemWeights, dtype: torch.dtype, threads: int) -> Tensor:
+    """Weight and bias of the 3x3 convolution in the order of a block's columns: [columns, padded channels]."""
+    constants = sizes(weights, threads)
+    packed = torch.empty(constants["K"], constants["CHANNELS"], dtype=dtype, device=weights.conv_weight.device)
     grid = (packed.numel() // PACK_BLOCK,)
-    kernels._pack_kernel[grid](
-        weights.conv_weight, weights.conv_bias, packed, BANDS=bands, C=channels, **shape, BLOCK=PACK_BLOCK
-    )
-    return packed, shape
+    kernels._pack_kernel[grid](weights.conv_weight, weights.conv_bias, packed, **constants, BLOCK=PACK_BLOCK)
+    return packed
 
 
 def _image_arguments(image: Image) -> tuple[Tensor | None, ...]:
@@ -161,15 +190,8 @@ def _image_arguments(image: Image) -> tuple[Tensor | None, ...]:
     return image.values, valid, image.visible, image.slots
 
 
-def _constants(image: Image, weights: StemWeights) -> dict:
-    channels, bands = weights.conv_weight.shape[:2]
-    return {
-        "G": image.num_patches_side,
-        "STRIDES": image.values.stride(),
-        "BANDS": bands,
-        "C": channels,
-        "T": weights.pool_weight.shape[-1],
-    }
+def _image_constants(image: Image, weights: StemWeights) -> dict:
+    return {"G": image.num_patches_side, "STRIDES": image.values.stride(), "T": weights.pool_weight.shape[-1]}
 
 
 @cache

@@ -71,8 +71,8 @@ def _sites(
     BLOCK: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """Of the sites from `first` on, [sites, THREADS]: their sample, the row and column of their first pixel in the tile and
-    the tile's in the image, and which of the 3x3 patches around them are visible (bits; none for a site past the last)."""
+    """Of the sites from `first` on, [sites, THREADS]: their sample, the row and column of their first pixel in the image,
+    and which of the 3x3 patches around theirs are visible (bits; none for a site past the last)."""
     site = first + tl.arange(0, BLOCK)[:, None] + tl.zeros((1, THREADS), tl.int32)
     tile = site // SITES
     sample = tile // num_visible
@@ -86,7 +86,7 @@ def _sites(
     for near in tl.static_range(9):
         slot = tl.load(table + ((near // 3 - 1) * WIDTH + near % 3 - 1), mask=site < num_sites, other=-1)
         shown |= (slot >= 0).to(tl.int32) << near
-    return sample.to(tl.int64), row * T, column * T, patch_row * (8 * T), patch_column * (8 * T), shown
+    return sample, (patch_row * 8 + row) * T, (patch_column * 8 + column) * T, shown
 
 
 @triton.jit
@@ -124,19 +124,18 @@ def _columns(
     PATCH: tl.constexpr = 8 * T
     SIDE: tl.constexpr = G * PATCH
     EACH: tl.constexpr = (BANDS + THREADS - 1) // THREADS
-    sample, row, column, top, left, shown = sites
-    row, column = row + pixel // T, column + pixel % T
+    sample, row, column, shown = sites
+    sample, row, column = sample.to(tl.int64), row + pixel // T, column + pixel % T
     there = ()
     for tap in tl.static_range(9):
-        near_row, near_column = row + (tap // 3 - 1), column + (tap % 3 - 1)
-        patch = (near_row + PATCH) // PATCH * 3 + (near_column + PATCH) // PATCH
+        patch = (row % PATCH + PATCH + (tap // 3 - 1)) // PATCH * 3 + (column % PATCH + PATCH + (tap % 3 - 1)) // PATCH
         exists = ((shown >> patch) & 1) != 0
         if pixel_valid is not None:
-            place = sample * (SIDE * SIDE) + (top + near_row) * SIDE + left + near_column
+            place = sample * (SIDE * SIDE) + row * SIDE + column + ((tap // 3 - 1) * SIDE + tap % 3 - 1)
             exists &= tl.load(pixel_valid + place, mask=exists, other=0) != 0
         there = there + (exists,)
     own = tl.arange(0, THREADS)[None, :]
-    address = image + sample * STRIDES[0] + (top + row) * STRIDES[2] + (left + column) * STRIDES[3]
+    address = image + sample * STRIDES[0] + row * STRIDES[2] + column * STRIDES[3]
     address += own * (EACH * STRIDES[1])
     zero = tl.zeros(address.shape, tl.float32)
     parts = ()
@@ -167,7 +166,7 @@ def _taps(column, BANDS: tl.constexpr, K: tl.constexpr, THREADS: tl.constexpr):
 def _vector(pointer, first, stride: tl.constexpr, C: tl.constexpr, CHANNELS: tl.constexpr):
     """C values, `stride` apart, as [1, CHANNELS]."""
     channel = tl.arange(0, CHANNELS)[None, :]
-    return tl.load(pointer + first + channel * stride, mask=channel < C, other=0).to(tl.float32)
+    return tl.load(pointer + (first + channel * stride), mask=channel < C, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -189,11 +188,16 @@ def _norm_backward(grad, unit, rstd, inside, C: tl.constexpr):
 
 
 @triton.jit
-def _add_row(sums, row, x, DTYPE: tl.constexpr):
+def _add_row(sums, row, x, SPLIT: tl.constexpr, DTYPE: tl.constexpr):
     """`sums` [rows, channels] with the sum of `x` [sites, channels] over the sites added to one row."""
     is_row = tl.arange(0, sums.shape[0])[:, None] == row
-    one_hot = tl.where(is_row & (tl.arange(0, x.shape[0])[None, :] >= 0), 1.0, 0.0)
-    return _product(one_hot.to(DTYPE), _narrow(x, DTYPE), sums)
+    if DTYPE == tl.float32:  # no tensor core takes that product
+        return sums + tl.where(is_row, tl.sum(x, 0)[None, :], 0.0)
+    else:
+        one_hot = tl.where(is_row & (tl.arange(0, x.shape[0])[None, :] >= 0), 1.0, 0.0).to(DTYPE)
+        if SPLIT:  # into two numbers of DTYPE, for a sum that cancels
+            sums = _product(one_hot, _narrow(x - _narrow(x, DTYPE).to(tl.float32), DTYPE), sums)
+        return _product(one_hot, _narrow(x, DTYPE), sums)
 
 
 @triton.jit
@@ -219,13 +223,13 @@ def _pack_kernel(
 
 
 @triton.jit
-def _matrix(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    return tl.load(pointer + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :])
+def _matrix(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr):
+    return tl.load(pointer + (tl.arange(0, ROWS)[:, None] * STRIDE + tl.arange(0, COLUMNS)[None, :]))
 
 
 @triton.jit
-def _put(pointer, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    tl.store(pointer + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], values)
+def _put(pointer, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr):
+    tl.store(pointer + (tl.arange(0, ROWS)[:, None] * STRIDE + tl.arange(0, COLUMNS)[None, :]), values)
 
 
 @triton.jit
@@ -258,18 +262,20 @@ def _forward_kernel(
 ):
     inside = tl.arange(0, CHANNELS)[None, :] < C
     DTYPE: tl.constexpr = packed.dtype.element_ty
-    weight = _matrix(packed, K, CHANNELS)
-    scale1, shift1 = _vector(conv_norm_weight, 0, 1, C, CHANNELS), _vector(conv_norm_bias, 0, 1, C, CHANNELS)
-    for block in range(tl.program_id(0), tl.cdiv(num_sites, BLOCK), tl.num_programs(0)):
+    weight = _matrix(packed, K, CHANNELS, CHANNELS)
+    for block in tl.range(tl.program_id(0), tl.cdiv(num_sites, BLOCK), tl.num_programs(0), disable_licm=True):
         late = block // tl.cdiv(num_sites, BLOCK)  # 0, which the compiler can't know: it would hoist loads into registers
         sites = _sites(block * BLOCK, num_sites, visible, slots, num_visible, G, T, BLOCK, THREADS)
         pooled = tl.zeros((BLOCK, CHANNELS), tl.float32)
         site_exists = tl.zeros((BLOCK,), tl.int32)
-        for pixel in range(num_pixels):
+        for pixel in tl.range(num_pixels, disable_licm=True):
             columns, exists = _columns(image, pixel_valid, sites, pixel, G, BANDS, T, STRIDES, K, THREADS, DTYPE)
-            conv = _product(columns, weight, tl.zeros((BLOCK, CHANNELS), tl.float32))
+            conv = tl.zeros((BLOCK, CHANNELS), tl.float32)
+            if num_pixels > 0:
+                conv = _product(columns, weight, conv)
             unit, _ = _norm(conv, inside, C, eps)
-            x = unit * scale1 + shift1
+            scale = _vector(conv_norm_weight, pixel // num_pixels, 1, C, CHANNELS)
+            x = unit * scale + _vector(conv_norm_bias, pixel // num_pixels, 1, C, CHANNELS)
             cdf, _ = _cdf_and_density(x)
             h = tl.where(inside & (exists != 0)[:, None], x * cdf, 0.0)
             pooled += h * _vector(pool_weight, pixel, T * T, C, CHANNELS)
@@ -277,9 +283,9 @@ def _forward_kernel(
         unit, _ = _norm(pooled + _vector(pool_bias, late, 1, C, CHANNELS), inside, C, eps)
         result = unit * _vector(norm_weight, late, 1, C, CHANNELS) + _vector(norm_bias, late, 1, C, CHANNELS)
         result = tl.where((site_exists != 0)[:, None], result, 0.0)
-        site = (block * BLOCK + tl.arange(0, BLOCK))[:, None]
-        place = out + site.to(tl.int64) * C + tl.arange(0, CHANNELS)[None, :]
-        tl.store(place, _narrow(result, out.dtype.element_ty), mask=inside & (site < num_sites))
+        row = tl.arange(0, BLOCK)[:, None]
+        place = out + tl.cast(block, tl.int64) * (BLOCK * C) + (row * C + tl.arange(0, CHANNELS)[None, :])
+        tl.store(place, _narrow(result, out.dtype.element_ty), mask=inside & (block * BLOCK + row < num_sites))
 
 
 @triton.jit
@@ -295,6 +301,7 @@ def _backward_kernel(
     pool_weight,
     pool_bias,
     norm_weight,
+    grad_conv,
     partial,
     num_sites,
     num_visible,
@@ -310,51 +317,96 @@ def _backward_kernel(
     THREADS: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    SIZE: tl.constexpr,
 ):
+    """A program's sums of all gradients but the 3x3 convolution's, and the gradient of what that gives, tile by tile."""
     channel = tl.arange(0, CHANNELS)[None, :]
     inside = channel < C
     DTYPE: tl.constexpr = packed.dtype.element_ty
-    weight = _matrix(packed, K, CHANNELS)
-    grad_weight = tl.zeros((K, CHANNELS), tl.float32)
+    weight = _matrix(packed, K, CHANNELS, CHANNELS)
     sums = tl.zeros((ROWS, CHANNELS), tl.float32)
-    for block in range(tl.program_id(0), tl.cdiv(num_sites, BLOCK), tl.num_programs(0)):
+    for block in tl.range(tl.program_id(0), tl.cdiv(num_sites, BLOCK), tl.num_programs(0), disable_licm=True):
         late = block // tl.cdiv(num_sites, BLOCK)  # 0, which the compiler can't know: it would hoist loads into registers
         sites = _sites(block * BLOCK, num_sites, visible, slots, num_visible, G, T, BLOCK, THREADS)
         pooled = tl.zeros((BLOCK, CHANNELS), tl.float32)
         site_exists = tl.zeros((BLOCK,), tl.int32)
-        for pixel in range(num_pixels):
+        for pixel in tl.range(num_pixels, disable_licm=True):
             columns, exists = _columns(image, pixel_valid, sites, pixel, G, BANDS, T, STRIDES, K, THREADS, DTYPE)
-            unit, rstd = _norm(_product(columns, weight, tl.zeros((BLOCK, CHANNELS), tl.float32)), inside, C, eps)
+            conv = tl.zeros((BLOCK, CHANNELS), tl.float32)
+            if num_pixels > 0:
+                conv = _product(columns, weight, conv)
+            unit, rstd = _norm(conv, inside, C, eps)
             scale = _vector(conv_norm_weight, pixel // num_pixels, 1, C, CHANNELS)
             x = unit * scale + _vector(conv_norm_bias, pixel // num_pixels, 1, C, CHANNELS)
             cdf, density = _cdf_and_density(x)
             h = tl.where(inside & (exists != 0)[:, None], x * cdf, 0.0)
             pooled += h * _vector(pool_weight, pixel, T * T, C, CHANNELS)
             site_exists |= exists
-        site = (block * BLOCK + tl.arange(0, BLOCK))[:, None]
         known = inside & (site_exists != 0)[:, None]
-        above = tl.load(grad + site.to(tl.int64) * C + channel, mask=known, other=0).to(tl.float32)
+        place = grad + tl.cast(block, tl.int64) * (BLOCK * C) + (tl.arange(0, BLOCK)[:, None] * C + channel)
+        above = tl.load(place, mask=known, other=0).to(tl.float32)
         unit2, rstd2 = _norm(pooled + _vector(pool_bias, late, 1, C, CHANNELS), inside, C, eps)
-        sums = _add_row(sums, 3, above * unit2, DTYPE)
-        sums = _add_row(sums, 4, above, DTYPE)
+        sums = _add_row(sums, 3, above * unit2, True, DTYPE)
+        sums = _add_row(sums, 4, above, False, DTYPE)
         grad_pooled = _norm_backward(above * _vector(norm_weight, late, 1, C, CHANNELS), unit2, rstd2, inside, C)
-        sums = _add_row(sums, 2, grad_pooled, DTYPE)
-        for pixel in range(num_pixels):
+        sums = _add_row(sums, 2, grad_pooled, True, DTYPE)
+        for pixel in tl.range(num_pixels, disable_licm=True):
             columns, exists = _columns(image, pixel_valid, sites, pixel, G, BANDS, T, STRIDES, K, THREADS, DTYPE)
-            unit, rstd = _norm(_product(columns, weight, tl.zeros((BLOCK, CHANNELS), tl.float32)), inside, C, eps)
+            conv = tl.zeros((BLOCK, CHANNELS), tl.float32)
+            if num_pixels > 0:
+                conv = _product(columns, weight, conv)
+            unit, rstd = _norm(conv, inside, C, eps)
             scale = _vector(conv_norm_weight, pixel // num_pixels, 1, C, CHANNELS)
             x = unit * scale + _vector(conv_norm_bias, pixel // num_pixels, 1, C, CHANNELS)
             cdf, density = _cdf_and_density(x)
             there = inside & (exists != 0)[:, None]
-            sums = _add_row(sums, 5 + pixel, tl.where(there, grad_pooled * x * cdf, 0.0), DTYPE)
+            sums = _add_row(sums, 5 + pixel, tl.where(there, grad_pooled * x * cdf, 0.0), False, DTYPE)
             tap = _vector(pool_weight, pixel, T * T, C, CHANNELS)
             grad_x = tl.where(there, grad_pooled * tap * (cdf + x * density), 0.0)
-            sums = _add_row(sums, 0, grad_x * unit, DTYPE)
-            sums = _add_row(sums, 1, grad_x, DTYPE)
-            grad_conv = _norm_backward(grad_x * scale, unit, rstd, inside, C)
-            grad_weight = _product(tl.trans(columns), _narrow(grad_conv, DTYPE), grad_weight)
-    _put(partial + tl.program_id(0) * ((K + ROWS) * CHANNELS), grad_weight, K, CHANNELS)
-    _put(partial + tl.program_id(0) * ((K + ROWS) * CHANNELS) + K * CHANNELS, sums, ROWS, CHANNELS)
+            sums = _add_row(sums, 0, grad_x * unit, False, DTYPE)
+            sums = _add_row(sums, 1, grad_x, False, DTYPE)
+            below = _narrow(_norm_backward(grad_x * scale, unit, rstd, inside, C), DTYPE)
+            tile = grad_conv + (tl.cast(block, tl.int64) * (T * T) + pixel) * (BLOCK * C)
+            tl.store(tile + (tl.arange(0, BLOCK)[:, None] * C + channel), below, mask=inside)
+    _put(partial + (tl.program_id(0) * SIZE + SIZE - ROWS * CHANNELS), sums, ROWS, CHANNELS, CHANNELS)
+
+
+@triton.jit
+def _weight_kernel(
+    grad_conv,
+    image,
+    pixel_valid,
+    visible,
+    slots,
+    partial,
+    num_sites,
+    num_visible,
+    num_pixels,
+    G: tl.constexpr,
+    STRIDES: tl.constexpr,
+    BANDS: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
+    K: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    THREADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """A program's sums of the gradient of the 3x3 convolution, for COLUMNS of its channels."""
+    DTYPE: tl.constexpr = grad_conv.dtype.element_ty
+    first = tl.program_id(1) * COLUMNS
+    channel = first + tl.arange(0, COLUMNS)[None, :]
+    grad_weight = tl.zeros((K, COLUMNS), tl.float32)
+    for block in tl.range(tl.program_id(0), tl.cdiv(num_sites, BLOCK), tl.num_programs(0), disable_licm=True):
+        sites = _sites(block * BLOCK, num_sites, visible, slots, num_visible, G, T, BLOCK, THREADS)
+        for pixel in tl.range(num_pixels, disable_licm=True):
+            columns, _ = _columns(image, pixel_valid, sites, pixel, G, BANDS, T, STRIDES, K, THREADS, DTYPE)
+            tile = grad_conv + (tl.cast(block, tl.int64) * (T * T) + pixel) * (BLOCK * C)
+            below = tl.load(tile + (tl.arange(0, BLOCK)[:, None] * C + channel), mask=channel < C, other=0)
+            grad_weight = _product(tl.trans(columns), below, grad_weight)
+    _put(partial + (tl.program_id(0) * SIZE + first), grad_weight, K, COLUMNS, CHANNELS)
 
 
 @triton.jit
@@ -377,7 +429,7 @@ def _add_kernel(
     sums = tl.zeros((STEP, BLOCK), tl.float32)
     for first in range(0, num_programs, STEP):
         program = (first + tl.arange(0, STEP))[:, None]
-        sums += tl.load(partial + program * ((K + ROWS) * CHANNELS) + place[None, :], mask=program < num_programs, other=0)
+        sums += tl.load(partial + (program * ((K + ROWS) * CHANNELS) + place[None, :]), mask=program < num_programs, other=0)
     row, channel = place // CHANNELS, place % CHANNELS
     tap, vector = _taps(row, BANDS, K, THREADS), row - K
     is_tap = (row < K) & (tap >= 0)
