@@ -22,7 +22,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, visible: Tensor, slo
     """Depthwise convolution of the packed sites: [N, K, C], a missing neighbour contributing 0.
 
     x: [N, K, C]; sites that do not exist must hold 0, and what comes out at them means nothing. weight: [C, 1, R, R], bias:
-    [C], float32 or of the dtype of `x`. visible: int64 [N, V], ascending patch numbers. slots: int16 [N, G+6, G+6] of
+    [C], float32 or of the dtype of `x`. visible: int64 [N, V], distinct patch numbers. slots: int16 [N, G+6, G+6] of
     `tile_slots`, one for all stages of an encoder. tile_side: s.
     The fast backends take R = 7. Under autocast the computation runs in autocast's dtype; sums are taken in float32.
     The gradient that comes back must be 0 at sites that do not exist. Raises ValueError for inputs that do not fit together

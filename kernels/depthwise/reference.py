@@ -19,7 +19,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, visible: Tensor, slots: Ten
     """The convolution at the packed sites: [N, K, C], of the dtype of `x`, in which it is computed.
 
     x: [N, K, C], 0 at sites that do not exist; what comes out at them means nothing. weight: [C, 1, R, R], bias: [C].
-    visible: int64 [N, V], ascending. slots: int16 [N, G+6, G+6] of `tile_slots`.
+    visible: int64 [N, V], distinct. slots: int16 [N, G+6, G+6] of `tile_slots`.
     """
     index, grid_side = _index(x, visible, slots, tile_side)
     with torch.autocast(x.device.type, enabled=False):
@@ -64,12 +64,10 @@ def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple
     )
 
 
-def _index(x: Tensor, visible: Tensor, slots: Tensor, tile_side: int) -> tuple[Tensor | None, int]:
-    """Row of each site in the flattened grid, int64 [N, K] (None: all of it, in order); and the grid's side."""
+def _index(x: Tensor, visible: Tensor, slots: Tensor, tile_side: int) -> tuple[Tensor, int]:
+    """Row of each site in the flattened grid, int64 [N, K], and the grid's side."""
     num_patches_side = slots.shape[-1] - 2 * HALO
     grid_side = num_patches_side * tile_side
-    if tile_side == 1 and visible.shape[1] == num_patches_side**2:
-        return None, grid_side
     return site_index(visible, num_patches_side, _morton_on(tile_side, x.device)), grid_side
 
 
@@ -80,14 +78,10 @@ def _morton_on(tile_side: int, device: torch.device) -> Tensor:
     return _morton[key]
 
 
-def _grid(x: Tensor, index: Tensor | None, grid_side: int) -> Tensor:
+def _grid(x: Tensor, index: Tensor, grid_side: int) -> Tensor:
     """The grid as a channels-last [N, C, H, H] view."""
-    whole = index is None
-    grid = x.reshape(len(x), grid_side, grid_side, -1) if whole else unpack_sites(x, index, grid_side)
-    return grid.permute(0, 3, 1, 2)
+    return unpack_sites(x, index, grid_side).permute(0, 3, 1, 2)
 
 
-def _sites(grid: Tensor, index: Tensor | None) -> Tensor:
-    grid = grid.permute(0, 2, 3, 1)
-    # an output of a custom op may not alias its inputs or be a view of a hidden buffer with other strides
-    return grid.flatten(1, 2).contiguous() if index is None else pack_sites(grid, index)
+def _sites(grid: Tensor, index: Tensor) -> Tensor:
+    return pack_sites(grid.permute(0, 2, 3, 1), index)

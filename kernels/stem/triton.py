@@ -191,7 +191,7 @@ def _norm_backward(grad, unit, rstd, inside, C: tl.constexpr):
 def _add_row(sums, row, x, SPLIT: tl.constexpr, DTYPE: tl.constexpr):
     """`sums` [rows, channels] with the sum of `x` [sites, channels] over the sites added to one row."""
     is_row = tl.arange(0, sums.shape[0])[:, None] == row
-    if DTYPE == tl.float32:  # no tensor core takes that product
+    if DTYPE == tl.float32:  # noqa: SIM300 - no tensor core takes that product
         return sums + tl.where(is_row, tl.sum(x, 0)[None, :], 0.0)
     else:
         one_hot = tl.where(is_row & (tl.arange(0, x.shape[0])[None, :] >= 0), 1.0, 0.0).to(DTYPE)

@@ -15,7 +15,7 @@ EPS = 1e-6
 def draw(
     *, bands=3, channels=5, stride=1, grid_side=3, num_visible=4, gaps=True, dtype=torch.float64, num_samples=2, seed=0
 ):
-    """An image, the weights and a gradient of the output; with gaps a whole patch, some rows and single pixels are not there."""
+    """An image, the weights and a gradient of the output; with gaps a patch, some rows and single pixels are not there."""
     generator = torch.Generator().manual_seed(seed)
     side, patch = grid_side * 8 * stride, 8 * stride
 

@@ -71,9 +71,7 @@ def test_float32_is_tight_and_nothing_leaks(case):
         assert error(got, want) < 1e-5, name
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"), [("p16", torch.bfloat16), ("atto", torch.bfloat16), ("p8", torch.float16)]
-)
+@pytest.mark.parametrize(("case", "dtype"), [("p16", torch.bfloat16), ("atto", torch.bfloat16), ("p8", torch.float16)])
 def test_half_precision_is_as_good_as_pytorchs(case, dtype):
     """Parameters stay float32 here; 2x the reference's error in that dtype for the output, 3x for gradients."""
     image, weights, grad = draw(**CASES[case])
@@ -97,7 +95,8 @@ def test_in_the_blocks_of_a_gpu(dtype):
     wanted, wanted_grads = oracle(image, weights, grad)
     out, grads = run(*to(image, weights, dtype), grad, dtype)
     assert error(out, wanted) < (0.02 if dtype == torch.bfloat16 else 2e-6)
-    assert all(error(got, want) < (0.05 if dtype == torch.bfloat16 else 1e-5) for got, want in zip(grads, wanted_grads))
+    bound = 0.05 if dtype == torch.bfloat16 else 1e-5
+    assert all(error(got, want) < bound for got, want in zip(grads, wanted_grads, strict=True))
 
 
 def test_two_runs_give_the_same_bits():
