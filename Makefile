@@ -25,8 +25,9 @@ $(VENV)/installed: pyproject.toml setup.py requirements/constraints.txt
 demo: install
 	$(BIN)/python launch/demo.py
 
+# Two tests at a time: many wait for processes of their own. The tests of a file stay together, as they share what they build.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The integrations against the installed toolkits, in a venv of their own: they bring about a hundred packages.
 test-eo: $(EO_VENV)/installed
