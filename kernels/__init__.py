@@ -10,8 +10,10 @@ sites of a tile are in Morton order, so four siblings of a 2x2 square lie next t
 from mpmae.kernels.depthwise import depthwise_conv
 from mpmae.kernels.layout import hidden_patches, morton_sites, pack_sites, site_index, tile_slots, unpack_sites
 from mpmae.kernels.pointwise import global_response_norm, pointwise_block
+from mpmae.kernels.stem import StemWeights, stem
 
 __all__ = [
+    "StemWeights",
     "depthwise_conv",
     "global_response_norm",
     "hidden_patches",
@@ -19,6 +21,7 @@ __all__ = [
     "pack_sites",
     "pointwise_block",
     "site_index",
+    "stem",
     "tile_slots",
     "unpack_sites",
 ]

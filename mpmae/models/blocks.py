@@ -11,19 +11,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpmae.kernels import depthwise_conv, hidden_patches, morton_sites, pack_sites, pointwise_block, site_index, unpack_sites
+from mpmae.kernels import (
+    StemWeights,
+    depthwise_conv,
+    hidden_patches,
+    morton_sites,
+    pack_sites,
+    pointwise_block,
+    site_index,
+    stem,
+    tile_slots,
+    unpack_sites,
+)
 
 __all__ = [
     "NORM_EPS",
     "Block",
     "Downsample",
     "Sites",
+    "StemWeights",
     "fill_hidden",
     "hidden_patches",
     "morton_sites",
     "pack_patches",
     "pack_sites",
     "site_index",
+    "stem",
+    "tile_slots",
     "unpack_sites",
 ]
 
@@ -108,14 +122,6 @@ def merge_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:
     weight = _morton_taps(conv.weight)
     x = x.reshape(x.shape[0], -1, weight.shape[2] * x.shape[-1])
     return F.linear(x, weight.transpose(1, 2).flatten(1), conv.bias)
-
-
-def merge_depthwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """A depthwise convolution with kernel = stride = 2**j on Morton-ordered sites: [N, K / 4**j, C] from [N, K, C]."""
-    weight = _morton_taps(conv.weight)[:, 0].t()
-    if len(weight) == 1:
-        return torch.addcmul(conv.bias, x, weight)
-    return (x.reshape(x.shape[0], -1, *weight.shape) * weight).sum(2) + conv.bias
 
 
 def _morton_taps(weight: Tensor) -> Tensor:

@@ -25,10 +25,11 @@ def compile_for(kernel, architecture: int, signature: dict[str, str], constants:
     """Compile a `triton.jit` function for sm_80, sm_90, ...
 
     signature: argument -> Triton's name of its type ("*bf16", "i32", ...). constants: constexpr argument -> value. options:
-    num_warps, num_stages.
+    num_warps, num_stages. Pointers are taken to be multiples of 16 bytes, as those of PyTorch are.
     """
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name, kind in types.items() if kind[0] == "*"}
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"

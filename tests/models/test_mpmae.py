@@ -177,24 +177,6 @@ def test_bfloat16_runs(make_batch, how):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-def test_compiles_without_a_break_but_the_fast_path(make_batch):
-    """Dynamo follows the whole decoder, and the encoder up to its one branch on data."""
-    model, batch = build(), make_batch(2, SIZE)
-    visible = draw(batch)
-    expected = model(batch, visible)
-    tokens = model.encode(batch, visible)
-    decoder = torch.compile(model.decoder, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(decoder(tokens, visible), model.decoder(tokens, visible))
-    model.encoder.compile(backend="aot_eager")
-    out = model(batch, visible)
-    out.loss.backward()
-    torch.testing.assert_close(out.loss, expected.loss)
-    broken = torch._dynamo.explain(build().encoder)(
-        torch.zeros(2, 12, SIZE, SIZE), torch.ones(2, SIZE, SIZE, dtype=torch.bool), visible
-    )
-    assert broken.graph_break_count == 1
-
-
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
