@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mpmae.kernels import tile_slots
 from mpmae.loader.batch import Batch
 from mpmae.models.blocks import Sites
-from mpmae.models.encoder import SparseEncoder
+from mpmae.models.encoder import Pixels, SparseEncoder
 from mpmae.models.mpmae import MPMAE
 
 MASK_RATIO = 0.6
@@ -164,7 +164,7 @@ def forced(backend: str | None) -> Iterator[None]:
 def stem(encoder: SparseEncoder, image: Tensor, visible: Tensor) -> Tensor:
     """The stem's output [N, V*64, C] for `image` [N, B, S, S] without gaps."""
     slots = tile_slots(visible, encoder.num_patches_side)
-    return encoder.stem(image, None, visible, slots, encoder.site_index(visible, encoder.patch_size), None)
+    return encoder.stem(image, Pixels(None, visible, slots, encoder.site_index(visible, encoder.patch_size), None))
 
 
 def downsample(part: nn.Module, x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpmae.kernels.stem.reference import TILE_SIDE, Image, StemWeights
 
-MAX_CHANNELS = 192
+MAX_CHANNELS, MAX_CHANNELS_FLOAT32 = 192, 128
 MAX_BANDS = 14
 MAX_COLUMNS = 128
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -36,8 +36,9 @@ def refusal(image: Image, weights: StemWeights, dtype: torch.dtype) -> str | Non
     num_samples, num_visible = image.visible.shape
     if dtype not in DTYPES:
         return f"dtype {dtype}, expected one of {', '.join(map(str, DTYPES))}"
-    if channels > MAX_CHANNELS:
-        return f"{channels} channels, expected at most {MAX_CHANNELS}: a block of more does not fit into registers"
+    most = MAX_CHANNELS_FLOAT32 if dtype == torch.float32 else MAX_CHANNELS
+    if channels > most:
+        return f"{channels} channels in {dtype}, expected at most {most}: a block of more does not fit into registers"
     if bands > MAX_BANDS:
         return f"{bands} bands, expected at most {MAX_BANDS}: the neighbourhood of a pixel has {MAX_COLUMNS} columns"
     if num_samples * num_visible * TILE_SIDE**2 >= 2**31:
@@ -86,7 +87,8 @@ def backward(grad: Tensor, image: Image, weights: StemWeights, eps: float) -> Te
     channels = weight_sizes["CHANNELS"]
     size = (weight_sizes["K"] + rows) * channels
     partial = torch.empty(num_programs, size, dtype=torch.float32, device=grad.device)
-    grad_conv = torch.empty(num_blocks * cut.block * num_pixels, grad.shape[2], dtype=grad.dtype, device=grad.device)
+    num_values = num_blocks * cut.block * num_pixels * grad.shape[2]
+    grad_conv = torch.empty(num_values + channels, dtype=grad.dtype, device=grad.device)  # one row may be read past the end
     where, constants = _image_arguments(image), _image_constants(image, weights)
     kernels._backward_kernel[(num_programs,)](
         grad,
@@ -144,15 +146,21 @@ def cut_of(weights: StemWeights, dtype: torch.dtype) -> Cut:
     """
     channels, bands = weights.conv_weight.shape[:2]
     if dtype == torch.float32:
-        return Cut(16, _threads(bands, 4), 8)
+        return _cut(16, 8, bands)
     if channels <= 48:
-        return Cut(64, _threads(bands, 2), 4)
-    return Cut(64 if channels <= 128 else 32, _threads(bands, 4), 8)
+        return _cut(64, 4, bands)
+    return _cut(64 if channels <= 128 else 32, 8, bands)
 
 
 def weight_cut_of(weights: StemWeights, dtype: torch.dtype) -> Cut:
     """The cut of the kernel that sums the gradient of the 3x3 convolution, over the same blocks."""
-    return Cut(cut_of(weights, dtype).block, _threads(weights.conv_weight.shape[1], 4), 8)
+    channels, bands = weights.conv_weight.shape[:2]
+    return _cut(cut_of(weights, dtype).block, 4 if channels <= 64 and dtype != torch.float32 else 8, bands)
+
+
+def _cut(block: int, num_warps: int, bands: int) -> Cut:
+    threads = num_warps // 2
+    return Cut(block, threads if num_columns(bands, threads) <= MAX_COLUMNS else 2, num_warps)
 
 
 def sizes(weights: StemWeights, threads: int) -> dict[str, int]:
@@ -170,10 +178,6 @@ def num_columns(bands: int, threads: int) -> int:
 def sum_rows(num_pixels: int) -> int:
     """Rows of the sums beside the 3x3 convolution's: 5 vectors and the taps of the pooling, padded for a product."""
     return max(16, 1 << (4 + num_pixels).bit_length())
-
-
-def _threads(bands: int, wanted: int) -> int:
-    return wanted if num_columns(bands, wanted) <= MAX_COLUMNS else 2
 
 
 def _packed(kernels, weights: StemWeights, dtype: torch.dtype, threads: int) -> Tensor:

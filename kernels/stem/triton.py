@@ -171,7 +171,7 @@ def _backward_kernel(
         place = grad + tl.cast(block, tl.int64) * (BLOCK * C) + (tl.arange(0, BLOCK)[:, None] * C + channel)
         above = tl.load(place, mask=known, other=0).to(tl.float32)
         unit2, rstd2 = norm(pooled + values_at(pool_bias, late, 1, C, CHANNELS), inside, C, eps)
-        sums = add_row(sums, 3, above * unit2, True, DTYPE)
+        sums = add_row(sums, 3, above * unit2, False, DTYPE)
         sums = add_row(sums, 4, above, False, DTYPE)
         grad_pooled = norm_backward(above * values_at(norm_weight, late, 1, C, CHANNELS), unit2, rstd2, inside, C)
         sums = add_row(sums, 2, grad_pooled, True, DTYPE)
@@ -222,14 +222,13 @@ def _weight_kernel(
     """A program's sums of the gradient of the 3x3 convolution, for COLUMNS of its channels."""
     DTYPE: tl.constexpr = grad_conv.dtype.element_ty
     first = tl.program_id(1) * COLUMNS
-    channel = first + tl.arange(0, COLUMNS)[None, :]
     grad_weight = tl.zeros((K, COLUMNS), tl.float32)
     for block in tl.range(tl.program_id(0), tl.cdiv(num_sites, BLOCK), tl.num_programs(0), disable_licm=True):
         sites = sites_of(block * BLOCK, num_sites, visible, slots, num_visible, G, T, BLOCK, THREADS)
         for pixel in tl.range(num_pixels, disable_licm=True):
             columns, _ = columns_of(image, pixel_valid, sites, pixel, G, BANDS, T, STRIDES, K, THREADS, DTYPE)
             tile = grad_conv + (tl.cast(block, tl.int64) * (T * T) + pixel) * (BLOCK * C)
-            below = tl.load(tile + (tl.arange(0, BLOCK)[:, None] * C + channel), mask=channel < C, other=0)
+            below = matrix(tile + first, BLOCK, COLUMNS, C)  # past the last channel it reads on: of no consequence
             grad_weight = product(tl.trans(columns), below, grad_weight)
     put(partial + (tl.program_id(0) * SIZE + first), grad_weight, K, COLUMNS, CHANNELS)
 

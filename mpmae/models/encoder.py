@@ -6,15 +6,31 @@ Source: Nedungadi et al., "MMEarth", arXiv 2405.02771, section 4; Woo et al., "C
 """
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mpmae.models import blocks
-from mpmae.models.blocks import NORM_EPS, Block, Downsample, Sites
+from mpmae.models.blocks import NORM_EPS, Block, Downsample, Sites, StemWeights
 from mpmae.models.dense import FIRST_TILE_SIDE, Backbone
 
 ENCODER_GRN_EPS = 1e-6
+
+
+class Pixels(NamedTuple):
+    """Which pixels of an image the encoder sees.
+
+    pixel_valid: bool [N, S, S], True where a pixel holds data; None when all visible ones do. visible: int64 [N, V]. slots:
+    int16, the tiles' slots. index: int64 [N, V*p*p], row of each packed pixel in the flattened [N*S*S] image. site_valid:
+    bool [N, V*64], True where a site behind the stem exists; None when all do.
+    """
+
+    pixel_valid: Tensor | None
+    visible: Tensor
+    slots: Tensor
+    index: Tensor
+    site_valid: Tensor | None
 
 
 class MMEarthStem(nn.Module):
@@ -27,26 +43,11 @@ class MMEarthStem(nn.Module):
         self.pool = nn.Conv2d(dim, dim, stride, stride=stride, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
 
-    def forward(
-        self, image: Tensor, pixel_valid: Tensor | None, visible: Tensor, slots: Tensor, pixels: Tensor, valid: Tensor | None
-    ) -> Tensor:
-        """[N, V*64, C] from `image` [N, B, S, S]; what that holds at pixels that do not exist changes nothing.
-
-        pixel_valid: bool [N, S, S], None when all visible pixels hold data. visible, slots: the patches and their
-        `tile_slots`. pixels: int64, the packed index of the visible pixels. valid: bool [N, V*64], which sites come out;
-        None for all.
-        """
-        weights = blocks.StemWeights(
-            self.conv.weight,
-            self.conv.bias,
-            self.conv_norm.weight,
-            self.conv_norm.bias,
-            self.pool.weight,
-            self.pool.bias,
-            self.norm.weight,
-            self.norm.bias,
-        )
-        return blocks.stem(image, pixel_valid, visible, slots, weights, eps=NORM_EPS)
+    def forward(self, image: Tensor, pixels: Pixels) -> Tensor:
+        """[N, V*64, C] from `image` [N, B, S, S]; pixels that do not exist count as 0, whatever it holds there."""
+        layers = (self.conv, self.conv_norm, self.pool, self.norm)
+        weights = StemWeights(*(parameter for layer in layers for parameter in (layer.weight, layer.bias)))
+        return blocks.stem(image, pixels.pixel_valid, pixels.visible, pixels.slots, weights, eps=NORM_EPS)
 
 
 class ConvNextStem(nn.Module):
@@ -57,14 +58,13 @@ class ConvNextStem(nn.Module):
         self.conv = nn.Conv2d(num_bands, dim, stride, stride=stride)
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
 
-    def forward(
-        self, image: Tensor, pixel_valid: Tensor | None, visible: Tensor, slots: Tensor, pixels: Tensor, valid: Tensor | None
-    ) -> Tensor:
+    def forward(self, image: Tensor, pixels: Pixels) -> Tensor:
         """As `MMEarthStem.forward`."""
-        if pixel_valid is not None:
-            image = torch.where(pixel_valid[:, None], image, 0)
-        x = blocks.merge_conv(blocks.pack_sites(image.permute(0, 2, 3, 1), pixels), self.conv)
-        return blocks.keep(self.norm(x), valid)
+        image = image.to(self.conv.weight.dtype)
+        if pixels.pixel_valid is not None:
+            image = torch.where(pixels.pixel_valid[:, None], image, 0)
+        x = blocks.merge_conv(blocks.pack_sites(image.permute(0, 2, 3, 1), pixels.index), self.conv)
+        return blocks.keep(self.norm(x), pixels.site_valid)
 
 
 STEMS = {"mmearth": MMEarthStem, "convnext": ConvNextStem}
@@ -117,15 +117,13 @@ class SparseEncoder(nn.Module):
         image: [N, B, S, S], finite. pixel_valid: bool [N, S, S], True where a pixel holds data. visible: int64 [N, V].
         """
         visible = visible.contiguous()
-        slots = blocks.tile_slots(visible, self.num_patches_side)
-        pixels = self.site_index(visible, self.patch_size)
-        valid = blocks.pack_sites(pixel_valid[:, :, :, None], pixels)[:, :, 0]
-        # Without gaps no stage has anything to leave out. Only a CPU may look: elsewhere that would stall the device, and a
-        # compiler could not follow; there validity always takes part, 1 % of the bytes.
-        if valid.device.type == "cpu" and not torch.compiler.is_compiling() and bool(valid.all()):
-            pixel_valid = valid = None
+        index = self.site_index(visible, self.patch_size)
+        valid = blocks.pack_sites(pixel_valid[:, :, :, None], index)[:, :, 0]
+        if _without_gaps(valid):
+            valid = pixel_valid = None
         stage_valid = blocks.merge_valid(valid, self.stem_stride)
-        x = self.stem(image.to(self.stem.conv.weight.dtype), pixel_valid, visible, slots, pixels, stage_valid)
+        slots = blocks.tile_slots(visible, self.num_patches_side)
+        x = self.stem(image, Pixels(pixel_valid, visible, slots, index, stage_valid))
         for stage, tile_side in enumerate(self.tile_sides):
             if stage:
                 valid, stage_valid = stage_valid, blocks.merge_valid(stage_valid, 2)
@@ -147,6 +145,15 @@ class DenseEncoder(Backbone):
         num_patches_side = image.shape[-1] // self.patch_size
         image = image.to(self.stem.conv.weight.dtype)
         return self.forward_features(image * shown_pixels(visible, num_patches_side, self.patch_size)[:, None])
+
+
+def _without_gaps(valid: Tensor) -> bool:
+    """Whether all of `valid` is known to be True: then no stage has anything to mask.
+
+    Looked at on a CPU only: a GPU would have to wait for the answer, and masks cost it about a percent of the activations'
+    traffic. A compiler must not branch on data.
+    """
+    return valid.device.type == "cpu" and not torch.compiler.is_compiling() and bool(valid.all())
 
 
 def shown_pixels(visible: Tensor, num_patches_side: int, patch_size: int) -> Tensor:

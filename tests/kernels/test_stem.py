@@ -83,7 +83,11 @@ def test_bad_inputs_are_named_at_once():
 
 @pytest.mark.parametrize(
     ("change", "cause"),
-    [({"channels": 200}, "200 channels, expected at most 192"), ({"bands": 15}, "15 bands, expected at most"), ({}, "64")],
+    [
+        ({"channels": 200}, "200 channels in torch.float32, expected at most 128"),
+        ({"bands": 15}, "15 bands, expected at most 14"),
+        ({}, "64"),
+    ],
 )
 def test_what_the_kernels_refuse(monkeypatch, change, cause):
     """Asked for, it is an error that names the cause; float64 among them."""
@@ -129,7 +133,7 @@ SLOW = [
     for architecture in (80, 90)
     for dtype in (torch.bfloat16, torch.float32)
     for channels in (40, 48, 64, 80, 96, 128, 192)
-    if (kernel, architecture, dtype, channels) not in FAST
+    if (kernel, architecture, dtype, channels) not in FAST and (channels <= 128 or dtype != torch.float32)
 ]
 
 
@@ -142,7 +146,7 @@ def test_compiles_without_spilling(kernel, architecture, dtype, channels):
     print(kernel, architecture, dtype, channels, usage)
     assert usage.local_bytes == 0
     if (channels, architecture, dtype) == (40, 90, torch.bfloat16):
-        assert usage.registers <= {"_forward_kernel": 128, "_backward_kernel": 240, "_weight_kernel": 168}[kernel]
+        assert usage.registers <= {"_forward_kernel": 128, "_backward_kernel": 200, "_weight_kernel": 168}[kernel]
 
 
 @needs_triton
@@ -162,6 +166,8 @@ def test_on_a_gpu(dtype, stride, channels):
     image, weights, grad = draw(
         bands=12, channels=channels, stride=stride, grid_side=7, num_visible=19, num_samples=8, dtype=torch.float32
     )
+    if launch.refusal(image, weights, dtype):
+        pytest.skip(launch.refusal(image, weights, dtype))
     weights = to(image, weights, torch.float64)[1]
     wanted = reference.forward(image, weights, EPS, torch.float64)
     wanted_grads = reference.backward(grad.double(), image, weights, EPS)
