@@ -235,11 +235,12 @@ def main() -> int:
     print("\n=== summary\n" + "\n".join(table(entries)))
     if not_reached:
         print(f"not reached in {options.seconds:.0f} s: {'; '.join(not_reached)}")
+    failed = [entry["name"] for entry in entries if entry["failed"]]
     if with_record:
         case = {"precision": "bf16 autocast", "mask_ratio": 0.6, "modalities": 12, "optimizer": "AdamW, fused"}
         results = {"device": device_facts(device), "cases": entries, "not_reached": not_reached, "goals": GOALS}
-        print(f"record: {write_record('gpu step', case, results, options.records)}")
-    return 1 if any(entry["failed"] for entry in entries) else 0
+        print(f"record: {write_record('gpu step', case, results, options.records, failed)}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -77,13 +77,13 @@ def measure(case: Case, wanted: list[Tensor], timer: Timer, rates: dict[str, flo
             if not problem and how.ours and not all(map(torch.equal, outputs, compared(case, how))):
                 problem = "a second run gave other bits"
             if problem:
-                failed[way] = problem
+                (failed if how.ours else case.missing)[way] = problem
             else:
                 runs[way], timed[way] = replayed(how.run, timer.device)
         except torch.OutOfMemoryError:
             case.missing[way] = "does not fit in memory"
         except Exception as error:
-            failed[way] = reason(error)
+            (failed if how.ours else case.missing)[way] = reason(error)
     samples = timer.alternate(runs)
     bandwidth, flops = rates["copy_bytes_per_s"], rates["matrix_flops_per_s"]
     floor_s, bound = case.work.floor_s(bandwidth, flops), case.work.bound(bandwidth, flops)
@@ -195,11 +195,12 @@ def main() -> int:
     print("\n=== summary\n" + "\n".join(table(entries)))
     if not_reached:
         print(f"not reached in {options.seconds:.0f} s: {'; '.join(not_reached)}")
+    failed = [entry["name"] for entry in entries if entry["failed"]]
     if with_record:
         case = {"dtype": "bfloat16", "mask_ratio": 0.6, "setting": {k: str(v) for k, v in setting._asdict().items()}}
         results = {"device": device_facts(device), "rates": rates, "cases": entries, "not_reached": not_reached}
-        print(f"record: {write_record('gpu kernels', case, results, options.records)}")
-    return 1 if any(entry["failed"] for entry in entries) else 0
+        print(f"record: {write_record('gpu kernels', case, results, options.records, failed)}")
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

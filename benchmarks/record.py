@@ -65,22 +65,27 @@ def clean_commit() -> dict[str, Any]:
     return source
 
 
-def write_record(what: str, case: dict[str, Any], results: dict[str, Any], folder: Path = RECORDS) -> Path:
+def write_record(
+    what: str, case: dict[str, Any], results: dict[str, Any], folder: Path = RECORDS, failed: Sequence[str] = ()
+) -> Path:
     """Write a record named by date and `what`; SystemExit when the source tree has uncommitted changes.
 
-    While MPMAE_RED_GATES names gates that failed, what is written is none: it carries their names and may not lie among the
-    records.
+    While MPMAE_RED_GATES names gates that failed, or `failed` cases of the run itself, what is written is none: it carries
+    their names and lies in a folder `red` beside `folder`; it is not written at all where that is the repository's.
     """
     source = clean_commit()
-    red_gates = os.environ.get(RED_VARIABLE, "").split()
+    red_gates = [*os.environ.get(RED_VARIABLE, "").split(), *failed]
     if red_gates and folder.resolve() == RECORDS:
         raise SystemExit(f"no record is written while a gate is red: {', '.join(red_gates)}")
+    if red_gates:
+        folder = folder.parent / "red"
     now = datetime.datetime.now(datetime.timezone.utc)
     record = {
         "what": what,
         "date": now.isoformat(timespec="seconds"),
         **source,
         **({"red_gates": red_gates} if red_gates else {}),
+        **({"not_done": not_done} if (not_done := os.environ.get("MPMAE_NOT_DONE", "").split()) else {}),
         "environment": environment(),
         "case": case,
         "results": results,

@@ -6,7 +6,7 @@ python benchmarks/sanitize.py --device cpu
 All stages, 3 visible patches of 3 x 3, channels that leave remainders. Nothing runs but our kernels, what they call and what
 draws their inputs, since the tools follow every kernel; right or wrong is for the tests to say. Status 1 when an output is
 not finite or a kernel fails, 2 when there is none of ours to run. A hazard that racecheck reports in a kernel of cuBLAS
-(its name holds "cutlass" or "gemm") is not ours.
+(its name holds "nvjet", "cutlass" or "gemm") is not ours.
 """
 
 import argparse

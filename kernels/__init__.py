@@ -9,12 +9,10 @@ sites of a tile are in Morton order, so four siblings of a 2x2 square lie next t
 
 from mpmae.kernels.block import sparse_block
 from mpmae.kernels.depthwise import depthwise_conv
-from mpmae.kernels.downsample import downsample
 from mpmae.kernels.layout import hidden_patches, morton_sites, pack_sites, site_index, tile_slots, unpack_sites
 
 __all__ = [
     "depthwise_conv",
-    "downsample",
     "hidden_patches",
     "morton_sites",
     "pack_sites",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 TILE_SIDES = (8, 4, 2, 1)
 HALO = 3
+MAX_PATCHES_SIDE = 181  # a slot is an int16
 INT32_LIMIT = 2**31
 ALIGNMENT_BYTES = 16
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,7 +33,11 @@ def default_folder() -> Path:
     chosen = os.environ.get(FOLDER_VARIABLE)
     if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mpmae" / "kernels"
+    try:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home, as containers have
+        base = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+    return base / "mpmae" / "kernels"
 
 
 def key_of(source: str, defines: Mapping[str, str], options: tuple[str, ...], nvrtc_version: str) -> str:

@@ -10,7 +10,19 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("mpmae", "torch", "deepspeed", "numpy", "h5py", "cramjam", "numba", "pydantic", "triton", "cuda-core")
+_PACKAGES = (
+    "mpmae",
+    "torch",
+    "deepspeed",
+    "numpy",
+    "h5py",
+    "cramjam",
+    "numba",
+    "pydantic",
+    "triton",
+    "cuda-bindings",
+    "nvidia-cuda-nvrtc",
+)
 
 
 def environment() -> dict[str, Any]:

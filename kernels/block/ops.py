@@ -81,9 +81,11 @@ def _block(
     weights = Weights(norm_weight, norm_bias, weight1, bias1, grn_gamma, grn_beta, weight2, bias2)
     options = Options(scope, norm_eps, grn_eps, gelu)
     checks.refuse("block", _problems(x, (dw_weight, dw_bias), weights, visible, slots, tile_side, valid))
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         x = checks.aligned(x)
-        y = depthwise.chosen(x, dw_weight, slots).forward(x, checks.aligned(dw_weight), dw_bias, visible, slots, tile_side)
+        y = depthwise.chosen(x, dw_weight, slots).forward(
+            x, dw_weight.contiguous(), dw_bias.contiguous(), visible, slots, tile_side
+        )
         out, saved = pointwise.chosen(y, options).forward(x, y, weights, valid, options)
     if not keep:
         return out, *(x.new_empty(0, dtype=t.dtype) for t in (y, *saved))
@@ -138,12 +140,12 @@ def _block_backward(
     """The gradients of x and of the parameters, each with its parameter's dtype and strides."""
     weights = Weights(norm_weight, norm_bias, weight1, bias1, grn_gamma, grn_beta, weight2, bias2)
     options = Options(scope, norm_eps, grn_eps, gelu)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         saved = Saved(mean, rstd, h, slope, norm)
         grad, x = checks.aligned(grad), checks.aligned(x)
         grad_y, grads = pointwise.chosen(y, options).backward(grad, y, weights, saved, valid, options)
         convolution = depthwise.chosen(x, dw_weight, slots)
-        grad_x = convolution.backward_input(grad_y, checks.aligned(dw_weight), visible, slots, tile_side, grad)
+        grad_x = convolution.backward_input(grad_y, dw_weight.contiguous(), visible, slots, tile_side, grad)
         grad_weight, grad_bias = convolution.backward_weight(grad_y, x, visible, slots, tile_side)
     parameters = zip((dw_weight, dw_weight[:, 0, 0, 0], *weights), (grad_weight, grad_bias, *grads), strict=True)
     return grad_x, *(torch.empty_like(like).copy_(value.view(like.shape)) for like, value in parameters)

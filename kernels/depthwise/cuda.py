@@ -1,10 +1,12 @@
 """The depthwise convolution in CUDA C++: `depthwise.cu` planned by `plan.py`, compiled and launched by `cuda_runtime`.
 
-Shapes as in `mpmae.kernels`. All tensors are contiguous, start at a multiple of 16 bytes and lie on one device; slots: int16
+Shapes as in `mpmae.kernels`. All tensors are contiguous and lie on one device; activations
+start at a multiple of 16 bytes; slots: int16
 [N, G+6, G+6] of `tile_slots`; visible: int64 [N, V]. Activations are float32, bfloat16 or float16, weight and bias of the
 same type or float32; sums are taken in float32. No float atomics: the same inputs give the same bits.
 """
 
+import itertools
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -91,9 +93,9 @@ def specialisations(case: "Case", architecture: int) -> Iterator["Specialisation
     from mpmae.kernels.cuda_runtime import Specialisation
 
     device = Device(architecture, SHARED_LIMITS[architecture], MULTIPROCESSORS[architecture])
-    for op in OPS:
-        sizes = (case.num_samples, case.num_visible, case.num_patches_side, case.tile_side, case.channels)
-        chosen = plan(Problem(op, case.dtype, torch.float32, *sizes), device)
+    sizes = (case.num_samples, case.num_visible, case.num_patches_side, case.tile_side, case.channels)
+    for op, weight_dtype in itertools.product(OPS, {torch.float32, case.dtype}):
+        chosen = plan(Problem(op, case.dtype, weight_dtype, *sizes), device)
         yield Specialisation(SOURCE, chosen.kernel_name, chosen.defines)
         if chosen.partial_shape is not None:
             total = plan_sum(chosen.partial_shape)
@@ -117,7 +119,7 @@ def _check(**tensors: Tensor) -> None:
             problems.append(f"{name}: dtype {tensor.dtype}, expected {first.dtype}{' or float32' if is_parameter else ''}")
         if not is_parameter and tensor.shape != first.shape:
             problems.append(f"{name}: shape {list(tensor.shape)}, expected {list(first.shape)}")
-        if not tensor.is_contiguous() or tensor.data_ptr() % ALIGNMENT_BYTES:
+        if not tensor.is_contiguous() or (not is_parameter and tensor.data_ptr() % ALIGNMENT_BYTES):
             problems.append(
                 f"{name}: strides {list(tensor.stride())} from address {tensor.data_ptr()}, expected a contiguous tensor "
                 f"that starts at a multiple of {ALIGNMENT_BYTES}; .clone() it"

@@ -15,7 +15,6 @@ from mpmae.kernels import backends, checks
 
 OP = "depthwise_conv"
 FAST_KERNEL_SIDE = 7
-MAX_PATCHES_SIDE = 181  # a slot is an int16
 
 
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, visible: Tensor, slots: Tensor, tile_side: int) -> Tensor:
@@ -37,7 +36,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor, visible: Tensor, slo
 def implementation(backend: str) -> ModuleType:
     """The module of a backend: functions forward, backward_input and backward_weight as in `reference`.
 
-    Those of "cuda" and "triton" take contiguous tensors that start at a multiple of 16 bytes.
+    Those of "cuda" and "triton" take contiguous tensors, and activations that start at a multiple of 16 bytes.
     """
     return importlib.import_module(f"mpmae.kernels.depthwise.{backend}")
 
@@ -52,8 +51,8 @@ def chosen(x: Tensor, weight: Tensor, slots: Tensor) -> ModuleType:
     refusal = refusal or checks.int32_refusal("patches of the batch", (x.shape[0], side, side))
     if weight.shape[-1] != FAST_KERNEL_SIDE:
         refusal = f"a kernel of {weight.shape[-1]} x {weight.shape[-1]}, expected {FAST_KERNEL_SIDE} x {FAST_KERNEL_SIDE}"
-    elif side > MAX_PATCHES_SIDE:
-        refusal = f"{side} patches on a side, expected at most {MAX_PATCHES_SIDE}; take larger patches"
+    elif side > checks.MAX_PATCHES_SIDE:
+        refusal = f"{side} patches on a side, expected at most {checks.MAX_PATCHES_SIDE}; take larger patches"
     return implementation(backends.choose(OP, x.device, x.dtype, {"cuda": refusal, "triton": refusal}))
 
 
@@ -73,8 +72,9 @@ def input_problems(x: Tensor, weight: Tensor, bias: Tensor, visible: Tensor, slo
 @torch.library.custom_op("mpmae::depthwise_conv", mutates_args=())
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, visible: Tensor, slots: Tensor, tile_side: int) -> Tensor:
     checks.refuse(OP, input_problems(x, weight, bias, visible, slots, tile_side))
-    x, weight, bias = (checks.aligned(tensor) for tensor in (x, weight, bias))
-    return chosen(x, weight, slots).forward(x, weight, bias, visible, slots, tile_side)
+    x, weight, bias = checks.aligned(x), weight.contiguous(), bias.contiguous()
+    with torch.cuda.device_of(x):
+        return chosen(x, weight, slots).forward(x, weight, bias, visible, slots, tile_side)
 
 
 @_forward.register_fake
@@ -86,11 +86,12 @@ def _(x, weight, bias, visible, slots, tile_side):
 def _backward(
     grad: Tensor, x: Tensor, weight: Tensor, visible: Tensor, slots: Tensor, tile_side: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad, x, weight = (checks.aligned(tensor) for tensor in (grad, x, weight))
-    module = chosen(x, weight, slots)
-    other_side = () if weight.shape[-1] == FAST_KERNEL_SIDE else (weight.shape[-1],)  # the reference's alone
-    grad_weight, grad_bias = module.backward_weight(grad, x, visible, slots, tile_side, *other_side)
-    grad_x = module.backward_input(grad, weight, visible, slots, tile_side)
+    grad, x, weight = checks.aligned(grad), checks.aligned(x), weight.contiguous()
+    with torch.cuda.device_of(x):
+        module = chosen(x, weight, slots)
+        other_side = () if weight.shape[-1] == FAST_KERNEL_SIDE else (weight.shape[-1],)  # the reference's alone
+        grad_weight, grad_bias = module.backward_weight(grad, x, visible, slots, tile_side, *other_side)
+        grad_x = module.backward_input(grad, weight, visible, slots, tile_side)
     return grad_x, _as_parameter(grad_weight, weight), grad_bias.to(weight.dtype)
 
 

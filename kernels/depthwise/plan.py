@@ -31,7 +31,7 @@ RESERVED_BYTES = 1024  # of a multiprocessor's shared memory for each CTA
 IN_FLIGHT_BYTES = 32 << 10  # that a multiprocessor has to ask for at a time to keep the memory busy
 REGIONS = (4, 3, 2, 1)
 # (stages, CTAs of a multiprocessor) -> how much of the copying hides behind arithmetic
-OVERLAP = {(1, 1): 0.6, (1, 2): 0.85, (1, 3): 0.95, (2, 1): 0.95}
+OVERLAP = {(1, 1): 0.6, (1, 2): 0.85, (2, 1): 0.95}
 # (s, lanes, channels of each) -> instructions per output, counted in the machine code for 19 of 49 patches
 SLOTS = {(4, 32, 2): 36, (4, 32, 1): 42, (4, 16, 1): 55, (2, 32, 2): 45, (2, 32, 1): 68}
 
@@ -220,9 +220,7 @@ def _score(problem: Problem, device: Device, shape: Shape) -> float:
     units = shape.samples * _units(problem, shape)
     balance = units / (_ceil(units, shape.workers) * shape.workers)
     resident = shape.min_ctas * shape.warps / shape.max_warps
-    overlap = {(1, 1): 0.6, (1, 2): 0.85, (2, 1): 0.95}.get(
-        (shape.stages, shape.min_ctas), 0.95 if shape.stages == 1 else 1.0
-    )
+    overlap = OVERLAP.get((shape.stages, shape.min_ctas), 0.95 if shape.stages == 1 else 1.0)
     sector_bytes = shape.chunk * problem.dtype.itemsize
     whole_sectors = chunks == 1 or (sector_bytes % 32 == 0 and problem.channels * problem.dtype.itemsize % 32 == 0)
     sectors = 1.0 if whole_sectors else max(0.6, 1 - 16 / sector_bytes)

@@ -12,8 +12,6 @@ from torch import Tensor
 from mpmae.kernels.checks import HALO
 from mpmae.kernels.layout import morton_sites, pack_sites, site_index, unpack_sites
 
-_morton: dict[tuple[int, torch.device], Tensor] = {}
-
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, visible: Tensor, slots: Tensor, tile_side: int) -> Tensor:
     """The convolution at the packed sites: [N, K, C], of the dtype of `x`, in which it is computed.
@@ -68,14 +66,7 @@ def _index(x: Tensor, visible: Tensor, slots: Tensor, tile_side: int) -> tuple[T
     """Row of each site in the flattened grid, int64 [N, K], and the grid's side."""
     num_patches_side = slots.shape[-1] - 2 * HALO
     grid_side = num_patches_side * tile_side
-    return site_index(visible, num_patches_side, _morton_on(tile_side, x.device)), grid_side
-
-
-def _morton_on(tile_side: int, device: torch.device) -> Tensor:
-    key = tile_side, device
-    if key not in _morton:
-        _morton[key] = morton_sites(tile_side).to(device)
-    return _morton[key]
+    return site_index(visible, num_patches_side, morton_sites(tile_side, x.device)), grid_side
 
 
 def _grid(x: Tensor, index: Tensor, grid_side: int) -> Tensor:

@@ -55,7 +55,7 @@ def _forward(
     valid_out: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         return _module(x).forward(x, norm_weight, norm_bias, weight, bias, valid_in, valid_out, eps)
 
 
@@ -79,7 +79,7 @@ def _backward(
     valid_in: Tensor | None,
     valid_out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         return _module(x).backward(grad, x, mean, rstd, norm_weight, norm_bias, weight, valid_in, valid_out)
 
 

@@ -80,7 +80,7 @@ def _head_loss(
         return total, *(grad.zero_() for grad in grads)
     backend = choose("head_loss", x.device, x.dtype, {"triton": None})
     chunk_samples = _chunk_samples(x, weight, CHUNK_BYTES[backend])
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         errors = _implementation(backend).Errors(targets, x.dtype, chunk_samples)
         _run(x.contiguous(), weight.to(x.dtype), bias.to(x.dtype), errors, grads, chunk_samples, targets)
         return errors.sum(), *grads

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 
-def morton_sites(side: int) -> Tensor:
+def morton_sites(side: int, device: torch.device | str | None = None) -> Tensor:
     """Row and column of every site of a tile in Morton order: int64 [side*side, 2]; `side` is a power of two.
 
     The bits of the position alternate between column (lowest bit) and row (G. M. Morton, 1966).
     """
     if side < 1 or side & (side - 1):
         raise ValueError(f"morton_sites: side = {side}, expected a power of two")
-    position = torch.arange(side * side)
+    position = torch.arange(side * side, device=device)
     row, column = torch.zeros_like(position), torch.zeros_like(position)
     for bit in range(side.bit_length()):
         column |= ((position >> (2 * bit)) & 1) << bit

@@ -181,7 +181,7 @@ def layer_norm_backward(
         grad, x, mean, rstd, weight, bias, bytes_of(valid), grad_x, normed, sums[0], sums[1],
         num_rows, num_columns, length, **tile,
     )  # fmt: skip
-    grad_weight, grad_bias = sums.sum(1)
+    grad_weight, grad_bias = sums[0].sum(0), sums[1].sum(0)  # outputs of an op may not share memory
     return grad_x, grad_weight, grad_bias, normed
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mpmae.kernels.checks import MAX_PATCHES_SIDE
 from mpmae.kernels.stem.reference import TILE_SIDE, Image, StemWeights
 
 MAX_CHANNELS, MAX_CHANNELS_FLOAT32 = 192, 128
@@ -41,6 +42,8 @@ def refusal(image: Image, weights: StemWeights, dtype: torch.dtype) -> str | Non
         return f"{channels} channels in {dtype}, expected at most {most}: a block of more does not fit into registers"
     if bands > MAX_BANDS:
         return f"{bands} bands, expected at most {MAX_BANDS}: the neighbourhood of a pixel has {MAX_COLUMNS} columns"
+    if image.num_patches_side > MAX_PATCHES_SIDE:
+        return f"{image.num_patches_side} patches on a side, expected at most {MAX_PATCHES_SIDE}; take larger patches"
     if num_samples * num_visible * TILE_SIDE**2 >= 2**31:
         return f"{num_samples} x {num_visible} visible patches hold 2**31 sites or more; take a smaller batch"
     return None

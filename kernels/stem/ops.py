@@ -105,7 +105,7 @@ def _forward(
     problems = input_problems(seen, weights)
     if problems:
         raise ValueError(f"{OP}: {'; '.join(problems)}")
-    with torch.autocast(image.device.type, enabled=False):
+    with torch.cuda.device_of(image), torch.autocast(image.device.type, enabled=False):
         if _chosen(seen, weights, dtype) == "triton":
             return launch.forward(*_ready(seen, weights), eps, dtype)
         return reference.forward(seen, weights, eps, dtype)
@@ -139,7 +139,7 @@ def _backward(
     weights = StemWeights(
         conv_weight, conv_bias, conv_norm_weight, conv_norm_bias, pool_weight, pool_bias, norm_weight, norm_bias
     )
-    with torch.autocast(grad.device.type, enabled=False):
+    with torch.cuda.device_of(grad), torch.autocast(grad.device.type, enabled=False):
         if _chosen(seen, weights, grad.dtype) == "triton":
             return launch.backward(grad.contiguous(), *_ready(seen, weights), eps)
         return reference.flatten(reference.backward(grad, seen, weights, eps))

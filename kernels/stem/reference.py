@@ -224,5 +224,5 @@ def _norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: 
 
 def _raster_of_morton(device: torch.device) -> Tensor:
     """The row-by-row number of each site of a tile in Morton order: int64 [64]."""
-    row, column = morton_sites(TILE_SIDE).unbind(1)
-    return (row * TILE_SIDE + column).to(device)
+    row, column = morton_sites(TILE_SIDE, device).unbind(1)
+    return row * TILE_SIDE + column

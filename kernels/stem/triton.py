@@ -1,11 +1,11 @@
-"""The stem in two kernels over blocks of sites; nothing at the image's resolution leaves the registers.
+"""The stem's kernels over blocks of sites; the forward keeps nothing at the image's resolution.
 
 For each of the t*t pixels of its sites a block gathers the 3x3 neighbourhood of every band, [sites, 9B+1] (the last column
 is 1 and carries the bias), multiplies, normalises and pools. A program walks over many blocks, so weights are read once.
 
-The backward does that again and sums the gradient of the 3x3 convolution in registers over all blocks of a program, the
-others as rows of one small matrix, by products with one-hot rows, which tensor cores take. Each program writes its sums
-once and a second kernel adds them up in a fixed order: the same bits in every run.
+The backward does that again. It writes the gradient of the 3x3 convolution's output, which a kernel of its own multiplies
+with the neighbourhoods; the other gradients it sums as rows of one small matrix, by products with one-hot rows, which tensor
+cores take. Each program writes its sums once and a last kernel adds them up in a fixed order: the same bits in every run.
 
 One thread holds all neighbours of a pixel, so a load is one instruction with a constant offset from the pixel's address.
 Channels are padded to a power of two; where warps split the sites only, the padding lies in registers of its own and the

@@ -74,7 +74,9 @@ def classify_maps(
 
 
 def _chosen(backend: Backend | None, data: Tensor) -> str:
-    return backends.choose("unfilter", data.device, None, {"triton": None}, asked=backend)
+    # What is inflated on the host is decoded there, whatever MPMAE_KERNELS asks of the model.
+    asked = backend or (None if data.is_cuda else "reference")
+    return backends.choose("unfilter", data.device, None, {"triton": None}, asked=asked)
 
 
 def _check(data: Tensor, offsets: Tensor, views: Tensor, stored: StoredMaps) -> None:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpmae.kernels import downsample, hidden_patches, morton_sites, pack_sites, site_index, tile_slots, unpack_sites
+from mpmae.kernels import hidden_patches, morton_sites, pack_sites, site_index, tile_slots, unpack_sites
 from mpmae.kernels.block import sparse_block
+from mpmae.kernels.downsample import downsample
 from mpmae.kernels.heads import head_loss
 from mpmae.kernels.pointwise import GELUS, Options, Weights
 from mpmae.kernels.stem import StemWeights, stem
@@ -109,7 +110,7 @@ class Downsample(nn.Module):
 
 def keep(x: Tensor, valid: Tensor | None) -> Tensor:
     """`x` [N, K, C] with 0 at sites that do not exist."""
-    return x if valid is None else x * valid[:, :, None]
+    return x if valid is None else torch.where(valid[:, :, None], x, 0)
 
 
 def merge_conv(x: Tensor, conv: nn.Conv2d) -> Tensor:

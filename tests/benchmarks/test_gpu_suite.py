@@ -125,7 +125,7 @@ def test_what_is_wrong_is_not_timed():
     off = measured(case_of(lambda: one * 1.1, (one,)))
     assert off["ways"] == {}
     assert off["failed"]["kernel"].startswith("output 0: relative error 0.1, expected at most 0.02")
-    assert "nan" in measured(case_of(lambda: one * torch.nan, (one,), ours=False))["failed"]["kernel"]
+    assert "nan" in measured(case_of(lambda: one * torch.nan, (one,), ours=False))["missing"]["kernel"]
     values = iter([one, one + 1e-6])
     assert measured(case_of(lambda: next(values), (one,)))["failed"] == {"kernel": "a second run gave other bits"}
     assert "ValueError" in measured(case_of(lambda: [one, one], (one,)))["failed"]["kernel"]
@@ -194,7 +194,8 @@ def test_figures_of_a_red_gate_are_no_record(carried, monkeypatch, tmp_path):
     monkeypatch.setenv("MPMAE_RED_GATES", "tests memcheck")
     with pytest.raises(SystemExit, match="a gate is red: tests, memcheck"):
         record.write_record("x", {}, {})
-    path = record.write_record("x", {}, {}, tmp_path)
-    assert json.loads(path.read_text())["red_gates"] == ["tests", "memcheck"]
+    path = record.write_record("x", {}, {}, tmp_path / "records", failed=["stem"])
+    assert path.parent == tmp_path / "red"
+    assert json.loads(path.read_text())["red_gates"] == ["tests", "memcheck", "stem"]
     with pytest.raises(ValueError, match="made while a gate was red"):
-        record.load_records(folder=tmp_path)
+        record.load_records(folder=tmp_path / "red")

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from mpmae import kernels
+from mpmae.kernels.downsample import downsample
 from mpmae.models.blocks import Downsample
 from tests.kernels.downsample_cases import SIZES, draw, plain
 
@@ -14,7 +14,7 @@ GAPS = [False, True]
 
 
 def apply(x, weights, valid):
-    return kernels.downsample(x, tuple(weights[:2]), tuple(weights[2:]), *valid, eps=1e-6)
+    return downsample(x, tuple(weights[:2]), tuple(weights[2:]), *valid, eps=1e-6)
 
 
 @pytest.mark.parametrize("gaps", GAPS)

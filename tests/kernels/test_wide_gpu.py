@@ -77,7 +77,7 @@ def test_downsample(fast_downsample, sizes, gaps, dtype):
 
 
 def test_the_op_takes_the_fast_form():
-    from mpmae.kernels import downsample
+    from mpmae.kernels.downsample import downsample
 
     x, weights, grad, valid = downsample_cases.draw((3, 28, 24, 48), torch.float32, True, "cuda")
     leaves = [t.requires_grad_() for t in (x, *weights)]
