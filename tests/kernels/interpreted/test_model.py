@@ -1,4 +1,4 @@
-"""A whole training step of the model on Triton kernels, against the reference: loss and gradients, in float32 and bfloat16."""
+"""A whole training step of the model on Triton kernels, against the reference: loss and gradients."""
 
 import pytest
 import torch
