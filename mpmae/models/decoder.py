@@ -23,17 +23,16 @@ class Decoder(nn.Module):
         self.num_patches_side = num_patches_side
         self.proj = nn.Linear(dim_in, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
-        everywhere = torch.arange(num_patches_side**2)[None]
-        self.register_buffer("everywhere", everywhere, persistent=False)
-        self.register_buffer("slots", blocks.tile_slots(everywhere, num_patches_side), persistent=False)
+        self.register_buffer("everywhere", torch.arange(num_patches_side**2), persistent=False)
         self.blocks = nn.ModuleList(Block(dim, grn_scope="sample", grn_eps=DECODER_GRN_EPS, gelu=gelu) for _ in range(depth))
 
     def forward(self, tokens: Tensor, visible: Tensor) -> Tensor:
         """[N, L, D] from the encoder's `tokens` [N, V, C] at the patches `visible` int64 [N, V]."""
         side = self.num_patches_side
         x = blocks.fill_hidden(self.proj(tokens), visible, self.mask_token, side * side)
-        everywhere, slots = (t.expand(len(x), *t.shape[1:]).contiguous() for t in (self.everywhere, self.slots))
-        sites = Sites(everywhere, slots, 1, None)
+        everywhere = self.everywhere.expand(len(x), -1).contiguous()
+        # not a buffer: no backend of torch.distributed can broadcast int16, as DDP does with buffers
+        sites = Sites(everywhere, blocks.tile_slots(everywhere, side), 1, None)
         for block in self.blocks:
             x = block(x, sites)
         return x
