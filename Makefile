@@ -27,7 +27,7 @@ demo: install
 
 # Two tests at a time: many wait for processes of their own. The tests of a file stay together, as they share what they build.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The integrations against the installed toolkits, in a venv of their own: they bring about a hundred packages.
 test-eo: $(EO_VENV)/installed

@@ -8,6 +8,11 @@ import pytest
 REPO = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items):
+    """The longest file first, so that no worker is left alone with it in the end."""
+    items.sort(key=lambda item: item.path.name != "test_parity.py")
+
+
 @pytest.fixture(scope="session")
 def repo() -> Path:
     return REPO
