@@ -12,7 +12,7 @@ from torch import Tensor
 from mpmae.kernels.checks import MAX_PATCHES_SIDE
 from mpmae.kernels.stem.reference import TILE_SIDE, Image, StemWeights
 
-MAX_CHANNELS, MAX_CHANNELS_FLOAT32 = 192, 128
+MAX_CHANNELS, MAX_CHANNELS_FLOAT32 = 192, 96
 MAX_BANDS = 14
 MAX_COLUMNS = 128
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
