@@ -196,6 +196,7 @@ class TrainSection(_Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     validate_every_steps: Int | None = Field(None, gt=0, description="None: only at the end")
     val_samples: Int | None = Field(4096, gt=0, description="at most this many validation tiles, of few shards; None: all")
+    deterministic: bool = Field(False, description="the same bits every time on the same ranks; slower on a GPU")
 
 
 class OptimSection(_Section):
@@ -226,6 +227,7 @@ class CheckpointSection(_Section):
     every_steps: Int = Field(1000, gt=0)
     keep_last: Int = Field(3, gt=0)
     resume: Text = Field("never", description="never, auto (the newest complete one in run.dir) or a checkpoint folder")
+    background: bool = Field(False, description="write while training goes on; ddp and fsdp only")
 
 
 class EngineSection(_Section):
@@ -233,6 +235,21 @@ class EngineSection(_Section):
 
     name: Literal["ddp", "deepspeed", "fsdp"] = "ddp"
     ds_config: TextPath | None = Field(None, description="DeepSpeed JSON (`--ds-config`); deepspeed only")
+    shard_size: Int | None = Field(None, gt=0, description="fsdp: ranks that share a copy of the weights (HSDP); None: all")
+    cpu_offload: bool = Field(False, description="fsdp: weights, gradients and moments in host memory")
+    activation_checkpointing: bool = Field(False, description="compute blocks again in the backward: less memory, more time")
+    compile: bool = Field(False, description="torch.compile")
+
+
+class GuardSection(_Section):
+    """What ends a run early, and what is watched."""
+
+    time_limit: Text | None = Field(None, description="such as 3:50:00 (h:m:s): then save and ask to be queued again")
+    max_skipped_steps: Int = Field(
+        10, gt=0, description="end after so many steps in a row without a finite loss and gradient"
+    )
+    spike_factor: Float | None = Field(3.0, gt=1, description="say so when the loss is this many times its recent median")
+    stall_s: Float = Field(600.0, gt=0, description="name the rank that has made no progress for so long, and end")
 
 
 class LogSection(_Section):
@@ -241,6 +258,7 @@ class LogSection(_Section):
     wandb: Literal["disabled", "offline", "online"] = "disabled"
     wandb_project: Text = "mpmae"
     tensorboard: bool = False
+    profile_steps: tuple[Int, Int] | None = Field(None, description="[first, last]: steps that torch's profiler traces")
 
 
 class RunConfig(_Section):
@@ -253,6 +271,7 @@ class RunConfig(_Section):
     optim: OptimSection = OptimSection()
     checkpoint: CheckpointSection = CheckpointSection()
     engine: EngineSection = EngineSection()
+    guard: GuardSection = GuardSection()
     log: LogSection = LogSection()
 
 

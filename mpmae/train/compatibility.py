@@ -10,7 +10,16 @@ _READING = (
     *("shards", "storage_options", "cache_dir", "cache_size_gb"),
     *("loader", "num_workers", "prefetch", "host_cache_gb", "device_cache_gb"),
 )
-_FREE = ("run", "log", "checkpoint", "engine", "model.init", *(f"data.{key}" for key in _READING))
+_FREE = (
+    "run",
+    "log",
+    "guard",
+    "checkpoint",
+    "engine",
+    "train.deterministic",
+    "model.init",
+    *(f"data.{key}" for key in _READING),
+)
 _ORDER = ("train.global_batch_size", "train.seed", "data.train_split", "data.order", "data.window_shards")
 _FORBIDDEN = ("model", *_ORDER)
 
