@@ -10,7 +10,7 @@ PEERS_PIP := $(PEERS_VENV)/bin/python -m pip --disable-pip-version-check -q
 # Where there is no NVIDIA GPU, TORCH_ARGS can point pip at PyTorch's index of CPU wheels (see pytorch.org, "Get started").
 TORCH_ARGS ?=
 
-.PHONY: install demo test test-eo bench-peers slow lint clean
+.PHONY: install demo test test-eo bench-peers slow soak lint clean
 
 install: $(VENV)/installed
 
@@ -51,6 +51,10 @@ $(PEERS_VENV)/installed: pyproject.toml setup.py requirements/peers.txt
 
 slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Runs that are killed at random, 200 times in all: the final curve is that of a run left alone, and no checkpoint is lost.
+soak: install
+	$(BIN)/python -m pytest -m soak -s tests/soak
 
 lint: install
 	$(BIN)/python -m ruff check . && $(BIN)/python -m ruff format --check .
