@@ -89,13 +89,18 @@ class Cost:
         """What a step sums over the ranks: a float32 number for each parameter."""
         return self.num_parameters * PARAMETER_BYTES
 
-    def optimizer_bytes(self, clipped: bool = False) -> int:
-        """Through device memory for AdamW with all its state on one rank; clipped: gradients are scaled to a norm first."""
-        return (ADAMW_PASSES + (CLIPPING_PASSES if clipped else 0)) * self.num_parameters * PARAMETER_BYTES
+    def optimizer_bytes(self, clipped: bool = False, num_shards: int = 1) -> int:
+        """Through the device memory of one rank for AdamW.
 
-    def step_bytes(self, num_images: int, num_micro_steps: int, clipped: bool = False) -> int:
-        """Through the device memory of one rank in a step on so many images of its own."""
-        return num_images * self.image_bytes + num_micro_steps * self.micro_step_bytes + self.optimizer_bytes(clipped)
+        clipped: gradients are scaled to a norm first. num_shards: ranks that share the optimizer's state.
+        """
+        passes = ADAMW_PASSES + (CLIPPING_PASSES if clipped else 0)
+        return passes * self.num_parameters * PARAMETER_BYTES // num_shards
+
+    def step_bytes(self, num_images: int, num_micro_steps: int, clipped: bool = False, num_shards: int = 1) -> int:
+        """Through the device memory of one rank in a step on so many images of its own; the rest as in `optimizer_bytes`."""
+        compute = num_images * self.image_bytes + num_micro_steps * self.micro_step_bytes
+        return compute + self.optimizer_bytes(clipped, num_shards)
 
     def reduction_bytes(self, world_size: int) -> int:
         """What a rank sends, and receives, to sum the gradients: a ring's reduce-scatter and all-gather.

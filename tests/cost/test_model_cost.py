@@ -154,4 +154,5 @@ def test_bytes_of_a_whole_step():
     assert cost.step_bytes(32, 4) - cost.step_bytes(16, 4) == 16 * cost.image_bytes
     assert cost.optimizer_bytes() == 8 * 4 * n
     assert cost.optimizer_bytes(clipped=True) == 10 * 4 * n
+    assert cost.step_bytes(0, 0, num_shards=4) == 2 * 4 * n
     assert (cost.reduction_bytes(1), cost.reduction_bytes(2), cost.reduction_bytes(4)) == (0, 4 * n, 6 * n)
