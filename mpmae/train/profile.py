@@ -1,7 +1,7 @@
 """A window of steps under torch's profiler: per rank a trace for ui.perfetto.dev or chrome://tracing and a table."""
 
 import logging
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 
 import torch
 from rich.console import Console
@@ -85,7 +85,8 @@ class StepProfile(AbstractContextManager):
         else:
             self._console.print(f"profile of steps {self._first}-{self._last}: {self._folder}/rank-*.json.gz (and .txt)")
         finally:
-            aside.unlink(missing_ok=True)
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)
 
     def _tables(self, profiler: profile) -> str:
         """The operators that take most time, and those that allocate most memory."""
