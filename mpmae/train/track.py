@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from mpmae.config import RunConfig
 from mpmae.errors import ConfigError, TrainingError
-from mpmae.files import write_whole
+from mpmae.files import read_jsonl, write_whole
 
 _LOG = logging.getLogger(__name__)
 
@@ -56,21 +56,6 @@ class JsonLines:
         """Close the files."""
         for file in self._files.values():
             file.close()
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; none if it is absent; a torn last line (a killed writer) is left out."""
-    if not path.exists():
-        return []
-    objects = []
-    for line in path.read_text().splitlines():
-        try:
-            objects.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-        if not isinstance(objects[-1], dict):
-            raise TrainingError(f"{path}: line {len(objects)} is not an object; move the file away or give another run.dir")
-    return objects
 
 
 def _finite(value: Any) -> Any:
