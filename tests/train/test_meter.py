@@ -3,6 +3,7 @@
 import gzip
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,6 +127,51 @@ def test_the_slow_one_of_two_real_ranks_is_named(tmp_path):
         assert forward["forward_s"] > 0.13 > forward["others_forward_s"]
         assert data["behind_percent"] > 50
         assert even is None or even["behind_percent"] < data["behind_percent"]
+
+
+class Event:
+    """An event of a GPU that runs behind: what was recorded before `now` has happened."""
+
+    now, clock = 0, 0
+
+    def __init__(self, enable_timing=False):
+        self.at = None
+
+    def record(self):
+        Event.clock += 1
+        self.at = Event.clock
+
+    def query(self):
+        return self.at <= Event.now
+
+    def elapsed_time(self, end):
+        assert self.query()
+        assert end.query()
+        return 1000.0 * (end.at - self.at)
+
+    def synchronize(self):
+        Event.now = max(Event.now, self.at)
+
+
+def test_on_a_gpu_nothing_waits_for_the_step_that_runs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "now", 0)
+    monkeypatch.setattr(Event, "clock", 0)
+    engine = SimpleNamespace(device=torch.device("cpu"), rank=0, world_size=2, sum_over_ranks=lambda tensor: tensor.clone())
+    meter = Meter(engine, ("a",), Speed(COST, BatchPlan(4, 2, 1, 2), None, 1, False), 9)
+    meter._on_gpu, meter._lag = True, 2
+    steps, waited_for, forwards = [], [], []
+    for step in range(1, 5):
+        with meter.phase("forward"):
+            meter.add(torch.tensor(float(step)), {"a": torch.tensor(0.0)}, {"a": 1})
+        meter.finish_step(step, 0, 0.1, torch.tensor(1.0))
+        forwards.append(meter._known_times[1])
+        steps += [(record["step"], record["loss"]) for record in meter.ready()]
+        waited_for.append(Event.now)
+    assert steps == [(1, 1.0), (2, 2.0)]  # two steps late
+    assert waited_for == [0, 0, 3, 6]  # three events a step: around the forward, and after the copy of its numbers
+    assert forwards == [0.0, 0.0, 0.0, 1.0]  # of the last step that is known to be over
+    assert [record["step"] for record in meter.ready(everything=True)] == [3, 4]
 
 
 def judged(rows, elapsed_s=1.0, num=3):
