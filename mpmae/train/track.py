@@ -124,7 +124,7 @@ class Wandb:
                 project=config.log.wandb_project,
                 name=config.run.name or config.run.dir.name,
                 id=id_file.read_text().strip(),
-                resume="allow",
+                resume="allow" if mode == "online" else None,  # offline there is nothing to ask
                 dir=str(config.run.dir),
                 mode=mode,
                 config=config.model_dump(mode="json"),
