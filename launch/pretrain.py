@@ -27,10 +27,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=DEMO_CONFIG, help="run configuration (default: demo.yaml)")
     parser.add_argument("--ds-config", type=Path, help="DeepSpeed JSON; selects the deepspeed engine")
     parser.add_argument("--resume", help="auto, never or a checkpoint folder (checkpoint.resume)")
+    parser.add_argument(
+        "--profile", type=steps, nargs="?", const=[10, 12], metavar="FIRST:LAST", help="trace these steps (default: 10:12)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, such as train.max_steps=20")
     return parser.parse_intermixed_args(arguments)
+
+
+def steps(text: str) -> list[int]:
+    """[first, last] from FIRST:LAST."""
+    parts = text.split(":")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not FIRST:LAST, such as 10:12; without steps, put --profile last")
+    return [int(part) for part in parts]
 
 
 def stop(message: str, status: int) -> int:
@@ -49,6 +60,8 @@ def main() -> int:
         overrides = ["engine.name=deepspeed", *overrides, f"engine.ds_config={options.ds_config}"]
     if options.resume:
         overrides.append(f"checkpoint.resume={options.resume}")
+    if options.profile:
+        overrides.append(f"log.profile_steps={options.profile}")
     try:
         config = load_config(options.config, overrides)
         (dry_run if options.dry_run else pretrain)(config)

@@ -260,6 +260,13 @@ class LogSection(_Section):
     tensorboard: bool = False
     profile_steps: tuple[Int, Int] | None = Field(None, description="[first, last]: steps that torch's profiler traces")
 
+    @field_validator("profile_steps")
+    @classmethod
+    def _in_order(cls, steps: tuple[int, int] | None) -> tuple[int, int] | None:
+        if steps is not None and not 1 <= steps[0] <= steps[1]:
+            raise PydanticCustomError("steps_out_of_order", "expected 1 <= first <= last, such as [10, 12]")
+        return steps
+
 
 class RunConfig(_Section):
     """The whole tree."""

@@ -1,10 +1,14 @@
-"""Files that are absent (or old) or complete, whatever happens while they are written."""
+"""Files that are absent (or old) or complete, whatever happens while they are written, and JSON lines read back."""
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from mpmae.errors import TrainingError
 
 TEMP_SUFFIX = ".mpmae-tmp"
 
@@ -39,6 +43,21 @@ def whole_folder(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON-lines file; none if it is absent; a torn last line (a killed writer) is left out."""
+    if not path.exists():
+        return []
+    objects = []
+    for line in path.read_text().splitlines():
+        try:
+            objects.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+        if not isinstance(objects[-1], dict):
+            raise TrainingError(f"{path}: line {len(objects)} is not an object; move the file away or give another run.dir")
+    return objects
 
 
 def sync(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import math
 import os
-import time
 from collections.abc import Iterator
 from contextlib import closing
 
@@ -10,6 +9,8 @@ import torch
 
 from mpmae.checkpoint_format import load_meta
 from mpmae.config import RunConfig
+from mpmae.cost import model_cost
+from mpmae.cost.peaks import device_peak
 from mpmae.engine import Engine, World, create_engine, init_world
 from mpmae.engine.ds_config import zero_stage
 from mpmae.errors import TrainingError
@@ -21,10 +22,12 @@ from mpmae.train.compatibility import check_compatible, checkpoint_meta
 from mpmae.train.demo_data import ensure_demo_shards
 from mpmae.train.meter import Meter
 from mpmae.train.plan import show_plan
+from mpmae.train.profile import StepProfile
 from mpmae.train.progress import ProgressLine, make_console
 from mpmae.train.record import write_run_json
 from mpmae.train.run_dir import check_vacant, claimed, find_start
 from mpmae.train.setup import Setup, build_model, set_up
+from mpmae.train.speed import Speed
 from mpmae.train.track import open_trackers
 from mpmae.train.validate import Validator
 
@@ -70,7 +73,9 @@ class Run:
         self.config, self.world = config, world
         self.manifest, self.plan, self.loader = setup.manifest, setup.plan, setup.training
         self.console = make_console(quiet=world.rank != 0)
-        num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 takes them apart
+        device = world.device
+        capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
+        cost = model_cost(model, config.train.precision, capability)  # before ZeRO-3 takes the parameters apart
         show_plan(self.console, config, self.plan, self.manifest, model)
         self.checkpoints = Checkpoints(config.run.dir / "checkpoints", config.checkpoint.keep_last)
         start = find_start(config, world, self.checkpoints)
@@ -90,12 +95,16 @@ class Run:
         self.model: MPMAE = self.engine.module
         if start:
             load_engine(self.engine, start)
+        peak = device_peak(device, config.train.precision)
+        self.speed = Speed(cost, batch, peak, self._num_optimizer_shards(), config.optim.clip_grad_norm is not None)
         self.validator = Validator(self.engine, setup.validation, setup.reference, config)
         self.trackers = None
         if world.rank == 0 and self.start_step < self.plan.total_steps:
             facts = {
                 "world_size": world.world_size,
-                "num_parameters": num_parameters,
+                "num_parameters": cost.num_parameters,
+                "flops_per_image": cost.flops,
+                "peak_flops_per_s": peak._asdict() if peak else None,
                 "total_steps": self.plan.total_steps,
                 "steps_per_epoch": self.plan.order.steps_per_epoch,
                 "shards_fingerprint": self.manifest.fingerprint,
@@ -109,13 +118,18 @@ class Run:
         if self.start_step >= total:
             self.console.print(f"the run is complete: {self.start_step} steps are done, {total} were asked for")
             return
-        meter = Meter(self.engine, self.model.modalities_out, self.plan.batch.global_batch_size)
-        progress = ProgressLine(self.console, total, self.start_step, self.world.world_size)
-        with closing(progress), closing(self._micro_batches()) as micro_batches:
+        meter = Meter(self.engine, self.model.modalities_out, self.speed, total)
+        progress = ProgressLine(self.console, total, self.start_step)
+        profile = StepProfile(self.config, self.world, self.start_step, self.console)
+        with closing(progress), closing(self._micro_batches()) as micro_batches, profile:
             for step in range(self.start_step, total):
                 self._step(step, micro_batches, meter)
-                self._publish(meter, progress, everything=step + 1 == total)
-                if self._due(step + 1, self.config.train.validate_every_steps):
+                if profile.step_done():
+                    meter.restart_clock()
+                # trackers take steps in order, so no record may lag behind a validation
+                validates = self._due(step + 1, self.config.train.validate_every_steps)
+                self._publish(meter, progress, everything=validates)
+                if validates:
                     self._validate(step + 1, meter)
                 if self._due(step + 1, self.config.checkpoint.every_steps):
                     self._publish(meter, progress, everything=True)
@@ -128,15 +142,17 @@ class Run:
         """One optimizer step over one global batch."""
         self.model.train()
         for _ in range(self.plan.batch.num_micro_steps):
-            started = time.perf_counter()
-            epoch, batch = next(micro_batches)
-            meter.waited(time.perf_counter() - started)
-            visible = self._visible(epoch, batch)
-            out = self.engine.forward(batch.to(self.engine.device), visible)
-            self.engine.backward(out.loss)
+            with meter.phase("data"):
+                epoch, batch = next(micro_batches)
+            with meter.phase("forward"):
+                visible = self._visible(epoch, batch)
+                out = self.engine.forward(batch.to(self.engine.device), visible)
+            with meter.phase("backward"):
+                self.engine.backward(out.loss)
             meter.add(out.loss, out.losses, batch.num_present)
         lr = self.plan.learning_rate(step)
-        grad_norm = self.engine.step(lr)
+        with meter.phase("optimizer"):
+            grad_norm = self.engine.step(lr)
         meter.finish_step(step + 1, epoch, lr, grad_norm)
 
     def _visible(self, epoch: int, batch: Batch) -> torch.Tensor:
@@ -160,6 +176,9 @@ class Run:
                     f"step {record['step']}: the loss is {record['loss']} (modalities: {', '.join(bad) or 'none alone'}); "
                     f"lower optim.blr, set optim.clip_grad_norm, or resume from a checkpoint in {self.config.run.dir}"
                 )
+
+    def _num_optimizer_shards(self) -> int:
+        return self.world.world_size if self.engine.zero_stage else 1
 
     def _due(self, step: int, every: int | None) -> bool:
         return step == self.plan.total_steps or (every is not None and step % every == 0)

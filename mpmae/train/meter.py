@@ -4,38 +4,90 @@ import resource
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.profiler import record_function
 
 from mpmae.engine.base import Engine
+from mpmae.train.slow_ranks import SlowRanks
+from mpmae.train.speed import Speed
+
+PHASES = ("data", "forward", "backward", "optimizer")
+_PACE_STEPS = 100
 
 
-def memory_bytes(device: torch.device) -> int:
-    """Peak memory so far: of the GPU's allocator, or of the process on a CPU."""
+def memory_bytes(device: torch.device) -> dict[str, int]:
+    """Peaks so far: memory_bytes in use and memory_reserved_bytes held by a GPU's allocator; on a CPU the process's."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return {
+            "memory_bytes": torch.cuda.max_memory_allocated(device),
+            "memory_reserved_bytes": torch.cuda.max_memory_reserved(device),
+        }
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+
+
+@dataclass
+class _Times:
+    """Seconds of a step on this rank, by the host's clock, and on a GPU the events around each of its forwards."""
+
+    data_s: float = 0.0
+    forward_s: float = 0.0
+    events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    def are_known(self) -> bool:
+        """Whether the GPU has passed the last event; does not wait for it."""
+        return not self.events or self.events[-1][1].query()
+
+    def pair(self) -> tuple[float, float]:
+        """Waiting for data and forward."""
+        if self.events:
+            return self.data_s, sum(start.elapsed_time(end) for start, end in self.events) / 1e3
+        return self.data_s, self.forward_s
 
 
 class Meter:
     """Collects one step's shares of the losses and hands out finished metric records.
 
-    On a GPU records come out `lag` steps late, when their numbers have long arrived; on a CPU at once.
+    On a GPU records come out `lag` steps late, when their numbers have long arrived; on a CPU at once. speed: turns a step's
+    time into rates. total_steps: of the run, for the time left.
     """
 
-    def __init__(self, engine: Engine, modalities: tuple[str, ...], global_batch_size: int):
-        self._engine, self._modalities, self._global_batch_size = engine, modalities, global_batch_size
-        self._lag = 2 if engine.device.type == "cuda" else 0
+    def __init__(self, engine: Engine, modalities: tuple[str, ...], speed: Speed, total_steps: int):
+        self._engine, self._modalities, self._speed, self._total_steps = engine, modalities, speed, total_steps
+        self._on_gpu = engine.device.type == "cuda"
+        self._lag = 2 if self._on_gpu else 0
         self._sums = torch.zeros(len(modalities) + 1, dtype=torch.float64, device=engine.device)
         self._absent: set[str] = set()
         self._pending: deque[tuple[dict[str, Any], torch.Tensor, torch.cuda.Event | None]] = deque()
-        self._step_start, self._wait_s = time.perf_counter(), 0.0
+        self._slow_ranks = SlowRanks(engine.rank, engine.world_size)
+        self._times, self._unknown_times, self._known_times = _Times(), deque(), (0.0, 0.0)
+        self._launched = self._step_start = time.perf_counter()
+        self._pace: deque[float] = deque([self._step_start], maxlen=_PACE_STEPS)
 
-    def waited(self, seconds: float) -> None:
-        """Note time spent waiting for data."""
-        self._wait_s += seconds
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time the block as one of PHASES, and name it in a profiler's trace."""
+        assert name in PHASES, name
+        events = None
+        if self._on_gpu and name == "forward":
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            events[0].record()
+        started = time.perf_counter()
+        with record_function(name):
+            yield
+        elapsed_s = time.perf_counter() - started
+        if name == "data":
+            self._times.data_s += elapsed_s
+        elif name == "forward":
+            self._times.forward_s += elapsed_s
+        if events:
+            events[1].record()
+            self._times.events.append(events)
 
     @torch.no_grad()
     def add(self, loss: torch.Tensor, losses: dict[str, torch.Tensor], num_present: dict[str, int]) -> None:
@@ -48,28 +100,34 @@ class Meter:
         """Close the step: sum over ranks and queue its record."""
         now = time.perf_counter()
         elapsed_s = now - self._step_start
-        sums = self._engine.sum_over_ranks(self._sums)
-        numbers = torch.cat([sums, grad_norm.reshape(1).to(sums)])
+        self._pace.append(now)
+        pace_s = (now - self._pace[0]) / (len(self._pace) - 1)
+        slots = self._slow_ranks.slots(*self._latest_times()).to(self._sums.device, non_blocking=True)
+        sums = self._engine.sum_over_ranks(torch.cat([self._sums, slots]))
+        numbers = torch.cat([grad_norm.reshape(1).to(sums), sums])
         known = {
             "step": step,
             "epoch": epoch,
             "absent": self._absent,
             "lr": lr,
-            "images_per_s": self._global_batch_size / elapsed_s,
-            "data_wait_percent": 100 * self._wait_s / elapsed_s,
-            "memory_bytes": memory_bytes(self._engine.device),
+            "elapsed_s": elapsed_s,
+            **self._speed.rates(elapsed_s),
+            "data_wait_percent": 100 * self._times.data_s / elapsed_s,
+            **memory_bytes(self._engine.device),
+            "running_s": now - self._launched,
+            "left_s": pace_s * (self._total_steps - step),
         }
         copied = None
-        if self._lag:
+        if self._on_gpu:
             numbers, copied = numbers.to("cpu", non_blocking=True), torch.cuda.Event()
             copied.record()
         self._pending.append((known, numbers, copied))
         self._sums = torch.zeros_like(self._sums)
-        self._step_start, self._wait_s = now, 0.0
+        self._step_start, self._times = now, _Times()
 
     def restart_clock(self) -> None:
         """Leave out what happened since the last step (a validation, a save)."""
-        self._step_start, self._wait_s = time.perf_counter(), 0.0
+        self._step_start, self._times = time.perf_counter(), _Times()
 
     def ready(self, everything: bool = False) -> list[dict[str, Any]]:
         """Records whose numbers are there, oldest first."""
@@ -78,8 +136,18 @@ class Meter:
             known, numbers, copied = self._pending.popleft()
             if copied:
                 copied.synchronize()
-            loss, *losses, grad_norm = numbers.tolist()
+            grad_norm, loss, *losses = numbers[: 2 + len(self._modalities)].tolist()
             by_modality = dict(zip(self._modalities, losses, strict=True)) | dict.fromkeys(known.pop("absent"))
+            elapsed_s = known.pop("elapsed_s")
             first = {"step": known["step"], "epoch": known["epoch"], "loss": loss, "losses": by_modality}
-            records.append(first | {"lr": known["lr"], "grad_norm": grad_norm} | known)
+            record = first | {"lr": known["lr"], "grad_norm": grad_norm} | known
+            slowest = self._slow_ranks.judge(numbers[2 + len(self._modalities) :], elapsed_s)
+            records.append(record if slowest is None else record | {"ranks": slowest})
         return records
+
+    def _latest_times(self) -> tuple[float, float]:
+        """Those of this step; on a GPU those of the last step that it has finished, so that nothing waits for it."""
+        self._unknown_times.append(self._times)
+        while self._unknown_times and self._unknown_times[0].are_known():
+            self._known_times = self._unknown_times.popleft().pair()
+        return self._known_times

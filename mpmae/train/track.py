@@ -1,14 +1,18 @@
 """Where numbers go: metrics.jsonl always, TensorBoard and wandb on request, all behind one interface."""
 
 import json
+import logging
 import math
-from collections.abc import Mapping
+import secrets
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from mpmae.config import RunConfig
 from mpmae.errors import ConfigError, TrainingError
-from mpmae.files import write_whole
+from mpmae.files import read_jsonl, write_whole
+
+_LOG = logging.getLogger(__name__)
 
 
 class Tracker(Protocol):
@@ -54,21 +58,6 @@ class JsonLines:
             file.close()
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file; none if it is absent; a torn last line (a killed writer) is left out."""
-    if not path.exists():
-        return []
-    objects = []
-    for line in path.read_text().splitlines():
-        try:
-            objects.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-        if not isinstance(objects[-1], dict):
-            raise TrainingError(f"{path}: line {len(objects)} is not an object; move the file away or give another run.dir")
-    return objects
-
-
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
@@ -87,14 +76,14 @@ def flatten(record: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 
 
 class TensorBoard:
-    """TensorBoard event files in `tensorboard/`."""
+    """TensorBoard event files in `tensorboard/`; what a resumed run writes again replaces what was there of later steps."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, start_step: int):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError("log.tensorboard = true needs the package tensorboard: pip install mpmae[tracking]") from error
-        self._writer = SummaryWriter(str(folder / "tensorboard"))
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1 if start_step else None)
 
     def log(self, kind: str, record: Mapping[str, Any]) -> None:
         """Write one scalar per number."""
@@ -108,7 +97,15 @@ class TensorBoard:
 
 
 class Wandb:
-    """A wandb run; `offline` needs no network and is synced later with `wandb sync`."""
+    """A wandb run; `offline` needs no network and is synced later with `wandb sync`.
+
+    A resumed run goes on under the same id, kept in the run folder. wandb takes steps in order only, so of the steps that a
+    resumed run does again it keeps the first version. Where the server of an `online` run cannot be reached within
+    INIT_TIMEOUT_S, the run is logged offline and a warning says so. Raises ConfigError without the package or a login.
+    """
+
+    INIT_TIMEOUT_S = 60.0
+    FINISH_TIMEOUT_S = 120.0
 
     def __init__(self, config: RunConfig):
         try:
@@ -117,46 +114,78 @@ class Wandb:
             raise ConfigError(
                 f"log.wandb = {config.log.wandb} needs the package wandb: pip install mpmae[tracking]"
             ) from error
-        self._run = wandb.init(
-            project=config.log.wandb_project,
-            name=config.run.name or config.run.dir.name,
-            dir=str(config.run.dir),
-            mode=config.log.wandb,
-            config=config.model_dump(mode="json"),
-        )
+        id_file = config.run.dir / "wandb-id.txt"
+        if not id_file.exists():
+            write_whole(id_file, secrets.token_hex(4))
+        timeouts = {"init_timeout": self.INIT_TIMEOUT_S, "finish_timeout": self.FINISH_TIMEOUT_S}
+
+        def start(mode: str) -> Any:
+            return wandb.init(
+                project=config.log.wandb_project,
+                name=config.run.name or config.run.dir.name,
+                id=id_file.read_text().strip(),
+                resume="allow" if mode == "online" else None,  # offline there is nothing to ask
+                dir=str(config.run.dir),
+                mode=mode,
+                config=config.model_dump(mode="json"),
+                settings=wandb.Settings(console="off", **timeouts),
+            )
+
+        try:
+            self._run = start(config.log.wandb)
+        except wandb.errors.UsageError as error:
+            raise ConfigError(f"log.wandb = {config.log.wandb}: {error}; or set log.wandb = offline") from error
+        except wandb.errors.CommError as error:
+            _LOG.warning("log.wandb = %s: %s. Logging offline; `wandb sync` sends it later", config.log.wandb, error)
+            wandb.teardown()  # else its service still holds the run's id
+            self._run = start("offline")
 
     def log(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Send one record."""
-        numbers = {f"{kind}/{name}": value for name, value in flatten(record).items()}
-        self._run.log(numbers, step=record["step"])
+        """Send one record, unless wandb has its step from before."""
+        if record["step"] >= self._run.starting_step:
+            numbers = {f"{kind}/{name}": value for name, value in flatten(record).items()}
+            self._run.log(numbers, step=record["step"])
 
     def close(self) -> None:
-        """Finish the run."""
+        """Finish the run; what is not uploaded within FINISH_TIMEOUT_S stays in the run folder."""
         self._run.finish()
 
 
 class Trackers:
-    """Several trackers as one."""
+    """Several trackers as one: the JSON lines, which must be written, and viewers by name, of which any may fail.
 
-    def __init__(self, trackers: list[Tracker]):
-        self._trackers = trackers
+    metrics.jsonl is the truth. A viewer that raises is dropped with a warning, and the run goes on.
+    """
+
+    def __init__(self, lines: JsonLines, viewers: dict[str, Tracker]):
+        self._lines, self._viewers = lines, viewers
 
     def log(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Hand the record to each."""
-        for tracker in self._trackers:
-            tracker.log(kind, record)
+        """Hand the record to each. Raises TrainingError when its line cannot be written."""
+        self._lines.log(kind, record)
+        for name in list(self._viewers):
+            self._try(name, lambda viewer: viewer.log(kind, record))
 
     def close(self) -> None:
         """Close each."""
-        for tracker in self._trackers:
-            tracker.close()
+        self._lines.close()
+        for name in list(self._viewers):
+            self._try(name, lambda viewer: viewer.close())
+
+    def _try(self, name: str, action: Callable[[Tracker], None]) -> None:
+        try:
+            action(self._viewers[name])
+        except Exception as error:  # whatever a service's client may raise
+            del self._viewers[name]
+            message = "%s failed and gets no more records (%s: %s); metrics.jsonl has them all"
+            _LOG.warning(message, name, type(error).__name__, error)
 
 
 def open_trackers(config: RunConfig, start_step: int) -> Trackers:
     """The trackers that the configuration asks for; ConfigError when a package is absent."""
-    trackers: list[Tracker] = [JsonLines(config.run.dir, start_step)]
+    viewers: dict[str, Tracker] = {}
     if config.log.tensorboard:
-        trackers.append(TensorBoard(config.run.dir))
+        viewers["TensorBoard"] = TensorBoard(config.run.dir, start_step)
     if config.log.wandb != "disabled":
-        trackers.append(Wandb(config))
-    return Trackers(trackers)
+        viewers["wandb"] = Wandb(config)
+    return Trackers(JsonLines(config.run.dir, start_step), viewers)
