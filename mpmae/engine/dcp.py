@@ -4,10 +4,10 @@
 a thread beside a training whose collectives use another.
 """
 
+import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn, optim
@@ -50,7 +50,23 @@ def read_state(state: dict[str, Any], folder: Path, group: dist.ProcessGroup | N
         raise CheckpointError(f"{folder / '.metadata'} is absent: the checkpoint is of another engine, or incomplete")
     reader = dcp.FileSystemReader(folder)
     try:
+        _check_names(state["module"], reader)
         dcp.load(state, storage_reader=reader, process_group=group)
     except CheckpointException as error:
         causes = "; ".join(f"rank {rank}: {cause}" for rank, (cause, _) in sorted(error.failures.items()))
         raise CheckpointError(f"{folder} cannot be read or does not fit the model: {causes}") from None
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
+        raise CheckpointError(
+            f"{folder / '.metadata'} cannot be read: {error}; continue from an older checkpoint"
+        ) from error
+
+
+def _check_names(module_state: dict[str, Any], reader: dcp.FileSystemReader) -> None:
+    """CheckpointError when the checkpoint has more of a module than this one: DCP would leave it unread."""
+    saved = {
+        name.removeprefix("module.") for name in reader.read_metadata().state_dict_metadata if name.startswith("module.")
+    }
+    if more := sorted(saved - module_state.keys()):
+        raise CheckpointError(
+            f"{reader.path} does not fit the model: it also holds {', '.join(more[:5])}{' and more' if more[5:] else ''}"
+        )
