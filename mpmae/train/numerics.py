@@ -148,8 +148,8 @@ def too_many_skipped(run_dir: Path, record: dict[str, Any], shares: Sequence[dic
     return (
         f"{record['skipped_in_a_row']} steps in a row without a finite loss and gradient (guard.max_skipped_steps), the "
         f"last step {record['step']}: loss {record['loss']}, gradient norm {record['grad_norm']}, modalities: {modalities}, "
-        f"ranks: {ranks}; {run_dir / BAD_BATCH_NAME} has the samples. Lower optim.blr, set optim.clip_grad_norm, or resume from an "
-        f"earlier checkpoint in {run_dir}"
+        f"ranks: {ranks}; {run_dir / BAD_BATCH_NAME} has the samples. Lower optim.blr, set optim.clip_grad_norm, or resume "
+        f"from an earlier checkpoint in {run_dir}"
     )
 
 

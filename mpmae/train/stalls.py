@@ -23,9 +23,9 @@ _NUM_LISTED = 8
 class Beat(NamedTuple):
     """What a rank says of itself.
 
-    number: counts the beats. step, micro_step: of the running step (-1 before the first); in a validation micro_step counts
-    batches. num_collectives: that it has begun since the step did. idle_s: since it last got on. patience_s: how long it may
-    stay at such a place.
+    number: counts the beats. step, micro_step: of the running step (-1 before the first), from 0; in a validation micro_step
+    counts batches. num_collectives: that it has begun since the step did. idle_s: since it last got on. patience_s: how long
+    it may stay at such a place.
     """
 
     number: int
@@ -36,78 +36,88 @@ class Beat(NamedTuple):
     idle_s: float
     patience_s: float
     host: str
-    pid: int
+    process: int
 
     @property
     def place(self) -> tuple[int, ...]:
         """Grows as the rank gets on; a rank that waits in a collective is ahead of those it waits for."""
-        phase = PHASES.index(self.phase) if self.phase in PHASES else len(PHASES)
-        return self.step, self.num_collectives, self.micro_step, phase
+        return self.step, self.num_collectives, self.micro_step, PHASES.index(self.phase)
 
 
 class Heard(NamedTuple):
-    """The last beat of a rank, and seconds since it came; None when there has been none."""
+    """The last beat of a rank (None: there has been none), and seconds since it came."""
 
     beat: Beat | None
     silent_s: float
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the rank has said that this beat is its last."""
+        return self.beat is not None and self.beat.phase in _ENDED
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the rank got on, as far as is known."""
+        return self.silent_s + (self.beat.idle_s if self.beat else 0.0)
+
+    def is_silent(self, stall_s: float) -> bool:
+        """Whether the rank has missed its beats for so long that its process must be stopped, dead or out of reach."""
+        return not self.has_ended and self.silent_s >= stall_s / 2 and self.idle_s >= stall_s
+
 
 class Verdict(NamedTuple):
-    """The ranks that hold the run up, whether these cannot speak for themselves, and the message about it."""
+    """The ranks that hold the run up, how many of them cannot speak for themselves, and the message about it."""
 
-    culprits: tuple[int, ...]
-    are_silent: bool
+    culprits: list[int]
+    num_mute: int
     text: str
 
 
 def judge(heard: Mapping[int, Heard], stall_s: float) -> Verdict | None:
     """Whether some of these ranks hold the run up; None while the run gets on.
 
-    First come ranks that have said nothing for `stall_s`, as a stopped or dead process does. Then, when a rank has been idle
-    for longer than its patience: those that ended with an error; else those furthest behind, if these have been idle too
-    long themselves. A rank that waits for another one which gets on, however slowly, holds nothing up.
+    First come silent ranks. Then, when a rank has been idle for longer than its patience: those that ended with an error;
+    else those furthest behind, if these have been idle too long themselves: a rank that waits for another one which gets on,
+    however slowly, holds nothing up.
     """
-    silent = [rank for rank, (beat, silent_s) in heard.items() if _may_speak(beat) and silent_s >= stall_s]
+    silent = [rank for rank, each in heard.items() if each.is_silent(stall_s)]
     if silent:
-        return _verdict(silent, True, heard, stall_s)
-    running = {rank: beat for rank, (beat, _) in heard.items() if beat is not None and beat.phase not in (LEFT, FAILED)}
-    stalled = [rank for rank, beat in running.items() if beat.idle_s + heard[rank].silent_s >= beat.patience_s]
-    if not stalled:
-        return None
-    failed = [rank for rank, (beat, _) in heard.items() if beat is not None and beat.phase == FAILED]
-    if failed:
-        return _verdict(failed, True, heard, stall_s)
-    last = min(beat.place for beat in running.values())
-    behind = [rank for rank in stalled if running[rank].place == last]
-    return _verdict(behind, False, heard, stall_s) if behind else None
+        return _verdict(silent, len(silent), heard, stall_s)
+    running = {rank: each for rank, each in heard.items() if each.beat is not None and not each.has_ended}
+    stalled = [rank for rank, each in running.items() if each.idle_s >= each.beat.patience_s]
+    failed = [rank for rank, each in heard.items() if each.beat is not None and each.beat.phase == FAILED]
+    if stalled and failed:
+        return _verdict(failed, len(failed), heard, stall_s)
+    last = min((each.beat.place for each in running.values()), default=())
+    behind = [rank for rank in stalled if running[rank].beat.place == last]
+    return _verdict(behind, 0, heard, stall_s) if behind else None
 
 
-def _may_speak(beat: Beat | None) -> bool:
-    return beat is None or beat.phase not in (LEFT, FAILED)
-
-
-def _verdict(culprits: list[int], are_silent: bool, heard: Mapping[int, Heard], stall_s: float) -> Verdict:
+def _verdict(culprits: list[int], num_mute: int, heard: Mapping[int, Heard], stall_s: float) -> Verdict:
     others = [rank for rank in heard if rank not in culprits]
-    lines = [f"stalled: {_listed(culprits, heard, stall_s)} (guard.stall_s = {stall_s:g})"]
+    parts = [f"stalled: {_listed(culprits, heard, stall_s)} (guard.stall_s = {stall_s:g})"]
     if others:
-        lines.append(f"held up: {_listed(others, heard, stall_s)}")
+        parts.append(f"held up: {_listed(others, heard, stall_s)}")
     elif len(culprits) > 1:
-        lines.append("no rank is behind the others: look at what they share (storage, network, a collective)")
-    return Verdict(tuple(culprits), are_silent, "; ".join(lines))
+        parts.append("no rank is behind the others: look at what they share (storage, network, a collective)")
+    return Verdict(culprits, num_mute, "; ".join(parts))
 
 
 def _listed(ranks: list[int], heard: Mapping[int, Heard], stall_s: float) -> str:
-    shown = ", ".join(f"rank {rank} {_described(*heard[rank], stall_s)}" for rank in ranks[:_NUM_LISTED])
+    shown = ", ".join(f"rank {rank} {_described(heard[rank], stall_s)}" for rank in ranks[:_NUM_LISTED])
     more = len(ranks) - _NUM_LISTED
     return f"{shown} and {more} more" if more > 0 else shown
 
 
-def _described(beat: Beat | None, silent_s: float, stall_s: float) -> str:
+def _described(heard: Heard, stall_s: float) -> str:
+    beat = heard.beat
     if beat is None:
-        return f"silent for {silent_s:.0f} s, since the start"
-    where = f"process {beat.pid} on {beat.host}"
-    if beat.phase in _ENDED:
-        return f"({where}) has {_ENDED[beat.phase]}"
+        return f"silent for {heard.silent_s:.0f} s, since the start"
+    where = f"(process {beat.process} on {beat.host})"
+    if heard.has_ended:
+        return f"{where} has {_ENDED[beat.phase]}"
     place = f"step {beat.step + 1}, micro step {beat.micro_step + 1}" if beat.step >= 0 else "no step yet"
-    silent = f"silent for {silent_s:.0f} s (stopped, dead or out of reach), last " if silent_s >= stall_s else ""
-    return f"({where}) {silent}{_DOING[beat.phase]}, {place}, for {beat.idle_s + silent_s:.0f} s"
+    if heard.is_silent(stall_s):
+        silent = f"silent for {heard.silent_s:.0f} s: stopped, dead or out of reach"
+        return f"{where} {silent}; it was {_DOING[beat.phase]}, {place}"
+    return f"{where} {_DOING[beat.phase]}, {place}, for {heard.idle_s:.0f} s"

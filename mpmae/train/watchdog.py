@@ -1,10 +1,10 @@
 """Ends a run that does not get on, and says which rank holds it up.
 
-Every rank has a thread that sends a beat with the place of its main thread and looks at those of the others: rank 0 at all
-of them, the others at rank 0. When a rank has held the run up for `guard.stall_s`, all ranks write their stacks to
-`run.dir/stacks/rank-N.txt`, the culprit's also goes to stderr, and all end with status 86. That happens within `stall_s`, a
-third of it and 15 s. A rank that cannot speak (a stopped or dead process) is ended by the launcher, which torchrun and
-deepspeed do within 30 s more.
+Every rank sends beats with the place of its main thread (`mpmae.train.heartbeats`), from which rank 0 judges who holds the
+run up (`mpmae.train.stalls`). When one has for `guard.stall_s`, all ranks write their stacks to `run.dir/stacks/rank-N.txt`,
+the culprit's also go to stderr, and all end with status 86: within `stall_s`, a third of it and 15 s. A rank that cannot do
+so, as its process is stopped, is left to the launcher, which kills it when the others end (torchrun and deepspeed: 30 s
+later).
 
 A place may take three times as long when a rank comes to it for the first time (compiling, building kernels), and as long as
 it likes while it reads or writes files in start-up and saving. A validation counts its batches.
@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from mpmae.engine import World, is_lost_peer
 from mpmae.train.heartbeats import Heartbeats, num_collectives
-from mpmae.train.stalls import FAILED, LEFT, Beat, Heard, Verdict, judge
+from mpmae.train.stalls import FAILED, LEFT, Beat, Verdict
 
 EXIT_STALLED = 86
 STACKS_FOLDER = "stacks"
@@ -54,13 +54,9 @@ class Watchdog:
         self._known_phases: set[str] = set()
         self._at = _Place("start", -1, 0, 0, time.monotonic(), FIRST_TIME_FACTOR * stall_s)
         self._num_beats, self._num_bytes, self._busy_at = 0, 0, 0.0
-        self._heard: dict[int, tuple[Beat | None, float]] = {}
-        self._deaf_since: float | None = None
 
     def __enter__(self) -> "Watchdog":
-        self._link = Heartbeats(self._rank, timeout_s=max(1.0, self._stall_s / 4))
-        watched = range(self._world_size) if self._rank == 0 else (0,)
-        self._heard = {rank: (None, time.monotonic()) for rank in watched if rank != self._rank}
+        self._beats = Heartbeats(self._rank, self._world_size, self._stall_s, self._interval_s, self._beat)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
         return self
@@ -68,8 +64,9 @@ class Watchdog:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _) -> None:
         lost = isinstance(error, RuntimeError) and is_lost_peer(error)
         self.note(LEFT if error is None or lost else FAILED)
-        self._over.set()  # the thread's last beat tells the others
-        self._thread.join(timeout=2 * self._interval_s)
+        self._over.set()
+        self._thread.join()
+        self._beats.stop()
         faulthandler.cancel_dump_traceback_later()
 
     def note(self, phase: str, step: int | None = None, micro_step: int = 0) -> None:
@@ -87,108 +84,61 @@ class Watchdog:
         self._at = self._at._replace(micro_step=self._at.micro_step + 1, since=time.monotonic())
 
     def _watch(self) -> None:
-        while True:
-            # should this thread itself not get its turn any more, a thread of the C library ends the process with status 1
+        while not self._over.wait(self._interval_s):
+            # should this thread not get its turn any more, a thread of the C library ends the process with status 1
             faulthandler.dump_traceback_later(2 * FIRST_TIME_FACTOR * self._stall_s + 60, exit=True)
-            verdict = self._look()
+            verdict = self._beats.verdict or self._verdict_alone()
             if verdict:
                 self._end(verdict)
-            if self._over.wait(self._interval_s):
-                self._look()
-                return
 
-    def _look(self) -> Verdict | None:
-        """Speak and listen once; the verdict, if there is one by now."""
-        now = time.monotonic()
-        beat = self._beat(now)
-        if self._deaf_since is not None:
-            return self._judged_alone(beat, now)
-        try:
-            self._link.send(beat)
-            if self._over.is_set():
-                return None
-            if verdict := self._link.verdict():
-                return verdict
-            for rank, last in self._link.read(list(self._heard)).items():
-                if self._heard[rank][0] is None or self._heard[rank][0].number != last.number:
-                    self._heard[rank] = last, now
-            heard = {rank: Heard(last, now - at) for rank, (last, at) in self._heard.items()} | {
-                self._rank: Heard(beat, 0.0)
-            }
-            verdict = judge(dict(sorted(heard.items())), self._stall_s) if self._decides(heard) else None
-            return verdict and self._link.pronounce(verdict)
-        except RuntimeError:
-            self._deaf_since = now
-            return None
-
-    def _decides(self, heard: dict[int, Heard]) -> bool:
-        """Whether this rank judges: rank 0, and the others when that one is silent or has left."""
-        if self._rank == 0:
-            return True
-        beat, silent_s = heard[0]
-        return silent_s >= self._stall_s or (beat is not None and beat.phase in (LEFT, FAILED))
-
-    def _judged_alone(self, beat: Beat, now: float) -> Verdict | None:
-        """The verdict when the store has gone, with the process that holds it: torchrun's agent, or else rank 0."""
-        deaf_s = now - self._deaf_since
-        if beat.phase in (LEFT, FAILED) or min(beat.idle_s, deaf_s) < self._stall_s:
+    def _verdict_alone(self) -> Verdict | None:
+        """The verdict when the store does not answer: the process that holds it is torchrun's agent, or else rank 0."""
+        unheard_s, idle_s = self._beats.unheard_s(), self._idle_s()
+        if unheard_s < self._stall_s / 2 or idle_s < self._at.patience_s:
             return None
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         text = (
-            f"stalled: the rendezvous store at {address} has not answered for {deaf_s:.0f} s (guard.stall_s = "
-            f"{self._stall_s:g}): the process that holds it, torchrun's agent or else rank 0, is stopped, dead or out of "
-            f"reach; held up: rank {self._rank} ({beat.phase}, step {beat.step + 1})"
+            f"stalled: the store at {address} has not answered for {unheard_s:.0f} s: the process that holds it (torchrun's "
+            f"agent, else rank 0) is stopped, dead or out of reach (guard.stall_s = {self._stall_s:g}); held up: rank "
+            f"{self._rank}, {self._at.phase} of step {self._at.step + 1}, for {idle_s:.0f} s"
         )
-        return Verdict((0,), True, text)
+        return Verdict([], 0, text)
 
-    def _beat(self, now: float) -> Beat:
-        at = self._at
+    def _beat(self) -> Beat:
+        at, now = self._at, time.monotonic()
         if at.phase in _READS_AND_WRITES and (num_bytes := _file_bytes()) - self._num_bytes >= _BUSY_BYTES:
             self._num_bytes, self._busy_at = num_bytes, now
-        busy_at = self._busy_at if at.phase in _READS_AND_WRITES else 0.0
         self._num_beats += 1
-        return Beat(
-            self._num_beats,
-            at.phase,
-            at.step,
-            at.micro_step,
-            num_collectives() - at.collectives_before,
-            now - max(at.since, busy_at),
-            at.patience_s,
-            self._host,
-            os.getpid(),
-        )
+        num_begun = num_collectives() - at.collectives_before
+        place = self._num_beats, at.phase, at.step, at.micro_step, num_begun
+        return Beat(*place, self._idle_s(), at.patience_s, self._host, os.getpid())
+
+    def _idle_s(self) -> float:
+        at = self._at
+        got_on_at = max(at.since, self._busy_at) if at.phase in _READS_AND_WRITES else at.since
+        return time.monotonic() - got_on_at
 
     def _end(self, verdict: Verdict) -> None:
         """Say it, write the stacks, and leave. Each part has a bound, as the disk may be what hangs."""
-        mute = verdict.culprits if verdict.are_silent else ()
+        is_culprit = self._rank in verdict.culprits
+        mute = verdict.culprits if verdict.num_mute else []
         spokesman = min(set(range(self._world_size)) - set(mute), default=self._rank)
-        if self._rank == spokesman or self._rank in verdict.culprits or self._deaf_since is not None:
+        if is_culprit or self._rank == spokesman or verdict is not self._beats.verdict:
             print(f"error: rank {self._rank}: {verdict.text}; stacks are in {self._stacks_dir}", file=sys.stderr, flush=True)
-        if self._rank in verdict.culprits:
+        if is_culprit:
             faulthandler.dump_traceback(all_threads=True)
         dump = threading.Thread(target=self._dump, daemon=True)
         dump.start()
         dump.join(DUMP_S)
-        if self._deaf_since is None:
-            self._wait_for_dumps(self._world_size - len(mute))
+        self._beats.dumped.set()
+        if verdict is self._beats.verdict:  # a launcher kills the other ranks when the first one leaves
+            self._beats.all_dumped.wait(DUMP_S)
         os._exit(EXIT_STALLED)
 
     def _dump(self) -> None:
         self._stacks_dir.mkdir(parents=True, exist_ok=True)
         with (self._stacks_dir / f"rank-{self._rank}.txt").open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
-
-    def _wait_for_dumps(self, num_ranks: int) -> None:
-        """Let the other ranks write theirs, within a bound: a launcher kills them when the first one leaves."""
-        deadline = time.monotonic() + DUMP_S
-        try:
-            num_done = self._link.count_done()
-            while num_done < num_ranks and time.monotonic() < deadline:
-                time.sleep(0.1)
-                num_done = self._link.num_done()
-        except RuntimeError:  # rank 0, which holds the store, has left
-            return
 
 
 def _file_bytes() -> int:

@@ -114,10 +114,9 @@ def keep_count() -> None:
 
 
 if __name__ == "__main__":
-    fault, rank, step = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-    local_rank = [argument for argument in sys.argv[1:] if argument.startswith("--local_rank")]  # deepspeed puts it first
+    fault, rank, step, *arguments = (each for each in sys.argv[1:] if not each.startswith("--local_rank"))
     keep_count()
-    if rank in (-1, int(os.environ.get("RANK", "0"))):
-        globals()[fault](step)
-    sys.argv = ["launch/pretrain.py", *sys.argv[4:]]
+    if int(rank) in (-1, int(os.environ.get("RANK", "0"))):
+        globals()[fault](int(step))
+    sys.argv = ["launch/pretrain.py", *arguments]
     runpy.run_path("launch/pretrain.py", run_name="__main__")
