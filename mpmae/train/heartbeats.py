@@ -26,19 +26,12 @@ class Heartbeats:
     """
 
     def __init__(self, rank: int, world_size: int, stall_s: float, interval_s: float, beat: Callable[[], Beat]):
-        self._rank, self._world_size, self._stall_s, self._interval_s, self._beat = (
-            rank,
-            world_size,
-            stall_s,
-            interval_s,
-            beat,
-        )
+        self._rank, self._world_size, self._beat = rank, world_size, beat
+        self._stall_s, self._interval_s = stall_s, interval_s
         self._prefix, self._store = f"watchdog-{next(_lives)}", None
-        watched = range(world_size) if rank == 0 else (0,)
-        self._answered_at = time.monotonic()
-        self._heard: dict[int, tuple[Beat | None, float]] = {
-            each: (None, self._answered_at) for each in watched if each != rank
-        }
+        now = self._answered_at = time.monotonic()
+        watched = range(1, world_size) if rank == 0 else (0,)
+        self._heard: dict[int, tuple[Beat | None, float]] = dict.fromkeys(watched, (None, now))
         self._over = threading.Event()
         self.verdict: Verdict | None = None
         self.dumped, self.all_dumped = threading.Event(), threading.Event()

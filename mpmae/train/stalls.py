@@ -62,7 +62,8 @@ class Heard(NamedTuple):
 
     def is_silent(self, stall_s: float) -> bool:
         """Whether the rank has missed its beats for so long that its process must be stopped, dead or out of reach."""
-        return not self.has_ended and self.silent_s >= stall_s / 2 and self.idle_s >= stall_s
+        patience_s = self.beat.patience_s if self.beat else stall_s
+        return not self.has_ended and self.silent_s >= patience_s / 2 and self.idle_s >= patience_s
 
 
 class Verdict(NamedTuple):

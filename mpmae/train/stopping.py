@@ -99,8 +99,8 @@ class StopRequests:
     """What this rank has been asked; a context manager, for the main thread.
 
     Signals arrive by a thread, as Python runs handlers in the main thread only, which may be waiting in a collective. A
-    second SIGTERM or SIGINT ends the process at once with 128 + its number; so does a SIGTERM after SIGINT, by which a
-    launcher clears up. SIGINT alone is left to Python (KeyboardInterrupt).
+    second SIGTERM, and SIGINT after any, end the process at once with 128 + their number; so does SIGTERM after SIGINT, by
+    which a launcher clears up. SIGINT alone is left to Python (KeyboardInterrupt).
     """
 
     def __init__(self, time_limit: str | None = None):
@@ -141,15 +141,11 @@ class StopRequests:
                 self._note(number, time.monotonic())
 
     def _note(self, number: int, now: float) -> None:
-        first_s = now - min(self._asked.values(), default=now)
-        repeated = number == signal.SIGTERM and signal.SIGINT not in self._asked and first_s < REPEAT_S
-        if self._asked and number != signal.SIGUSR1 and not repeated:
+        interrupted = signal.SIGINT in self._asked
+        again = now - self._asked.get(signal.SIGTERM, now) >= REPEAT_S
+        if self._asked and (number == signal.SIGINT or (number == signal.SIGTERM and (interrupted or again))):
             name = signal.Signals(number).name
-            print(
-                f"error: {name} after {first_s:.0f} s of stopping: ending at once, nothing saved",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"error: {name} while the run is stopping: ended at once, nothing saved", file=sys.stderr, flush=True)
             os._exit(128 + number)
         self._asked.setdefault(number, now)
 
