@@ -5,6 +5,15 @@ torchrun --nproc-per-node 2 launch/pretrain.py --config configs/run/demo.yaml en
 python launch/pretrain.py --dry-run train.global_batch_size=64
 
 Without --config the settings of configs/run/demo.yaml are used, and without data.shards its synthetic set, made on the spot.
+
+Exit status of a rank (torchrun makes 1 of any but 0, so look at run.dir/stopped.json for 75; deepspeed passes it on):
+    0    the run is complete
+    1    another rank stopped, or an error that nobody foresaw (with a traceback)
+    2    an error that the message explains
+    75   stopped by SIGTERM, SIGUSR1 or --time-limit, and saved: queue it again with --resume auto
+    86   stalled: the watchdog named the rank and wrote all stacks to run.dir/stacks
+    130  interrupted (Ctrl-C)
+    143  a second SIGTERM, more than 5 s after the first: ended at once, nothing saved
 """
 
 import argparse
@@ -17,6 +26,7 @@ from mpmae.config import load_config
 from mpmae.engine import is_lost_peer
 from mpmae.errors import MpmaeError
 from mpmae.train import dry_run, pretrain
+from mpmae.train.stopping import EXIT_REQUEUE
 
 DEMO_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "run" / "demo.yaml"
 
@@ -30,6 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--profile", type=steps, nargs="?", const=[10, 12], metavar="FIRST:LAST", help="trace these steps (default: 10:12)"
     )
+    parser.add_argument("--time-limit", help="such as 3:50:00: then save and ask to be queued again (guard.time_limit)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved plan and stop")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, such as train.max_steps=20")
@@ -52,7 +63,7 @@ def stop(message: str, status: int) -> int:
 
 
 def main() -> int:
-    """Read the configuration and run; the exit status: 0, 1 another rank stopped, 2 an error, 130 interrupted."""
+    """Read the configuration and run; the exit status, as this file's docstring lists them."""
     options = parse()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     overrides = list(options.overrides)
@@ -62,9 +73,11 @@ def main() -> int:
         overrides.append(f"checkpoint.resume={options.resume}")
     if options.profile:
         overrides.append(f"log.profile_steps={options.profile}")
+    if options.time_limit:
+        overrides.append(f"guard.time_limit={options.time_limit}")
     try:
         config = load_config(options.config, overrides)
-        (dry_run if options.dry_run else pretrain)(config)
+        stopped = (dry_run if options.dry_run else pretrain)(config)
     except MpmaeError as error:
         return stop(str(error), 2)
     except KeyboardInterrupt:
@@ -73,6 +86,9 @@ def main() -> int:
         if not is_lost_peer(error):
             raise
         return stop("another rank stopped; its message says why", 1)
+    if stopped:
+        saved = f"stopped by {stopped.reason} and saved after step {stopped.step}"
+        return stop(f"{saved}; queue it again with --resume auto", EXIT_REQUEUE)
     return 0
 
 

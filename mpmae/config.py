@@ -26,6 +26,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from mpmae.durations import seconds_of
 from mpmae.errors import ConfigError
 from mpmae.modalities import TARGETS
 from mpmae.remote_store import shown
@@ -251,8 +252,19 @@ class GuardSection(_Section):
     max_skipped_steps: Int = Field(
         10, gt=0, description="end after so many steps in a row without a finite loss and gradient"
     )
-    spike_factor: Float | None = Field(3.0, gt=1, description="say so when the loss is this many times its recent median")
+    spike_factor: Float | None = Field(
+        3.0, gt=1, description="say so when the losses, each over its recent median, have such a mean over the modalities"
+    )
     stall_s: Float = Field(600.0, gt=0, description="name the rank that has made no progress for so long, and end")
+
+    @field_validator("time_limit")
+    @classmethod
+    def _a_duration(cls, time_limit: str | None) -> str | None:
+        try:
+            time_limit is None or seconds_of(time_limit)
+        except ValueError as error:
+            raise PydanticCustomError("no_duration", "{problem}", {"problem": str(error)}) from None
+        return time_limit
 
 
 class LogSection(_Section):

@@ -127,7 +127,8 @@ class MPMAE(nn.Module):
         if return_predictions:
             pixel = {name: _as_map(head(grid), self.num_patches_side) for name, head in self.heads.pixel.items()}
             predictions = {name: (pixel | tile)[name] for name in self.modalities_out}
-        log_vars = {} if self.log_vars is None else dict(zip(shares, self.log_vars.detach().unbind(), strict=True))
+        # copies, since ZeRO-3 and FSDP free a gathered parameter after the forward pass
+        log_vars = {} if self.log_vars is None else dict(zip(shares, self.log_vars.detach().clone().unbind(), strict=True))
         return MPMAEOutput(loss, shares, log_vars, predictions, latent, visible)
 
     def encode(self, batch: Batch, visible: Tensor) -> Tensor:

@@ -63,10 +63,10 @@ def check_compatible(
     precision.
     """
     notes, problems = [], []
-    now = _flatten(config.model_dump(mode="json"))
+    now = flatten(config.model_dump(mode="json"))
     # what the checkpoint's version did not know yet, it did as the default says
     defaults = RunConfig().model_dump(mode="json")
-    before = _flatten({section: defaults.get(section, {}) | keys for section, keys in meta["config"].items()})
+    before = flatten({section: defaults.get(section, {}) | keys for section, keys in meta["config"].items()})
     for key in sorted(now.keys() | before.keys()):
         was, wanted = before.get(key, "(absent)"), now.get(key, "(absent)")
         if was == wanted or _below(key, _FREE):
@@ -105,12 +105,13 @@ def check_compatible(
     return notes
 
 
-def _flatten(tree: Any, path: str = "") -> dict[str, Any]:
+def flatten(tree: Any, path: str = "") -> dict[str, Any]:
+    """The leaves of nested dicts by dotted key; an empty dict is a leaf."""
     if not isinstance(tree, dict) or not tree:
         return {path: tree}
     flat = {}
     for key, value in tree.items():
-        flat |= _flatten(value, f"{path}.{key}" if path else key)
+        flat |= flatten(value, f"{path}.{key}" if path else key)
     return flat
 
 

@@ -1,9 +1,9 @@
 """A pretraining run from configuration to last checkpoint."""
 
-import math
 import os
+import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 
 import torch
 
@@ -20,7 +20,10 @@ from mpmae.models import MPMAE
 from mpmae.train.checkpoint import Checkpoints, load_engine, write_engine
 from mpmae.train.compatibility import check_compatible, checkpoint_meta
 from mpmae.train.demo_data import ensure_demo_shards
-from mpmae.train.meter import Meter
+from mpmae.train.determinism import deterministic
+from mpmae.train.meter import Finished, Meter
+from mpmae.train.numerics import NumericsGuard, RecentSamples, too_many_skipped, with_loud_gradient, write_bad_batch
+from mpmae.train.out_of_memory import advice_on_out_of_memory
 from mpmae.train.plan import show_plan
 from mpmae.train.profile import StepProfile
 from mpmae.train.progress import ProgressLine, make_console
@@ -28,27 +31,46 @@ from mpmae.train.record import write_run_json
 from mpmae.train.run_dir import check_vacant, claimed, find_start
 from mpmae.train.setup import Setup, build_model, set_up
 from mpmae.train.speed import Speed
+from mpmae.train.start_checks import check_same, facts_of, idle_gpus_note
+from mpmae.train.stopping import REASONS, TIME_LIMIT, Stop, StopRequests, TimeLimit, forget_stop, stop_before_restart
 from mpmae.train.track import open_trackers
 from mpmae.train.validate import Validator
+from mpmae.train.watchdog import STACKS_FOLDER, Watchdog
 
 
-def pretrain(config: RunConfig) -> None:
-    """Run (or continue) a pretraining; every rank calls this once.
+def pretrain(config: RunConfig) -> Stop | None:
+    """Run (or continue) a pretraining; every rank calls this once. None when complete, else why it is to be queued again.
 
-    Raises ConfigError, ShardError or CheckpointError before the first step when something does not fit, TrainingError when
-    the loss is no longer finite.
+    Raises ConfigError, ShardError or CheckpointError before the first step when something does not fit or ranks differ,
+    TrainingError when too many steps in a row had no finite loss and gradient, or memory ran out. A stalled run ends the
+    process (see `mpmae.train.watchdog`).
     """
-    world = init_world(config.engine.name)
-    try:
-        if world.rank == 0:
-            ensure_demo_shards(config.data.shards)
-        world.barrier()
-        setup = set_up(config, world.world_size)
-        model = build_model(config, setup.manifest)
-        with claimed(config, world), closing(Run(config, world, setup, model)) as run:
-            run.train()
-    finally:
-        world.close()
+    with deterministic(config.train.deterministic), StopRequests(config.guard.time_limit) as requests:
+        world = init_world(config.engine.name)
+        try:
+            with Watchdog(world, config.guard.stall_s, config.run.dir / STACKS_FOLDER) as watchdog:
+                return _pretrain(config, world, requests, watchdog)
+        finally:
+            world.close()
+
+
+def _pretrain(config: RunConfig, world: World, requests: StopRequests, watchdog: Watchdog) -> Stop | None:
+    if world.rank == 0:
+        ensure_demo_shards(config.data.shards)
+    world.barrier()
+    if stopped := world.broadcast_object(stop_before_restart(config.run.dir)):
+        return stopped
+    setup = set_up(config, world.world_size)
+    check_same(facts_of(config, setup.ds_config, setup.manifest), world)
+    model = build_model(config, setup.manifest)
+    num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 takes them apart
+    stage = zero_stage(setup.ds_config) if setup.ds_config else None
+    with (
+        claimed(config, world),
+        advice_on_out_of_memory(config, setup.plan.batch, num_parameters, stage, world),
+        closing(Run(config, world, setup, model, requests, watchdog)) as run,
+    ):
+        return run.train()
 
 
 def dry_run(config: RunConfig) -> None:
@@ -69,22 +91,26 @@ def dry_run(config: RunConfig) -> None:
 class Run:
     """Everything a run holds. The step itself is `_step`."""
 
-    def __init__(self, config: RunConfig, world: World, setup: Setup, model: MPMAE):
-        self.config, self.world = config, world
+    def __init__(
+        self, config: RunConfig, world: World, setup: Setup, model: MPMAE, requests: StopRequests, watchdog: Watchdog
+    ):
+        self.config, self.world, self.requests, self.watchdog = config, world, requests, watchdog
         self.manifest, self.plan, self.loader = setup.manifest, setup.plan, setup.training
         self.console = make_console(quiet=world.rank != 0)
         device = world.device
         capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
         cost = model_cost(model, config.train.precision, capability)  # before ZeRO-3 takes the parameters apart
         show_plan(self.console, config, self.plan, self.manifest, model)
+        if note := idle_gpus_note(world):
+            self._note(note)
         self.checkpoints = Checkpoints(config.run.dir / "checkpoints", config.checkpoint.keep_last)
         start = find_start(config, world, self.checkpoints)
-        self.start_step = 0
+        self.start_step, guard_state = 0, None
         if start:
             meta, stage = load_meta(start), zero_stage(setup.ds_config) if setup.ds_config else None
             for note in check_compatible(meta, config, self.manifest.fingerprint, world.world_size, stage):
-                self.console.print(f"[yellow]note:[/yellow] {note}")
-            self.start_step = meta["step"]
+                self._note(note)
+            self.start_step, guard_state = meta["step"], meta.get("guard")
             if world.rank == 0:  # killed before its first save, the run must go on from here and not from a later one
                 self.checkpoints.set_aside_after(self.start_step)
             self.console.print(f"continuing from {start} at step {self.start_step}")
@@ -97,8 +123,14 @@ class Run:
             load_engine(self.engine, start)
         peak = device_peak(device, config.train.precision)
         self.speed = Speed(cost, batch, peak, self._num_optimizer_shards(), config.optim.clip_grad_norm is not None)
-        self.validator = Validator(self.engine, setup.validation, setup.reference, config)
+        self.validator = Validator(self.engine, setup.validation, setup.reference, config, self.watchdog.tick)
+        self.meter = Meter(self.engine, self.model.modalities_out, self.speed, self.plan.total_steps, len(REASONS))
+        self.numerics = NumericsGuard(config.guard, config.optim.clip_grad_norm, guard_state)
+        self.recent_samples = RecentSamples(num_steps=self.meter.lag + 1)
+        self.time_limit = TimeLimit(requests.time_limit_s, num_laps=self.meter.lag + 2)
         self.trackers = None
+        if world.rank == 0:
+            forget_stop(config.run.dir)
         if world.rank == 0 and self.start_step < self.plan.total_steps:
             facts = {
                 "world_size": world.world_size,
@@ -112,48 +144,59 @@ class Run:
             write_run_json(config, setup.ds_config, facts, start, self.start_step)
             self.trackers = open_trackers(config, self.start_step)
 
-    def train(self) -> None:
-        """All remaining steps, then the last checkpoint and validation."""
+    def train(self) -> Stop | None:
+        """All remaining steps, then the last checkpoint and validation; or less, when asked to stop."""
         total = self.plan.total_steps
         if self.start_step >= total:
             self.console.print(f"the run is complete: {self.start_step} steps are done, {total} were asked for")
-            return
-        meter = Meter(self.engine, self.model.modalities_out, self.speed, total)
+            return None
         progress = ProgressLine(self.console, total, self.start_step)
         profile = StepProfile(self.config, self.world, self.start_step, self.console)
         with closing(progress), closing(self._micro_batches()) as micro_batches, profile:
+            self.meter.restart_clock()
             for step in range(self.start_step, total):
-                self._step(step, micro_batches, meter)
+                self._step(step, micro_batches)
                 if profile.step_done():
-                    meter.restart_clock()
+                    self.meter.restart_clock()
                 # trackers take steps in order, so no record may lag behind a validation
                 validates = self._due(step + 1, self.config.train.validate_every_steps)
-                self._publish(meter, progress, everything=validates)
-                if validates:
-                    self._validate(step + 1, meter)
-                if self._due(step + 1, self.config.checkpoint.every_steps):
-                    self._publish(meter, progress, everything=True)
-                    self._save(step + 1, meter)
+                reason = self._publish(progress, everything=validates)
+                stops = reason is not None and step + 1 < total
+                if not stops and validates:
+                    self._validate(step + 1)
+                if stops or self._due(step + 1, self.config.checkpoint.every_steps):
+                    self._publish(progress, everything=True)
+                    self._save(step + 1)
+                if stops:
+                    return self._stopped(Stop(reason, step + 1))
+        return None
 
     def _micro_batches(self) -> Iterator[tuple[int, Batch]]:
         return self.loader.training(self.plan.order, self.plan.batch, self.world.rank, self.start_step)
 
-    def _step(self, step: int, micro_batches: Iterator[tuple[int, Batch]], meter: Meter) -> None:
+    def _step(self, step: int, micro_batches: Iterator[tuple[int, Batch]]) -> None:
         """One optimizer step over one global batch."""
         self.model.train()
-        for _ in range(self.plan.batch.num_micro_steps):
-            with meter.phase("data"):
+        for micro_step in range(self.plan.batch.num_micro_steps):
+            with self._phase("data", step, micro_step):
                 epoch, batch = next(micro_batches)
-            with meter.phase("forward"):
+            self.recent_samples.add(step + 1, batch.sample_ids)
+            with self._phase("forward", step, micro_step):
                 visible = self._visible(epoch, batch)
                 out = self.engine.forward(batch.to(self.engine.device), visible)
-            with meter.phase("backward"):
-                self.engine.backward(out.loss)
-            meter.add(out.loss, out.losses, batch.num_present)
+            with self._phase("backward", step, micro_step):
+                self.engine.backward(with_loud_gradient(out.loss))
+            self.meter.add(out.loss, out.losses, out.log_vars, batch.num_present)
         lr = self.plan.learning_rate(step)
-        with meter.phase("optimizer"):
+        with self._phase("optimizer", step, micro_step):
             grad_norm = self.engine.step(lr)
-        meter.finish_step(step + 1, epoch, lr, grad_norm)
+        self.meter.finish_step(step + 1, epoch, lr, grad_norm, votes=self._votes())
+        self.watchdog.note("publish", step, micro_step)
+
+    def _phase(self, name: str, step: int, micro_step: int) -> AbstractContextManager[None]:
+        """What the watchdog, the meter and a profiler's trace know this part of a step by."""
+        self.watchdog.note(name, step, micro_step)
+        return self.meter.phase(name)
 
     def _visible(self, epoch: int, batch: Batch) -> torch.Tensor:
         visible = draw_visible(
@@ -161,21 +204,35 @@ class Run:
         )
         return visible.to(self.engine.device, non_blocking=True)
 
-    def _publish(self, meter: Meter, progress: ProgressLine, everything: bool) -> None:
-        """Write out the records that are ready; TrainingError when one is not finite."""
-        for record in meter.ready(everything):
+    def _votes(self) -> list[int]:
+        """Why this rank wants to stop, as numbers in REASONS."""
+        return self.requests.votes() + [REASONS.index(TIME_LIMIT)] * self.time_limit.is_up()
+
+    def _publish(self, progress: ProgressLine, everything: bool) -> str | None:
+        """Write out the records that are ready; why the ranks stop, once any of them has asked for it.
+
+        Raises TrainingError when too many steps in a row were skipped.
+        """
+        reason = None
+        for finished in self.meter.ready(everything):
+            record = finished.record
+            for note in self.numerics.check(record):
+                self._note(note)
             if self.trackers:
                 self.trackers.log("metrics", record)
                 progress.update(record)
-            if not math.isfinite(record["grad_norm"]):
-                place = f"step {record['step']}"
-                self.console.print(f"[yellow]note:[/yellow] {place}: the gradient is not finite, so the step was skipped")
-            if not math.isfinite(record["loss"]):
-                bad = [name for name, loss in record["losses"].items() if loss is not None and not math.isfinite(loss)]
-                raise TrainingError(
-                    f"step {record['step']}: the loss is {record['loss']} (modalities: {', '.join(bad) or 'none alone'}); "
-                    f"lower optim.blr, set optim.clip_grad_norm, or resume from a checkpoint in {self.config.run.dir}"
-                )
+            if self.numerics.is_exhausted:
+                raise self._too_many_skipped(finished)
+            reason = next((name for name, num in zip(REASONS, finished.num_votes, strict=True) if num), reason)
+        return reason
+
+    def _too_many_skipped(self, last: Finished) -> TrainingError:
+        """The error, once the last batch is written down. Collective: every rank comes here after the same step."""
+        own = {"loss": last.own_loss, "losses": last.own_losses}
+        shares = self.world.gather_objects(own | {"sample_ids": self.recent_samples.of(last.record["step"])})
+        if self.world.rank == 0:
+            write_bad_batch(self.config.run.dir, last.record, shares)
+        return TrainingError(too_many_skipped(self.config.run.dir, last.record, shares))
 
     def _num_optimizer_shards(self) -> int:
         return self.world.world_size if self.engine.zero_stage else 1
@@ -183,20 +240,35 @@ class Run:
     def _due(self, step: int, every: int | None) -> bool:
         return step == self.plan.total_steps or (every is not None and step % every == 0)
 
-    def _validate(self, step: int, meter: Meter) -> None:
+    def _validate(self, step: int) -> None:
+        self.watchdog.note("validate")
         record = {"step": step, **self.validator.run()}
         if self.trackers:
             self.trackers.log("validation", record)
-        meter.restart_clock()
+        self.meter.restart_clock()
 
-    def _save(self, step: int, meter: Meter) -> None:
+    def _save(self, step: int) -> None:
+        self.watchdog.note("save")
+        started = time.monotonic()
         epoch, batch_index = divmod(step, self.plan.order.steps_per_epoch)
         facts = (self.manifest.fingerprint, self.world.world_size, self.engine.zero_stage)
         bands = self.model.bands_in
         inputs = {"bands_in": list(bands), "statistics": self.manifest.input_statistics(bands)}
-        meta = checkpoint_meta(self.config, epoch, batch_index, *facts, **inputs)
+        meta = checkpoint_meta(self.config, epoch, batch_index, *facts, **inputs, guard=self.numerics.state())
         self.checkpoints.save(step, write_engine(self.engine), meta)
-        meter.restart_clock()
+        self.time_limit.saved(time.monotonic() - started)
+        self.meter.restart_clock()
+
+    def _stopped(self, stop: Stop) -> Stop:
+        """`stop`, once stopped.json says it; all ranks leave together, as a launcher ends the others with the first."""
+        self.requests.over()
+        if self.world.rank == 0:
+            stop.write(self.config.run.dir)
+        self.world.barrier()
+        return stop
+
+    def _note(self, text: str) -> None:
+        self.console.print(f"[yellow]note:[/yellow] {text}")
 
     def close(self) -> None:
         """Release files and processes."""

@@ -4,10 +4,10 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.profiler import record_function
@@ -50,18 +50,33 @@ class _Times:
         return self.data_s, self.forward_s
 
 
-class Meter:
-    """Collects one step's shares of the losses and hands out finished metric records.
+class Finished(NamedTuple):
+    """A step whose numbers have arrived.
 
-    On a GPU records come out `lag` steps late, when their numbers have long arrived; on a CPU at once. speed: turns a step's
-    time into rates. total_steps: of the run, for the time left.
+    record: for the trackers, the same on every rank but for clocks and memory. own_loss, own_losses: this rank's share of
+    the loss, and by modality. num_votes: how many ranks voted for each thing that `Meter.finish_step` lets them vote for.
     """
 
-    def __init__(self, engine: Engine, modalities: tuple[str, ...], speed: Speed, total_steps: int):
+    record: dict[str, Any]
+    own_loss: float
+    own_losses: dict[str, float]
+    num_votes: list[int]
+
+
+class Meter:
+    """Collects one step's shares of the losses and hands out finished steps.
+
+    On a GPU they come out `lag` steps late, when their numbers have long arrived; on a CPU at once. speed: turns a step's
+    time into rates. total_steps: of the run, for the time left. num_choices: how many things a rank can vote for.
+    """
+
+    def __init__(self, engine: Engine, modalities: tuple[str, ...], speed: Speed, total_steps: int, num_choices: int = 0):
         self._engine, self._modalities, self._speed, self._total_steps = engine, modalities, speed, total_steps
         self._on_gpu = engine.device.type == "cuda"
-        self._lag = 2 if self._on_gpu else 0
+        self.lag = 2 if self._on_gpu else 0
         self._sums = torch.zeros(len(modalities) + 1, dtype=torch.float64, device=engine.device)
+        self._no_votes = torch.zeros(num_choices, dtype=torch.float64, device=engine.device)
+        self._log_vars: dict[str, torch.Tensor] = {}
         self._absent: set[str] = set()
         self._pending: deque[tuple[dict[str, Any], torch.Tensor, torch.cuda.Event | None]] = deque()
         self._slow_ranks = SlowRanks(engine.rank, engine.world_size)
@@ -90,25 +105,40 @@ class Meter:
             self._times.events.append(events)
 
     @torch.no_grad()
-    def add(self, loss: torch.Tensor, losses: dict[str, torch.Tensor], num_present: dict[str, int]) -> None:
-        """Add a micro batch's shares of the global loss; a modality that no tile of the global batch has gets no number."""
+    def add(
+        self,
+        loss: torch.Tensor,
+        losses: dict[str, torch.Tensor],
+        log_vars: dict[str, torch.Tensor],
+        num_present: dict[str, int],
+    ) -> None:
+        """Add a micro batch's shares of the global loss; a modality that no tile of the global batch has gets no number.
+
+        log_vars: the log variances that weighed it, by modality; empty without such weights.
+        """
+        self._log_vars = log_vars
         self._absent = {name for name in self._modalities if not num_present[name]}
         self._sums += torch.stack([loss, *(losses[name] for name in self._modalities)]).to(self._sums.dtype)
 
     @torch.no_grad()
-    def finish_step(self, step: int, epoch: int, lr: float, grad_norm: torch.Tensor) -> None:
-        """Close the step: sum over ranks and queue its record."""
+    def finish_step(self, step: int, epoch: int, lr: float, grad_norm: torch.Tensor, votes: Sequence[int] = ()) -> None:
+        """Close the step: sum over ranks and queue its record. votes: what this rank votes for, as indices."""
         now = time.perf_counter()
         elapsed_s = now - self._step_start
         self._pace.append(now)
         pace_s = (now - self._pace[0]) / (len(self._pace) - 1)
         slots = self._slow_ranks.slots(*self._latest_times()).to(self._sums.device, non_blocking=True)
-        sums = self._engine.sum_over_ranks(torch.cat([self._sums, slots]))
-        numbers = torch.cat([grad_norm.reshape(1).to(sums), sums])
+        cast = self._no_votes.clone()
+        for choice in votes:
+            cast[choice].fill_(1)  # no copy from the host, which would wait for the device
+        sums = self._engine.sum_over_ranks(torch.cat([self._sums, cast, slots]))
+        log_vars = torch.stack(list(self._log_vars.values())).to(sums) if self._log_vars else sums[:0]
+        numbers = torch.cat([grad_norm.reshape(1).to(sums), self._sums, log_vars, sums])
         known = {
             "step": step,
             "epoch": epoch,
             "absent": self._absent,
+            "log_variances": tuple(self._log_vars),
             "lr": lr,
             "elapsed_s": elapsed_s,
             **self._speed.rates(elapsed_s),
@@ -129,21 +159,34 @@ class Meter:
         """Leave out what happened since the last step (a validation, a save)."""
         self._step_start, self._times = time.perf_counter(), _Times()
 
-    def ready(self, everything: bool = False) -> list[dict[str, Any]]:
-        """Records whose numbers are there, oldest first."""
-        records = []
-        while len(self._pending) > (0 if everything else self._lag):
+    def ready(self, everything: bool = False) -> list[Finished]:
+        """Steps whose numbers are there, oldest first."""
+        finished = []
+        while len(self._pending) > (0 if everything else self.lag):
             known, numbers, copied = self._pending.popleft()
             if copied:
                 copied.synchronize()
-            grad_norm, loss, *losses = numbers[: 2 + len(self._modalities)].tolist()
-            by_modality = dict(zip(self._modalities, losses, strict=True)) | dict.fromkeys(known.pop("absent"))
-            elapsed_s = known.pop("elapsed_s")
-            first = {"step": known["step"], "epoch": known["epoch"], "loss": loss, "losses": by_modality}
-            record = first | {"lr": known["lr"], "grad_norm": grad_norm} | known
-            slowest = self._slow_ranks.judge(numbers[2 + len(self._modalities) :], elapsed_s)
-            records.append(record if slowest is None else record | {"ranks": slowest})
-        return records
+            finished.append(self._finished(known, iter(numbers.tolist())))
+        return finished
+
+    def _finished(self, known: dict[str, Any], numbers: Iterator[float]) -> Finished:
+        """Takes the numbers apart in the order in which `finish_step` put them together."""
+        grad_norm = next(numbers)
+        own_loss, own_losses = next(numbers), self._take(self._modalities, numbers)
+        log_variances = self._take(known.pop("log_variances"), numbers)
+        loss, losses = next(numbers), self._take(self._modalities, numbers)
+        num_votes = [round(next(numbers)) for _ in self._no_votes]
+        slowest = self._slow_ranks.judge(torch.tensor(list(numbers), dtype=torch.float64), known.pop("elapsed_s"))
+
+        record = {"step": known["step"], "epoch": known["epoch"], "loss": loss}
+        record["losses"] = losses | dict.fromkeys(known.pop("absent"))
+        record |= {"log_variances": log_variances} if log_variances else {}
+        record |= {"lr": known["lr"], "grad_norm": grad_norm} | known
+        record |= {} if slowest is None else {"ranks": slowest}
+        return Finished(record, own_loss, own_losses, num_votes)
+
+    def _take(self, names: Sequence[str], numbers: Iterator[float]) -> dict[str, float]:
+        return {name: next(numbers) for name in names}
 
     def _latest_times(self) -> tuple[float, float]:
         """Those of this step; on a GPU those of the last step that it has finished, so that nothing waits for it."""

@@ -3,6 +3,7 @@
 Shapes: N samples, K classes, P pixels of a patch.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,10 +22,13 @@ class Validator:
     """Mean losses over a split, the same at any world size up to rounding.
 
     `validation` reads the split to judge on, `training` the one whose class frequencies the trivial predictor uses.
+    `on_batch` is called after every batch.
     """
 
-    def __init__(self, engine: Engine, validation: Loader, training: Loader, config: RunConfig):
-        self._engine, self._validation, self._training = engine, validation, training
+    def __init__(
+        self, engine: Engine, validation: Loader, training: Loader, config: RunConfig, on_batch: Callable[[], None]
+    ):
+        self._engine, self._validation, self._training, self._on_batch = engine, validation, training, on_batch
         self._seed, self._max_samples = config.train.seed, config.train.val_samples
         self._model: MPMAE = engine.module
         self._constants: dict[str, torch.Tensor] | None = None
@@ -56,7 +60,9 @@ class Validator:
         }
 
     def _batches(self, loader: Loader):
-        return loader.evaluation(BATCH_SIZE, self._engine.rank, self._engine.world_size, self._max_samples)
+        for batch in loader.evaluation(BATCH_SIZE, self._engine.rank, self._engine.world_size, self._max_samples):
+            yield batch
+            self._on_batch()
 
     def _constant_predictions(self) -> dict[str, torch.Tensor]:
         """Per modality the constant that the trivial predictor says: 0 (the mean), or log frequencies of the classes [K]."""

@@ -1,5 +1,6 @@
 """Starting real runs, as a user would: launch/pretrain.py under python, torchrun and deepspeed."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
@@ -19,9 +21,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def command(launcher: str, num_ranks: int, *arguments: str) -> list[str]:
-    """The command line of a run under `python`, `torchrun` or `deepspeed`."""
+def command(launcher: str, num_ranks: int, *arguments: str, fault: str = "") -> list[str]:
+    """The command line of a run under `python`, `torchrun` or `deepspeed`; fault: as tests/train/faulty.py takes it."""
     script = ["launch/pretrain.py", *arguments]
+    if fault:
+        script = ["tests/train/faulty.py", *fault.split(), *arguments]
     if launcher == "python":
         return [sys.executable, *script]
     port = str(free_port())
@@ -37,10 +41,10 @@ def environment() -> dict[str, str]:
     return cleared | {"OMP_NUM_THREADS": "1"}
 
 
-def launch(launcher: str, num_ranks: int, *arguments: str) -> subprocess.CompletedProcess:
+def launch(launcher: str, num_ranks: int, *arguments: str, fault: str = "") -> subprocess.CompletedProcess:
     """Run to the end; stdout and stderr are captured together."""
     return subprocess.run(
-        command(launcher, num_ranks, *arguments),
+        command(launcher, num_ranks, *arguments, fault=fault),
         cwd=REPO,
         env=environment(),
         stdout=subprocess.PIPE,
@@ -62,32 +66,61 @@ def launch_ok(launcher: str, num_ranks: int, run_dir: Path, *arguments: str) -> 
     return metrics(run_dir)
 
 
+@contextlib.contextmanager
+def running(full: list[str], run_dir: Path, step: int) -> Iterator[subprocess.Popen]:
+    """A started command whose metrics.jsonl has `step` by now; output goes to `output_of`. Killed at the end, with its tree."""
+    log = output_of(run_dir)
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            full, cwd=REPO, env=environment(), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    deadline = time.monotonic() + TIMEOUT_S
+    below: set[int] = set()
+    try:
+        while not any(line["step"] >= step for line in metrics(run_dir)):
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        below = set(descendants(process.pid))
+        yield process
+    finally:
+        kill_tree(process.pid)
+        for left in below:  # of a launcher that ended before its ranks
+            kill(left)
+        process.wait()
+
+
+def output_of(run_dir: Path) -> Path:
+    return run_dir.parent / "output.log"
+
+
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    """The processes that run the script itself, by rank."""
+    script = "launch/pretrain.py", "tests/train/faulty.py"
+    ranks = {}
+    for pid in [process.pid, *descendants(process.pid)]:
+        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        if any(word in script for word in words[1:3]):
+            environ = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            ranks[next((int(each[5:]) for each in environ if each.startswith("RANK=")), 0)] = pid
+    return [pid for _, pid in sorted(ranks.items())]
+
+
 def kill_after_step(step: int, launcher: str, num_ranks: int, run_dir: Path, *arguments: str) -> None:
     """Start a run and `kill -9` launcher and ranks as soon as metrics.jsonl has `step`."""
-    full = command(launcher, num_ranks, f"run.dir={run_dir}", *arguments)
-    with (run_dir.parent / "killed.log").open("w") as log:
-        process = subprocess.Popen(
-            full, cwd=REPO, env=environment(), stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        deadline = time.monotonic() + TIMEOUT_S
-        try:
-            while not any(line["step"] >= step for line in metrics(run_dir)):
-                assert process.poll() is None, (run_dir.parent / "killed.log").read_text()[-4000:]
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-        finally:
-            kill_tree(process.pid)
-            process.wait()
+    with running(command(launcher, num_ranks, f"run.dir={run_dir}", *arguments), run_dir, step):
+        pass
 
 
 def kill_tree(pid: int) -> None:
     """SIGKILL to a process and everything below it, the top first so that no launcher reacts."""
-    below = descendants(pid)
-    for each in (pid, *below):
-        try:
-            os.kill(each, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    for each in (pid, *descendants(pid)):
+        kill(each)
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
 
 
 def descendants(pid: int) -> list[int]:
