@@ -16,9 +16,10 @@ from mpmae.errors import TrainingError
 from mpmae.loader import Batch
 from mpmae.masking import draw_visible
 from mpmae.models import MPMAE
-from mpmae.train.checkpoint import Checkpoints, load_engine, write_engine
+from mpmae.train.checkpoint import Checkpoints
 from mpmae.train.compatibility import check_compatible, checkpoint_meta
 from mpmae.train.demo_data import ensure_demo_shards
+from mpmae.train.engine_state import load_engine, write_engine
 from mpmae.train.meter import Meter
 from mpmae.train.plan import show_plan
 from mpmae.train.progress import ProgressLine, make_console

@@ -75,10 +75,18 @@ def test_removes_what_a_crash_left(tmp_path):
 def test_a_run_resumed_from_an_older_checkpoint_sets_the_later_ones_aside(tmp_path):
     for step in (10, 20, 30):
         save(tmp_path, step, keep_last=5)
-    Checkpoints(tmp_path, 1).save(20, writer("another branch"), {})
-    assert Checkpoints(tmp_path, 1).latest() == tmp_path / "step-00000020"
+    Checkpoints(tmp_path, 2).save(20, writer("another branch"), {})
+    assert Checkpoints(tmp_path, 2).latest() == tmp_path / "step-00000020"
     assert "another branch" in (tmp_path / "step-00000020" / "model.safetensors").read_text()
-    assert names(tmp_path) == ["latest", "step-00000020", "step-00000020.abandoned", "step-00000030.abandoned"]
+    kept = ["step-00000010", "step-00000020", "step-00000020.abandoned", "step-00000030.abandoned"]
+    assert names(tmp_path) == ["latest", *kept]
+
+
+def test_what_was_set_aside_does_not_pile_up(tmp_path):
+    for step in range(10, 60, 10):
+        save(tmp_path, step, keep_last=9)
+    save(tmp_path, 5, keep_last=2)
+    assert names(tmp_path) == ["latest", "step-00000005", "step-00000040.abandoned", "step-00000050.abandoned"]
 
 
 @pytest.mark.parametrize(
