@@ -85,7 +85,7 @@ class Engine(ABC):
         Raises OSError on a rank that cannot write, after the last collective: no other rank is left waiting for it.
         """
 
-    def snapshot(self) -> Callable[[Path], None]:
+    def deferred_save(self) -> Callable[[Path], None]:
         """The state as it is now, copied to host memory, as a function that writes what `save` would.
 
         The function may run in a thread while training goes on: it touches neither the training's state nor its

@@ -7,7 +7,6 @@ a thread beside a training whose collectives use another.
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn, optim

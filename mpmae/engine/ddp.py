@@ -75,7 +75,7 @@ class DDPEngine(Engine):
         if self.rank == 0:
             save_tensors(self._state(), folder / _STATE_FILE)
 
-    def snapshot(self) -> Callable[[Path], None]:
+    def deferred_save(self) -> Callable[[Path], None]:
         """See Engine."""
         rng = rng_state(self.device)
         state = copied_to_host(self._state()) if self.rank == 0 else None

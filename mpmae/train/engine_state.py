@@ -34,10 +34,10 @@ def snapshot_engine(engine: Engine) -> Callable[[Path], None]:
 
     Collective. Raises ConfigError for an engine that cannot.
     """
-    state, write_state, layout = engine.full_state_dict(), engine.snapshot(), engine.layout
+    state, write_own, layout = engine.full_state_dict(), engine.deferred_save(), engine.layout
 
     def write(folder: Path) -> None:
-        write_state(folder / ENGINE_FOLDER)
+        write_own(folder / ENGINE_FOLDER)
         if state is not None:
             _write_whole_model(folder, state, layout)
 

@@ -1,8 +1,8 @@
 """Joining the partitions of a DeepSpeed checkpoint of ZeRO stage 1, 2 or 3; DeepSpeed itself is not needed.
 
 Source of the layouts: the files of DeepSpeed 0.19.8. At stages 1 and 2 every rank says which piece of which weight lies
-where in its flat partition of a parameter group. At stage 3 every weight is cut into equal pieces, one a rank, which lie one after
-the other in the rank's flat sub-groups.
+where in its flat partition of a parameter group. At stage 3 every weight is cut into equal pieces, one a rank, which lie one
+after the other in the rank's flat sub-groups.
 """
 
 import math
