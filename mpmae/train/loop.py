@@ -17,14 +17,15 @@ from mpmae.loader import Batch
 from mpmae.masking import draw_visible
 from mpmae.models import MPMAE
 from mpmae.train.checkpoint import Checkpoints
-from mpmae.train.compatibility import check_compatible, checkpoint_meta
+from mpmae.train.compatibility import check_compatible, checkpoint_meta, shard_hashes
 from mpmae.train.demo_data import ensure_demo_shards
-from mpmae.train.engine_state import load_engine, write_engine
+from mpmae.train.engine_state import load_engine
 from mpmae.train.meter import Meter
 from mpmae.train.plan import show_plan
 from mpmae.train.progress import ProgressLine, make_console
 from mpmae.train.record import write_run_json
 from mpmae.train.run_dir import check_vacant, claimed, find_start
+from mpmae.train.saving import Saver
 from mpmae.train.setup import Setup, build_model, set_up
 from mpmae.train.track import open_trackers
 from mpmae.train.validate import Validator
@@ -78,7 +79,8 @@ class Run:
         self.start_step = 0
         if start:
             meta, stage = load_meta(start), zero_stage(setup.ds_config) if setup.ds_config else None
-            for note in check_compatible(meta, config, self.manifest.fingerprint, world.world_size, stage):
+            facts = (self.manifest.fingerprint, world.world_size, stage, shard_hashes(self.manifest))
+            for note in check_compatible(meta, config, *facts):
                 self.console.print(f"[yellow]note:[/yellow] {note}")
             self.start_step = meta["step"]
             if world.rank == 0:  # killed before its first save, the run must go on from here and not from a later one
@@ -90,7 +92,9 @@ class Run:
         )
         self.model: MPMAE = self.engine.module
         if start:
-            load_engine(self.engine, start)
+            for note in load_engine(self.engine, start):
+                self.console.print(f"[yellow]note:[/yellow] {note}")
+        self.saver = Saver(self.engine, self.checkpoints, config.checkpoint.background)
         self.validator = Validator(self.engine, setup.validation, setup.reference, config)
         self.trackers = None
         if world.rank == 0 and self.start_step < self.plan.total_steps:
@@ -115,6 +119,7 @@ class Run:
         with closing(progress), closing(self._micro_batches()) as micro_batches:
             for step in range(self.start_step, total):
                 self._step(step, micro_batches, meter)
+                self.saver.poll()
                 self._publish(meter, progress, everything=step + 1 == total)
                 if self._due(step + 1, self.config.train.validate_every_steps):
                     self._validate(step + 1, meter)
@@ -150,6 +155,8 @@ class Run:
         """Write out the records that are ready; TrainingError when one is not finite."""
         for record in meter.ready(everything):
             if self.trackers:
+                if self.saver.num_failed:
+                    record["checkpoint_failed"] = self.saver.num_failed
                 self.trackers.log("metrics", record)
                 progress.update(record)
             if not math.isfinite(record["grad_norm"]):
@@ -176,12 +183,14 @@ class Run:
         facts = (self.manifest.fingerprint, self.world.world_size, self.engine.zero_stage)
         bands = self.model.bands_in
         inputs = {"bands_in": list(bands), "statistics": self.manifest.input_statistics(bands)}
+        inputs["shards"] = shard_hashes(self.manifest)
         meta = checkpoint_meta(self.config, epoch, batch_index, *facts, **inputs)
-        self.checkpoints.save(step, write_engine(self.engine), meta)
+        self.saver.save(step, meta, is_last=step == self.plan.total_steps)
         meter.restart_clock()
 
     def close(self) -> None:
         """Release files and processes."""
         if self.trackers:
             self.trackers.close()
+        self.saver.close()
         self.engine.close()
