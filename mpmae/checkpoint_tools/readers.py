@@ -5,7 +5,6 @@ and read as far as they are asked for.
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -173,8 +172,3 @@ def shown_layout(layout: dict[str, Any]) -> str:
     words += [f"{layout['world_size']} ranks"] if "world_size" in layout else []
     words += [layout["precision"]] if "precision" in layout else []
     return f"{layout['engine']} ({', '.join(words)})" if words else layout["engine"]
-
-
-def num_parameters(state: TrainingState) -> int:
-    """Numbers that train."""
-    return sum(math.prod(shape) for shape in state.shapes.values())
