@@ -5,6 +5,7 @@ and read as far as they are asked for.
 """
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,9 @@ class _DcpState(_OwnModel):
         try:
             entries = self._index.state_dict_metadata
             state = {key: torch.empty(entries[key].size, dtype=entries[key].properties.dtype) for key in keys}
-            load(state, storage_reader=DcpReader(self._folder, self._index), no_dist=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # as is meant
+                load(state, storage_reader=DcpReader(self._folder, self._index), no_dist=True)
         except (CheckpointException, Exception) as error:  # DCP's own is not a subclass of Exception
             raise CheckpointError(f"{self._folder} cannot be read: {error}") from error
         return state
