@@ -5,14 +5,16 @@
       step-00000020/
         checkpoint.json          step, data position, configuration, ...; the files and their sizes; written last
         model.safetensors        the whole model, float32
-        engine/                  optimizer, ZeRO partitions, random state
+        engine/                  optimizer, ZeRO partitions, random state; layout.json says what can load them as they are
       step-00000030.partial/     a save that is under way, or that a crash cut off
+      step-00000040.abandoned/   what a run that went back to an earlier step had reached before
 
 A folder without `.partial` is whole. Reading it needs no deepspeed.
 """
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,10 @@ META_NAME = "checkpoint.json"
 MODEL_NAME = "model.safetensors"
 MMEARTH_NAME = "checkpoint.pth"  # of an export in MMEarth-train's layout
 ENGINE_FOLDER = "engine"
+LAYOUT_NAME = "layout.json"
 LATEST_NAME = "latest"
+PARTIAL = ".partial"
+ABANDONED = ".abandoned"
 _LOG = logging.getLogger(__name__)
 
 
@@ -41,6 +46,25 @@ def step_of(path: Path) -> int | None:
 def all_checkpoints(folder: Path) -> list[Path]:
     """Folders named like checkpoints, oldest first."""
     return sorted((p for p in folder.glob("step-*") if p.is_dir() and step_of(p) is not None), key=step_of)
+
+
+def abandoned(folder: Path) -> list[Path]:
+    """Checkpoints that a run has gone back behind, the one written first first."""
+    found = [p for p in folder.glob(f"step-*{ABANDONED}") if p.is_dir()]
+    return sorted(found, key=lambda path: (path.stat().st_mtime, path.name))
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Folders of saves and removals that are under way, or that a crash cut off."""
+    return sorted(p for p in folder.glob(f"step-*{PARTIAL}") if p.is_dir())
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Remove a checkpoint folder of any kind; cut off, it no longer looks like a checkpoint. Raises OSError."""
+    partial = path if path.name.endswith(PARTIAL) else path.with_name(path.name + PARTIAL)
+    if partial != path:
+        path.rename(partial)
+    shutil.rmtree(partial)
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -13,6 +13,7 @@ zero, not left out. A parameter skipped on some ranks only leaves the others wai
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ import torch
 from torch import nn, optim
 
 from mpmae.engine.files import load_tensors, rng_state, save_tensors, set_rng_state
+from mpmae.engine.portable import TrainingState
 from mpmae.engine.world import World
 from mpmae.engine.wrap import unwrap_blocks
+from mpmae.errors import ConfigError
 
 
 class Engine(ABC):
@@ -83,9 +86,29 @@ class Engine(ABC):
         Raises OSError on a rank that cannot write, after the last collective: no other rank is left waiting for it.
         """
 
+    def deferred_save(self) -> Callable[[Path], None]:
+        """The state as it is now, copied to host memory, as a function that writes what `save` would.
+
+        The function may run in a thread while training goes on: it touches neither the training's state nor its
+        collectives. Every rank calls it. Raises ConfigError for an engine that cannot (deepspeed).
+        """
+        raise ConfigError(f"checkpoint.background=true: engine {self.name} cannot write while it trains; set it to false")
+
     @abstractmethod
     def load(self, folder: Path) -> None:
-        """Restore what `save` wrote, at the same world size bit by bit. Raises CheckpointError."""
+        """Restore what `save` wrote under the same `layout`, at the same world size bit by bit. Raises CheckpointError."""
+
+    @property
+    @abstractmethod
+    def layout(self) -> dict[str, Any]:
+        """What has to be the same for `load` to take what `save` wrote: plain data, kept beside it. Not collective."""
+
+    @abstractmethod
+    def load_portable(self, state: TrainingState) -> None:
+        """Restore weights, moments and step count that another engine, or another number of ranks, has left.
+
+        Exact: bit by bit what was saved. Raises CheckpointError when `state` does not fit the module.
+        """
 
     @abstractmethod
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
@@ -112,11 +135,17 @@ class Engine(ABC):
         )
 
     def _save_rng(self, folder: Path) -> None:
-        save_tensors(rng_state(self.device), folder / f"rng-{self.rank:05d}-of-{self.world_size:05d}.pt")
+        save_tensors(rng_state(self.device), self._rng_file(folder))
 
-    def _load_rng(self, folder: Path) -> None:
-        """At another world size the file is absent and each rank keeps the state it was seeded with."""
-        path = folder / f"rng-{self.rank:05d}-of-{self.world_size:05d}.pt"
+    def _rng_file(self, folder: Path) -> Path:
+        return folder / f"rng-{self.rank:05d}-of-{self.world_size:05d}.pt"
+
+    def load_rng(self, folder: Path) -> None:
+        """The random state of this rank as `save` of any engine left it. Not collective.
+
+        At another world size the file is absent and each rank keeps the state it was seeded with.
+        """
+        path = self._rng_file(folder)
         if path.is_file():
             set_rng_state(load_tensors(path), self.device)
 

@@ -1,5 +1,6 @@
 """Data parallelism of plain torch, and one process."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mpmae.config import RunConfig
 from mpmae.engine.base import Engine, as_float32, set_lr, skip_if_not_finite
-from mpmae.engine.files import load_tensors, save_tensors
+from mpmae.engine.files import copied_to_host, load_tensors, rng_state, save_tensors
 from mpmae.engine.optim import build_optimizer
+from mpmae.engine.portable import TrainingState, load_state, parameter_names
 from mpmae.engine.world import World
 from mpmae.engine.wrap import wrap_blocks
 from mpmae.errors import CheckpointError
@@ -73,8 +75,27 @@ class DDPEngine(Engine):
         folder.mkdir(parents=True, exist_ok=True)
         self._save_rng(folder)
         if self.rank == 0:
-            state = {"module": self._module.state_dict(), "optimizer": self._optimizer.state_dict()}
-            save_tensors(state, folder / _STATE_FILE)
+            save_tensors(self._state(), folder / _STATE_FILE)
+
+    def deferred_save(self) -> Callable[[Path], None]:
+        """See Engine."""
+        rng = rng_state(self.device)
+        state = copied_to_host(self._state()) if self.rank == 0 else None
+
+        def write(folder: Path) -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_tensors(rng, self._rng_file(folder))
+            if state is not None:
+                save_tensors(state, folder / _STATE_FILE)
+
+        return write
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "module": self._module.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "parameter_names": parameter_names(self._module, self._optimizer),
+        }
 
     def load(self, folder: Path) -> None:
         """See Engine."""
@@ -84,7 +105,16 @@ class DDPEngine(Engine):
             self._optimizer.load_state_dict(state["optimizer"])
         except (KeyError, RuntimeError, ValueError) as error:
             raise CheckpointError(f"{folder / _STATE_FILE} does not fit the model: {error}") from error
-        self._load_rng(folder)
+        self.load_rng(folder)
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """See Engine. Any number of ranks loads it."""
+        return {"engine": self.name}
+
+    def load_portable(self, state: TrainingState) -> None:
+        """See Engine."""
+        load_state(state, self._module, self._optimizer)
 
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
         """See Engine."""

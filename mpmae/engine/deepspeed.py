@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mpmae.config import RunConfig
@@ -30,6 +31,16 @@ from mpmae.engine.base import Engine, as_float32, set_lr, skip_if_not_finite
 from mpmae.engine.ds_config import uses_nvme, zero_stage
 from mpmae.engine.files import save_tensors
 from mpmae.engine.optim import build_optimizer
+from mpmae.engine.portable import (
+    MOMENTS,
+    WEIGHT,
+    TrainingState,
+    adam_state,
+    check_fits,
+    constants_of,
+    load_state,
+    parameter_names,
+)
 from mpmae.engine.world import World, hold_process_group
 from mpmae.engine.wrap import wrap_blocks
 from mpmae.errors import CheckpointError, ConfigError
@@ -43,7 +54,7 @@ class DeepSpeedEngine(Engine):
 
     The module's outputs are tensors, or tuples (named ones too), lists and dicts of them: DeepSpeed finds the tensors of
     nothing else, and would then accumulate wrong gradients in bf16. `forward` refuses others with a TypeError.
-    Checkpoints load at the same world size and stage only.
+    Checkpoints load at the same world size, stage and precision; others come in by `load_portable`.
     """
 
     name = "deepspeed"
@@ -55,15 +66,24 @@ class DeepSpeedEngine(Engine):
         self.zero_stage = zero_stage(ds_config)
         if (folder := uses_nvme(ds_config)) is not None:
             _check_nvme(folder)
+        precision, zero = config.train.precision, ds_config.get("zero_optimization")
+        self._layout = {
+            "engine": self.name,
+            "world_size": world.world_size,
+            "precision": precision,
+            "zero_optimization": zero,
+        }
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         wrap_blocks(module, config.engine)
         if config.train.precision == "bf16":
             module.forward = _under_autocast(module.forward, world.device.type)
         module.to(world.device)
+        optimizer = build_optimizer(module, config.optim)
+        self._parameter_names = parameter_names(module, optimizer)
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):  # memory reports that no setting turns off; warnings are logged elsewhere
             self._ds, *_ = deepspeed.initialize(
-                model=module, optimizer=build_optimizer(module, config.optim), config=ds_config, dist_init_required=False
+                model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
             )
         _LOG.debug("deepspeed.initialize printed:\n%s", printed.getvalue())
         self._writer = _install_writer(self._ds)
@@ -100,7 +120,8 @@ class DeepSpeedEngine(Engine):
 
     def save(self, folder: Path) -> None:
         """See Engine. Each rank writes its ZeRO partition and its random state."""
-        self._ds.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        names = {"parameter_names": self._parameter_names}
+        self._ds.save_checkpoint(str(folder), tag=_TAG, client_state=names, save_latest=False)
         self._writer.raise_error()
         self._save_rng(folder)
 
@@ -111,7 +132,29 @@ class DeepSpeedEngine(Engine):
         path, _ = self._ds.load_checkpoint(str(folder), tag=_TAG)
         if path is None:
             raise CheckpointError(f"deepspeed found nothing to load in {folder / _TAG}; continue from an older checkpoint")
-        self._load_rng(folder)
+        self.load_rng(folder)
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """See Engine. Partitions fit one world size, stage and precision, and ZeRO-3 cuts by its settings."""
+        return self._layout
+
+    @torch.no_grad()
+    def load_portable(self, state: TrainingState) -> None:
+        """See Engine. One parameter at a time: every rank reads it and keeps its piece."""
+        if self.zero_stage == 0:
+            load_state(state, self._module, self._ds.optimizer)
+            return
+        check_fits(state, self._module)
+        set_master = _set_master_whole if self.zero_stage < 3 else _set_master_piece
+        _set_up_moments(self._ds.optimizer, self.zero_stage, state.num_updates)
+        for name, parameter in self._module.named_parameters():
+            if parameter.requires_grad:
+                parts = state.read(name)
+                _set_whole(parameter, parts[WEIGHT])
+                set_master(parameter, parts)
+        for tensor, value in constants_of(state, self._module):
+            _set_whole(tensor, value)
 
     def full_state_dict(self) -> dict[str, torch.Tensor] | None:
         """See Engine. Gathers one parameter at a time, from the float32 masters where there are any."""
@@ -134,6 +177,53 @@ class DeepSpeedEngine(Engine):
         self._ds.destroy()
         self._module.__dict__.pop("forward", None)
         super().close()
+
+
+def _set_up_moments(zero: Any, stage: int, num_updates: int) -> None:
+    """AdamW's state of the flat masters, its step count set, and where at stages 1 and 2 a parameter's piece of it lies."""
+    if getattr(zero, "swap_optimizer", False):
+        raise CheckpointError(
+            "moments on NVMe cannot be filled from a checkpoint of another engine, stage or number of ranks: continue with "
+            "configs/ds/zero3_offload.json, or as the checkpoint was written"
+        )
+    adam = zero.optimizer
+    groups = zero.fp32_partitioned_groups_flat if stage == 3 else [p for g in adam.param_groups for p in g["params"]]
+    for flat in groups:
+        adam_state(adam, flat, num_updates)
+    if stage < 3:
+        zero._lazy_init_hp_params_optimizer_state()  # the first step would do it
+
+
+def _set_whole(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Set a weight as the module has it, in its own precision; with ZeRO-3 every rank keeps its piece."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    with GatheredParameters([tensor] if hasattr(tensor, "ds_id") else [], modifier_rank=0):
+        tensor.data.copy_(value)
+
+
+def _set_master_whole(parameter: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
+    """Set this rank's piece of a parameter's float32 master and moments: stages 1 and 2."""
+    from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+    safe_set_full_fp32_param(parameter, parts[WEIGHT])
+    for moment in MOMENTS:
+        safe_set_full_optimizer_state(parameter, parts[moment], moment)
+
+
+def _set_master_piece(parameter: torch.Tensor, parts: dict[str, torch.Tensor]) -> None:
+    """The same at stage 3, whose functions for whole tensors fail where the ranks do not divide one (deepspeed 0.19.8)."""
+    from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+    length, rank = parameter.ds_tensor.numel(), dist.get_rank(parameter.ds_process_group)
+
+    def piece(value: torch.Tensor) -> torch.Tensor:
+        own = value.flatten()[rank * length : (rank + 1) * length]
+        return nn.functional.pad(own, (0, length - own.numel()))
+
+    safe_set_local_fp32_param(parameter, piece(parts[WEIGHT]))
+    for moment in MOMENTS:
+        safe_set_local_optimizer_state(parameter, piece(parts[moment]), moment)
 
 
 def _import_deepspeed() -> Any:

@@ -33,6 +33,31 @@ def load_tensors(path: str | Path, map_location: Any = "cpu") -> Any:
         raise CheckpointError(f"{path} cannot be read: {error}; continue from an older checkpoint") from error
 
 
+def copied_to_host(state: Any) -> Any:
+    """A copy, on the CPU, of tensors in plain containers: what happens to the originals does not change it.
+
+    From a GPU all copies are under way at once, into page-locked memory, and are waited for in the end.
+    """
+    copied = _copy(state)
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
+    return copied
+
+
+def _copy(state: Any) -> Any:
+    if type(state) in (torch.Tensor, torch.nn.Parameter):
+        tensor = state.detach()
+        host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        return host.copy_(tensor, non_blocking=True)
+    if isinstance(state, torch.Tensor):  # a sharded one keeps its description
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        return type(state)((key, _copy(value)) for key, value in state.items())
+    if isinstance(state, (list, tuple)):
+        return type(state)(_copy(value) for value in state)
+    return state
+
+
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     """State of torch's generators that this process draws from.
 

@@ -7,6 +7,7 @@ Where FSDP2 of torch 2.13 needs care:
 - With weights in host memory a DTensor's collectives would hand host tensors to NCCL: norms and gathers go by the device.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mpmae.config import RunConfig
 from mpmae.engine.base import Engine, as_float32, set_lr, skip_if_not_finite
 from mpmae.engine.dcp import apply_state, collect_state, read_state, write_state
+from mpmae.engine.files import copied_to_host, rng_state, save_tensors
 from mpmae.engine.optim import build_optimizer
+from mpmae.engine.portable import TrainingState, load_state
 from mpmae.engine.world import World
 from mpmae.engine.wrap import blocks_of, wrap_blocks
 
@@ -49,6 +52,7 @@ class FSDPEngine(Engine):
         self._shard(module, whole, mesh, config.engine.cpu_offload)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         self._optimizer = build_optimizer(module, config.optim)
+        self._writing_group: dist.ProcessGroup | None = None
 
     def _shard(self, module: nn.Module, whole: set[nn.Parameter], mesh: DeviceMesh, cpu_offload: bool) -> None:
         for parameter in whole:
@@ -129,7 +133,28 @@ class FSDPEngine(Engine):
         state = self.snapshot()
         read_state(state, folder / DCP_FOLDER)
         apply_state(state, self._module, self._optimizer)
-        self._load_rng(folder)
+        self.load_rng(folder)
+
+    def deferred_save(self) -> Callable[[Path], None]:
+        """See Engine. The ranks agree on who writes what over a process group of their own, beside the training's."""
+        if self._writing_group is None:
+            self._writing_group = dist.new_group(backend="gloo")
+        state, rng = copied_to_host(self.snapshot()), rng_state(self.device)
+
+        def write(folder: Path) -> None:
+            write_state(state, folder / DCP_FOLDER, self._writing_group)
+            save_tensors(rng, self._rng_file(folder))
+
+        return write
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """See Engine. Any number of ranks, in any number of shard groups, loads it."""
+        return {"engine": self.name}
+
+    def load_portable(self, state: TrainingState) -> None:
+        """See Engine. One parameter at a time: every rank reads it and keeps its shard."""
+        load_state(state, self._module, self._optimizer, _place)
 
     def _create_moments(self) -> None:
         """Moments of 0 before the first step: a step that is told to change nothing, since torch would count its own."""
@@ -148,6 +173,14 @@ class FSDPEngine(Engine):
             whole = tensor.to(self.device).full_tensor() if isinstance(tensor, DTensor) else tensor
             state |= as_float32({name: whole}) if self.rank == 0 else {}
         return state if self.rank == 0 else None
+
+
+def _place(tensor: torch.Tensor, value: torch.Tensor) -> None:
+    """Write this rank's shard of a whole tensor."""
+    if isinstance(tensor, DTensor):
+        sharded = distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor, value = tensor.to_local(), sharded.to_local()
+    tensor.copy_(value)
 
 
 def _make_mesh(world: World, shard_size: int | None) -> DeviceMesh:

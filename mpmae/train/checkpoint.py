@@ -11,25 +11,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save as serialize
-
 from mpmae.checkpoint_format import (
-    ENGINE_FOLDER,
+    ABANDONED,
     FORMAT_VERSION,
     LATEST_NAME,
     META_NAME,
-    MODEL_NAME,
+    PARTIAL,
+    abandoned,
     all_checkpoints,
     folder_name,
+    leftovers,
     newest_checkpoint,
+    remove_checkpoint,
     step_of,
 )
-from mpmae.engine.base import Engine
 from mpmae.engine.world import World, current_world
 from mpmae.errors import CheckpointError
 from mpmae.files import sync
 
-_PARTIAL = ".partial"
 _LOG = logging.getLogger(__name__)
 
 
@@ -49,15 +48,24 @@ class Checkpoints:
         in all of its own collectives. `meta` is the plain data of checkpoint.json (see `checkpoint_meta`).
 
         Afterwards only the newest `keep_last` checkpoints are left. Checkpoints of this or a later step, which a
-        run resumed from an older one finds, are set aside as `step-N.abandoned`.
+        run resumed from an older one finds, are set aside as `step-N.abandoned`; of those, too, `keep_last` are left.
 
         Raises CheckpointError on every rank if any of them failed (disk full, no permission); the checkpoints that were
         there are untouched.
         """
-        world = self._world or current_world()
-        final = self.folder / folder_name(step)
-        partial = final.with_name(final.name + _PARTIAL)
+        self.begin(step)
+        return self.complete(step, write, meta)
+
+    def begin(self, step: int) -> Path:
+        """The first half of `save`: an empty folder, in which `complete` expects to find the files."""
+        world, partial = self._world or current_world(), self._partial(step)
         self._together(world, step, lambda: self._start(partial) if world.rank == 0 else None)
+        return partial
+
+    def complete(self, step: int, write: Callable[[Path], None], meta: dict[str, Any]) -> Path:
+        """The second half of `save`; where the files are already being written, `write` waits for them."""
+        world, partial = self._world or current_world(), self._partial(step)
+        final = self.folder / folder_name(step)
         try:
             self._together(world, step, lambda: write(partial))
             self._together(world, step, lambda: self._commit(partial, final, step, meta) if world.rank == 0 else None)
@@ -87,8 +95,8 @@ class Checkpoints:
 
     def _start(self, partial: Path) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(f"step-*{_PARTIAL}"):
-            shutil.rmtree(leftover)
+        for path in leftovers(self.folder):
+            remove_checkpoint(path)
         partial.mkdir()
 
     def _commit(self, partial: Path, final: Path, step: int, meta: dict[str, Any]) -> None:
@@ -107,16 +115,17 @@ class Checkpoints:
 
     def _tidy(self, final: Path, step: int) -> None:
         self.set_aside_after(step)
-        _write(self.folder / (LATEST_NAME + _PARTIAL), final.name + "\n")
-        (self.folder / (LATEST_NAME + _PARTIAL)).replace(self.folder / LATEST_NAME)
+        _write(self.folder / (LATEST_NAME + PARTIAL), final.name + "\n")
+        (self.folder / (LATEST_NAME + PARTIAL)).replace(self.folder / LATEST_NAME)
         sync(self.folder)
-        for path in all_checkpoints(self.folder)[: -self.keep_last]:
-            partial = path.with_name(path.name + _PARTIAL)  # a cut-off removal must not look like a checkpoint
-            path.rename(partial)
-            shutil.rmtree(partial)
+        for path in (*all_checkpoints(self.folder)[: -self.keep_last], *abandoned(self.folder)[: -self.keep_last]):
+            remove_checkpoint(path)
+
+    def _partial(self, step: int) -> Path:
+        return self.folder / (folder_name(step) + PARTIAL)
 
     def _set_aside(self, path: Path, step: int) -> None:
-        aside = path.with_name(path.name + ".abandoned")
+        aside = path.with_name(path.name + ABANDONED)
         if aside.exists():
             shutil.rmtree(aside)
         path.rename(aside)
@@ -136,30 +145,13 @@ class Checkpoints:
             raise CheckpointError(
                 f"checkpoint of step {step} not saved in {self.folder} ({free / 2**30:.2f} GiB free): "
                 f"{'; '.join(problems)}. "
-                f"Earlier checkpoints are untouched; make room or mend the cause, then resume from the newest"
+                f"Earlier checkpoints are untouched; make room or mend the cause"
             ) from error
 
 
-def write_engine(engine: Engine) -> Callable[[Path], None]:
-    """The `write` of `Checkpoints.save` for an engine: its state, and model.safetensors by rank 0."""
-
-    def write(folder: Path) -> None:
-        state = engine.full_state_dict()  # collective, so before anything that can fail on one rank only
-        engine.save(folder / ENGINE_FOLDER)
-        if state is not None:
-            _write(folder / MODEL_NAME, serialize(state, {"format": "pt"}))
-
-    return write
-
-
-def load_engine(engine: Engine, checkpoint: str | Path) -> None:
-    """Restore an engine from a checkpoint folder. Collective. Raises CheckpointError."""
-    engine.load(Path(checkpoint) / ENGINE_FOLDER)
-
-
-def _write(path: Path, content: str | bytes) -> None:
+def _write(path: Path, content: str) -> None:
     with path.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode())
         file.flush()
         os.fsync(file.fileno())
 

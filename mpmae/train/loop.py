@@ -17,10 +17,11 @@ from mpmae.errors import TrainingError
 from mpmae.loader import Batch
 from mpmae.masking import draw_visible
 from mpmae.models import MPMAE
-from mpmae.train.checkpoint import Checkpoints, load_engine, write_engine
-from mpmae.train.compatibility import check_compatible, checkpoint_meta
+from mpmae.train.checkpoint import Checkpoints
+from mpmae.train.compatibility import check_compatible, checkpoint_meta, shard_hashes
 from mpmae.train.demo_data import ensure_demo_shards
 from mpmae.train.determinism import deterministic
+from mpmae.train.engine_state import load_engine
 from mpmae.train.meter import Finished, Meter
 from mpmae.train.numerics import NumericsGuard, RecentSamples, too_many_skipped, with_loud_gradient, write_bad_batch
 from mpmae.train.out_of_memory import advice_on_out_of_memory
@@ -29,6 +30,7 @@ from mpmae.train.profile import StepProfile
 from mpmae.train.progress import ProgressLine, make_console
 from mpmae.train.record import write_run_json
 from mpmae.train.run_dir import check_vacant, claimed, find_start
+from mpmae.train.saving import Saver
 from mpmae.train.setup import Setup, build_model, set_up
 from mpmae.train.speed import Speed
 from mpmae.train.start_checks import check_same, facts_of, idle_gpus_note
@@ -108,7 +110,8 @@ class Run:
         self.start_step, guard_state = 0, None
         if start:
             meta, stage = load_meta(start), zero_stage(setup.ds_config) if setup.ds_config else None
-            for note in check_compatible(meta, config, self.manifest.fingerprint, world.world_size, stage):
+            facts = (self.manifest.fingerprint, world.world_size, stage, shard_hashes(self.manifest))
+            for note in check_compatible(meta, config, *facts):
                 self._note(note)
             self.start_step, guard_state = meta["step"], meta.get("guard")
             if world.rank == 0:  # killed before its first save, the run must go on from here and not from a later one
@@ -120,7 +123,9 @@ class Run:
         )
         self.model: MPMAE = self.engine.module
         if start:
-            load_engine(self.engine, start)
+            for note in load_engine(self.engine, start):
+                self._note(note)
+        self.saver = Saver(self.engine, self.checkpoints, config.checkpoint.background)
         peak = device_peak(device, config.train.precision)
         self.speed = Speed(cost, batch, peak, self._num_optimizer_shards(), config.optim.clip_grad_norm is not None)
         self.validator = Validator(self.engine, setup.validation, setup.reference, config, self.watchdog.tick)
@@ -156,6 +161,7 @@ class Run:
             self.meter.restart_clock()
             for step in range(self.start_step, total):
                 self._step(step, micro_batches)
+                self.saver.poll()
                 if profile.step_done():
                     self.meter.restart_clock()
                 # trackers take steps in order, so no record may lag behind a validation
@@ -166,7 +172,7 @@ class Run:
                     self._validate(step + 1)
                 if stops or self._due(step + 1, self.config.checkpoint.every_steps):
                     self._publish(progress, everything=True)
-                    self._save(step + 1)
+                    self._save(step + 1, is_last=stops or step + 1 == total)
                 if stops:
                     return self._stopped(Stop(reason, step + 1))
         return None
@@ -219,6 +225,8 @@ class Run:
             for note in self.numerics.check(record):
                 self._note(note)
             if self.trackers:
+                if self.saver.num_failed:
+                    record["checkpoint_failed"] = self.saver.num_failed
                 self.trackers.log("metrics", record)
                 progress.update(record)
             if self.numerics.is_exhausted:
@@ -247,15 +255,16 @@ class Run:
             self.trackers.log("validation", record)
         self.meter.restart_clock()
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, *, is_last: bool) -> None:
         self.watchdog.note("save")
         started = time.monotonic()
         epoch, batch_index = divmod(step, self.plan.order.steps_per_epoch)
         facts = (self.manifest.fingerprint, self.world.world_size, self.engine.zero_stage)
         bands = self.model.bands_in
         inputs = {"bands_in": list(bands), "statistics": self.manifest.input_statistics(bands)}
+        inputs["shards"] = shard_hashes(self.manifest)
         meta = checkpoint_meta(self.config, epoch, batch_index, *facts, **inputs, guard=self.numerics.state())
-        self.checkpoints.save(step, write_engine(self.engine), meta)
+        self.saver.save(step, meta, is_last=is_last)
         self.time_limit.saved(time.monotonic() - started)
         self.meter.restart_clock()
 
@@ -274,4 +283,5 @@ class Run:
         """Release files and processes."""
         if self.trackers:
             self.trackers.close()
+        self.saver.close()
         self.engine.close()

@@ -10,9 +10,9 @@ from pathlib import Path
 from mpmae.config import RunConfig
 from mpmae.engine import World
 from mpmae.errors import ConfigError
+from mpmae.run_lock import LOCK_NAME
 from mpmae.train.checkpoint import Checkpoints
 
-LOCK_NAME = ".lock"
 _LOG = logging.getLogger(__name__)
 
 

@@ -7,6 +7,7 @@ import torch
 
 from mpmae.config import RunConfig
 from mpmae.engine import check_engine, load_ds_config, resolve_ds_config
+from mpmae.errors import ConfigError
 from mpmae.loader import ShardReader
 from mpmae.models import MPMAE, create_model
 from mpmae.shard_format import Manifest
@@ -57,6 +58,11 @@ def build_model(config: RunConfig, manifest: Manifest) -> MPMAE:
 def _resolved_ds_config(config: RunConfig, plan: RunPlan) -> dict[str, Any] | None:
     """The DeepSpeed configuration with nothing left open; None for another engine."""
     path, batch = config.engine.ds_config, plan.batch
+    if config.checkpoint.background and config.engine.name == "deepspeed":
+        raise ConfigError(
+            "checkpoint.background = true: deepspeed's save is itself collective, so it cannot run beside a step; set it to "
+            "false, or engine.name to ddp or fsdp"
+        )
     raw = load_ds_config(path) if path else None
     check_engine(config, raw, batch.world_size)
     if raw is None:

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from mpmae.checkpoint_format import load_meta
 from mpmae.engine import files, init_world
 from mpmae.errors import CheckpointError
-from mpmae.train.checkpoint import Checkpoints, load_engine, write_engine
+from mpmae.train.checkpoint import Checkpoints
 from mpmae.train.compatibility import check_compatible, checkpoint_meta
+from mpmae.train.engine_state import load_engine, write_engine
 from tests.engine.spawn import run_ranks
 from tests.engine.toy import Case, make_engine, run_config, train
 

@@ -61,8 +61,8 @@ _DCP_CLASSES = {
 }
 
 
-def load_pickle(path: Path) -> Any:
-    """What a pickled file holds: tensors (on the CPU) in plain containers.
+def load_pickle(path: Path, *, mapped: bool = False) -> Any:
+    """What a pickled file holds: tensors (on the CPU) in plain containers; mapped: read when they are used.
 
     Raises CheckpointError for a file that is damaged or holds anything else; no code of it is run.
     """
@@ -75,7 +75,7 @@ def load_pickle(path: Path) -> Any:
         raise CheckpointError(f"{path} is no file of torch.save: it starts with {start!r}; was the download complete?")
     try:
         with torch.serialization.safe_globals(HARMLESS):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds more than tensors and plain data, and was not read, since that could run code: "
