@@ -47,7 +47,6 @@ class _Plan:
             "C": self.channels,
             "C_PADDED": tuning.padded(self.channels),
             "HAS_VALID": valid is not None,
-            "UPCAST": triton.knobs.runtime.interpret and y.dtype.itemsize == 2,
         }
 
     def blocks(self, kernel: str) -> tuning.Blocks | None:

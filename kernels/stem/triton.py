@@ -25,16 +25,15 @@ from mpmae.kernels.stem.triton_parts import (
     columns_of,
     conv_norm,
     matrix,
-    narrow,
     norm,
     norm_backward,
     pooled_sites,
-    product,
     put,
     sites_of,
     taps,
     values_at,
 )
+from mpmae.kernels.triton_parts import narrow, product
 
 
 @triton.jit

@@ -7,28 +7,12 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from mpmae.kernels import checks
+from mpmae.kernels.triton_parts import INTERPRETED, narrow, product
+
 SITES = tl.constexpr(64)  # of a tile
-HALO = tl.constexpr(3)  # absent patches around the grid in the table of slots
+HALO = tl.constexpr(checks.HALO)
 VECTORS = tl.constexpr(6)  # gradients of C values: biases and norms
-
-
-@triton.jit
-def narrow(x, DTYPE: tl.constexpr):
-    """`x` rounded to DTYPE; the interpreter cuts bfloat16 off instead of rounding it, so it is rounded by hand there."""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
-
-
-@triton.jit
-def product(a, b, acc):
-    """acc + a b, sums in float32; the interpreter knows no arithmetic of bfloat16."""
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
