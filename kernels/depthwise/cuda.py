@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mpmae.kernels.checks import ALIGNMENT_BYTES, HALO
 from mpmae.kernels.depthwise.plan import MULTIPROCESSORS, OPS, Device, Plan, Problem, plan, plan_sum
 
 if TYPE_CHECKING:
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from mpmae.kernels.cuda_runtime import Specialisation
 
 SOURCE = Path(__file__).parent / "depthwise.cu"
-HALO = 3
-ALIGNMENT_BYTES = 16
 SHARED_LIMITS = {80: 166912, 90: 232448}  # bytes of one CTA, opted in
 
 

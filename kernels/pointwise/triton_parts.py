@@ -33,6 +33,22 @@ def gelu_and_slope(a, GELU: tl.constexpr):
 
 
 @triton.jit
+def grn_factor(length, mean, gamma):
+    """The factor 1 + gamma * Nx of h for norms `length`, `mean` their mean + eps."""
+    return 1.0 + gamma * (length / mean)
+
+
+@triton.jit
+def grn_pull(product, length, mean, gamma, level):
+    """The factor of h that the gradient through the norms adds; see `mpmae.kernels.pointwise.formulas.grn_pull`.
+
+    product: P. level: what the mean takes off a norm's gradient, sum(gamma P G) / (D mean^2).
+    """
+    # the norm of zeros gets the subgradient 0
+    return tl.where(length > 0, (gamma * product / mean - level) / tl.where(length > 0, length, 1.0), 0.0)
+
+
+@triton.jit
 def existing_rows(valid, first, row, end, HAS_VALID: tl.constexpr):
     """Whether rows `row` (counted from row `first`) exist: below `end`, and sites with data."""
     exists = row < end
