@@ -87,7 +87,6 @@ def _forward_kernel(
     BLOCK: tl.constexpr,
 ):
     inside = tl.arange(0, CHANNELS)[None, :] < C
-    DTYPE: tl.constexpr = packed.dtype.element_ty
     weight = matrix(packed, K, CHANNELS, CHANNELS)
     for block in tl.range(tl.program_id(0), tl.cdiv(num_sites, BLOCK), tl.num_programs(0), disable_licm=True):
         late = block // tl.cdiv(num_sites, BLOCK)  # 0, which the compiler can't know: it would hoist loads into registers

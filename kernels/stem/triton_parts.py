@@ -186,8 +186,8 @@ def put(pointer, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.c
 
 @triton.jit
 def conv_norm(columns, weight, norm_weight, norm_bias, late, num_pixels, C: tl.constexpr, eps):
-    """LayerNorm of the 3x3 convolution of neighbourhoods `columns`, [sites, channels]; its value before its own weight and
-    bias, the factor it took, and that weight.
+    """LayerNorm of the 3x3 convolution of the neighbourhoods `columns`, [sites, channels]; what it was before LayerNorm's
+    weight and bias, the factor that took, and that weight.
 
     late: 0, which the compiler can't know: it would hoist the loads of weight and bias into registers.
     """
@@ -218,10 +218,7 @@ def pooled_sites(
     STRIDES: tl.constexpr,
     THREADS: tl.constexpr,
 ):
-    """What the pooling makes of a block of sites, without its bias, [sites, channels], and which of the sites exist, [sites].
-
-    The forward and the backward kernel both take this way, from the image on.
-    """
+    """What the pooling makes of a block of sites, [sites, channels] before its bias, and which sites exist, [sites]."""
     K: tl.constexpr = weight.shape[0]
     CHANNELS: tl.constexpr = weight.shape[1]
     BLOCK: tl.constexpr = sites[0].shape[0]
