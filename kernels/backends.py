@@ -14,10 +14,10 @@ from functools import cache
 import torch
 
 from mpmae.kernels import cuda_driver
+from mpmae.kernels.dtypes import FLOATS
 
 BACKENDS = ("cuda", "triton", "reference")
 VARIABLE = "MPMAE_KERNELS"
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 MINIMUM_CAPABILITY = (8, 0)
 
 log = logging.getLogger(__name__)
@@ -38,9 +38,9 @@ def choose(
 ) -> str:
     """The backend that runs an op now: "cuda", "triton" or "reference".
 
-    dtype: of the activations, one of FLOATS for the fast backends; None for an op to which it does not matter. refusals: the
-    fast backends that the op has, and why each does not take these inputs (None: it does). asked: a backend asked for by the
-    caller, before `MPMAE_KERNELS`.
+    dtype: of the activations, one of `dtypes.FLOATS` for the fast backends; None for an op to which it does not matter.
+    refusals: the fast backends that the op has, and why each does not take these inputs (None: it does). asked: a backend
+    asked for by the caller, before `MPMAE_KERNELS`.
     Raises BackendError for an unknown backend, and for one that was asked for, that the op has and that can't run.
     """
     asked = asked or requested()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 TILE_SIDES = (8, 4, 2, 1)
-HALO = 3
+HALO = 3  # absent patches around the grid in a table of slots
 MAX_PATCHES_SIDE = 181  # a slot is an int16
 INT32_LIMIT = 2**31
 ALIGNMENT_BYTES = 16
@@ -45,9 +45,22 @@ def parameter_problems(name: str, parameter: Tensor, shape: tuple[int, ...], x: 
     return problems + device_problems(name, parameter, x)
 
 
+def tensor_problems(
+    name: str, tensor: Tensor | None, dtype: torch.dtype | None, shape: Sequence[int], device: torch.device
+) -> list[str]:
+    """What is wrong with a tensor's dtype (None: any will do), shape and device; nothing with one that is None."""
+    if tensor is None:
+        return []
+    dtype = dtype or tensor.dtype
+    if tensor.dtype == dtype and tuple(tensor.shape) == tuple(shape) and tensor.device == device:
+        return []
+    found = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+    return [f"{name}: {found}, expected {dtype} {list(shape)} on {device}"]
+
+
 def device_problems(name: str, tensor: Tensor, x: Tensor) -> list[str]:
     """What is wrong with the device of a tensor that goes with `x`."""
-    return [] if tensor.device == x.device else [f"{name}: on {tensor.device}, expected {x.device}, as the activations"]
+    return [] if tensor.device == x.device else [f"{name}: on {tensor.device}, expected {x.device}, as the input"]
 
 
 def position_problems(x: Tensor, visible: Tensor, slots: Tensor, tile_side: int) -> list[str]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from mpmae.kernels import checks, depthwise, pointwise
-from mpmae.kernels.pointwise.formulas import Options, Saved, Weights, accumulator
+from mpmae.kernels.dtypes import accumulator, compute_dtype
+from mpmae.kernels.pointwise.formulas import Options, Saved, Weights
 
 
 def sparse_block(
@@ -29,8 +30,7 @@ def sparse_block(
     see `depthwise_conv`. valid: bool [N, K], None when all sites exist. Under autocast the block computes in autocast's
     dtype and returns it; gradients of parameters have their parameters' dtype. Raises as `depthwise_conv`.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(compute_dtype(x.dtype, x.device))
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *dwconv, *weights))
     return _block(x.contiguous(), *dwconv, *weights, visible, slots, tile_side, valid, *options, keep)[0]
 
@@ -48,10 +48,7 @@ def _problems(
     if problems:
         return problems
     problems = pointwise.weight_problems(x, weights)
-    if valid is not None and (valid.dtype != torch.bool or valid.shape != x.shape[:2] or valid.device != x.device):
-        found = f"{valid.dtype} {list(valid.shape)} on {valid.device}"
-        problems.append(f"valid: {found}, expected torch.bool {list(x.shape[:2])} on {x.device}")
-    return problems
+    return problems + checks.tensor_problems("valid", valid, torch.bool, x.shape[:2], x.device)
 
 
 @torch.library.custom_op("mpmae::block", mutates_args=())

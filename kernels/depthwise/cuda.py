@@ -1,9 +1,8 @@
 """The depthwise convolution in CUDA C++: `depthwise.cu` planned by `plan.py`, compiled and launched by `cuda_runtime`.
 
-Shapes as in `mpmae.kernels`. All tensors are contiguous and lie on one device; activations
-start at a multiple of 16 bytes; slots: int16
-[N, G+6, G+6] of `tile_slots`; visible: int64 [N, V]. Activations are float32, bfloat16 or float16, weight and bias of the
-same type or float32; sums are taken in float32. No float atomics: the same inputs give the same bits.
+Shapes as in `mpmae.kernels`. All tensors are contiguous and lie on one device; activations start at a multiple of 16 bytes;
+slots: int16 [N, G+6, G+6] of `tile_slots`; visible: int64 [N, V]. Activations are float32, bfloat16 or float16, weight and
+bias of the same type or float32; sums are taken in float32. No float atomics: the same inputs give the same bits.
 """
 
 import itertools
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mpmae.kernels.checks import ALIGNMENT_BYTES, HALO
 from mpmae.kernels.depthwise.plan import MULTIPROCESSORS, OPS, Device, Plan, Problem, plan, plan_sum
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from mpmae.kernels.cuda_runtime import Specialisation
 
 SOURCE = Path(__file__).parent / "depthwise.cu"
-HALO = 3
-ALIGNMENT_BYTES = 16
 SHARED_LIMITS = {80: 166912, 90: 232448}  # bytes of one CTA, opted in
 
 

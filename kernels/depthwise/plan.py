@@ -12,9 +12,10 @@ from functools import cache
 
 import torch
 
+from mpmae.kernels.checks import MAX_PATCHES_SIDE, TILE_SIDES
+
 OPS = {"forward": 0, "backward_input": 1, "backward_input_residual": 2, "backward_weight": 3}
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-TILE_SIDES = (8, 4, 2, 1)
 NUM_TAPS = 49
 SUMS = NUM_TAPS + 1
 BLOCK_SIDE = 7  # most patches on a side of what a thread computes at s = 1
@@ -22,7 +23,6 @@ WARP = 32
 MAX_THREADS = 1024
 MAX_WARPS = 20
 MAX_GRID_Y = 65535
-MAX_PATCHES_SIDE = 181  # patch numbers are int16
 MIN_ARCHITECTURE = 80
 MULTIPROCESSORS = {80: 108, 90: 132}
 SUBPARTITIONS = 4  # of a multiprocessor

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpmae.kernels.checks import HALO
+from mpmae.kernels.dtypes import accumulator
 from mpmae.kernels.layout import morton_sites, pack_sites, site_index, unpack_sites
 
 
@@ -47,7 +48,7 @@ def backward_weight(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of weight [C, 1, R, R] and bias [C]; grad_y: [N, K, C], 0 at sites that do not exist."""
     index, grid_side = _index(x, visible, slots, tile_side)
-    channels, wide = x.shape[-1], torch.promote_types(x.dtype, torch.float32)
+    channels, wide = x.shape[-1], accumulator(x.dtype)
     weight = x.new_empty(channels, 1, kernel_side, kernel_side)
     grids = _grid(grad_y, index, grid_side), _grid(x, index, grid_side)
     grad_weight = _convolution_backward(*grids, weight, (False, True, False))[1]

@@ -52,6 +52,14 @@ def _is_needed(near_row, near_column, site, cell_side, block_side):
 
 
 @triton.jit
+def _program(C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """This program's number among those of its channels, the channels, and which of them there are."""
+    channel_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    channel = tl.program_id(0) % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    return tl.program_id(0) // channel_blocks, channel, channel < C
+
+
+@triton.jit
 def _place(block, visible, num_visible, G: tl.constexpr, CELL: tl.constexpr, HALVINGS: tl.constexpr, BLOCK: tl.constexpr):
     """The sample of a block, and row and column of its first cell, in cells of the grid that the slots span."""
     if CELL == 1:
@@ -116,19 +124,16 @@ def _convolve_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """out [N, K, C] = convolution of x [N, K, C] with taps [49, C] (reversed if FLIP), + bias [C], + residual [N, K, C]."""
-    channel_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     reach: tl.constexpr = (2 + CELL) // CELL
     cell_sites: tl.constexpr = CELL * CELL
-    program = tl.program_id(0)
-    channel = program % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = channel < C
+    program, channel, inside = _program(C, BLOCK_C)
     weights = ()
     for tap in tl.static_range(NUM_TAPS):
         weights = weights + (tl.load(taps + (NUM_TAPS - 1 - tap if FLIP else tap) * C + channel, mask=inside, other=0),)
     start = tl.zeros([BLOCK_C], tl.float32)
     if bias is not None:
         start += tl.load(bias + channel, mask=inside, other=0).to(tl.float32)
-    first = program // channel_blocks * blocks_per_program
+    first = program * blocks_per_program
     for block in range(first, tl.minimum(first + blocks_per_program, num_blocks)):
         sample, block_row, block_column = _place(block, visible, num_visible, G, CELL, HALVINGS, BLOCK)
         shift = sample.to(tl.int64) * num_visible * ((CELL << HALVINGS) * (CELL << HALVINGS) * C)
@@ -175,15 +180,11 @@ def _weight_gradient_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """partial [P, 50, C]: the gradients of the 49 taps and of the bias over the blocks of each program."""
-    channel_blocks: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
     reach: tl.constexpr = (2 + CELL) // CELL
     cell_sites: tl.constexpr = CELL * CELL
-    program = tl.program_id(0)
-    channel = program % channel_blocks * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = channel < C
+    part, channel, inside = _program(C, BLOCK_C)
     sums = (tl.zeros([BLOCK_C], tl.float32),) * NUM_TAPS
     bias_sum = tl.zeros([BLOCK_C], tl.float32)
-    part = program // channel_blocks
     first = part * blocks_per_program
     for block in range(first, tl.minimum(first + blocks_per_program, num_blocks)):
         sample, block_row, block_column = _place(block, visible, num_visible, G, CELL, HALVINGS, BLOCK)

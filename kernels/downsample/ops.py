@@ -8,9 +8,13 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from mpmae.kernels import backends
+from mpmae.kernels import backends, checks
 from mpmae.kernels.downsample import reference
+from mpmae.kernels.downsample.reference import Weights
+from mpmae.kernels.dtypes import accumulator, compute_dtype
 from mpmae.kernels.pointwise.choice import MAX_ROW_LENGTH
+
+OP = "downsample"
 
 
 def downsample(
@@ -28,16 +32,30 @@ def downsample(
     it is False LayerNorm's output counts as 0; valid_out: bool [N, K/4], where it is False the output is 0; None when all
     sites exist. Under autocast the computation runs in autocast's dtype. Raises ValueError for what does not fit.
     """
-    _check(x, norm, conv, valid_in, valid_out)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _forward(x.contiguous(), *norm, *conv, valid_in, valid_out, eps)[0]
+    x, weights = x.contiguous(), Weights(*norm, *conv)
+    checks.refuse(OP, _problems(x, weights, valid_in, valid_out))
+    return _forward(x.to(compute_dtype(x.dtype, x.device)), *weights, valid_in, valid_out, eps)[0]
+
+
+def _problems(x: Tensor, weights: Weights, valid_in: Tensor | None, valid_out: Tensor | None) -> list[str]:
+    problems = checks.activation_problems("x", x)
+    if problems:
+        return problems
+    num_samples, num_sites, channels = x.shape
+    if num_sites % 4:
+        return [f"x: {num_sites} sites of each sample, expected a multiple of 4"]
+    num_out = weights.weight.shape[0]
+    shapes = Weights((channels,), (channels,), (num_out, channels, 2, 2), (num_out,))
+    for name, weight, shape in zip(Weights._fields, weights, shapes, strict=True):
+        problems += checks.tensor_problems(name, weight, None, shape, x.device)
+    problems += checks.tensor_problems("valid_in", valid_in, torch.bool, (num_samples, num_sites), x.device)
+    return problems + checks.tensor_problems("valid_out", valid_out, torch.bool, (num_samples, num_sites // 4), x.device)
 
 
 def _module(x: Tensor) -> ModuleType:
     too_wide = x.shape[-1] > MAX_ROW_LENGTH
     refusal = f"{x.shape[-1]} channels, expected at most {MAX_ROW_LENGTH}" if too_wide else None
-    if backends.choose("downsample", x.device, x.dtype, {"triton": refusal}) == "reference":
+    if backends.choose(OP, x.device, x.dtype, {"triton": refusal}) == "reference":
         return reference
     from mpmae.kernels.downsample import triton
 
@@ -55,15 +73,16 @@ def _forward(
     valid_out: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    weights = Weights(norm_weight, norm_bias, weight, bias)
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-        return _module(x).forward(x, norm_weight, norm_bias, weight, bias, valid_in, valid_out, eps)
+        return _module(x).forward(x, weights, valid_in, valid_out, eps)
 
 
 @_forward.register_fake
 def _(x, norm_weight, norm_bias, weight, bias, valid_in, valid_out, eps):
     num_samples, num_sites, _ = x.shape
     out = x.new_empty(num_samples, num_sites // 4, weight.shape[0])
-    mean, rstd = (x.new_empty(num_samples, num_sites, dtype=reference.accumulator(x.dtype)) for _ in range(2))
+    mean, rstd = (x.new_empty(num_samples, num_sites, dtype=accumulator(x.dtype)) for _ in range(2))
     return out, mean, rstd
 
 
@@ -76,61 +95,33 @@ def _backward(
     norm_weight: Tensor,
     norm_bias: Tensor,
     weight: Tensor,
+    bias: Tensor,
     valid_in: Tensor | None,
     valid_out: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weights = Weights(norm_weight, norm_bias, weight, bias)
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
-        return _module(x).backward(grad, x, mean, rstd, norm_weight, norm_bias, weight, valid_in, valid_out)
+        grad_x, grads = _module(x).backward(grad, x, mean, rstd, weights, valid_in, valid_out)
+        return grad_x, *grads
 
 
 @_backward.register_fake
-def _(grad, x, mean, rstd, norm_weight, norm_bias, weight, valid_in, valid_out):
-    of_parameters = (norm_weight, norm_bias, weight, weight.new_empty(weight.shape[0]))
-    wide = reference.accumulator(x.dtype)
-    grads = (torch.empty_like(t, dtype=wide, memory_format=torch.contiguous_format) for t in of_parameters)
+def _(grad, x, mean, rstd, norm_weight, norm_bias, weight, bias, valid_in, valid_out):
+    wide, weights = accumulator(x.dtype), (norm_weight, norm_bias, weight, bias)
+    grads = (torch.empty_like(t, dtype=wide, memory_format=torch.contiguous_format) for t in weights)
     return torch.empty_like(x, memory_format=torch.contiguous_format), *grads
 
 
 def _setup(ctx, inputs, output):
-    x, norm_weight, norm_bias, weight, bias, valid_in, valid_out, _ = inputs
-    ctx.save_for_backward(x, *output[1:], norm_weight, norm_bias, weight, valid_in, valid_out)
-    ctx.bias_dtype = bias.dtype
+    x, *others, _ = inputs
+    ctx.save_for_backward(x, *output[1:], *others)
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _autograd(ctx, grad, *_):
     saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at the first look and refuses a second
-    *_, norm_weight, norm_bias, weight, _, _ = saved
     grad_x, *grads = _backward(grad.contiguous(), *saved)
-    dtypes = (norm_weight.dtype, norm_bias.dtype, weight.dtype, ctx.bias_dtype)
-    return grad_x, *(g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)), None, None, None
+    return grad_x, *(g.to(weight.dtype) for g, weight in zip(grads, saved[3:7], strict=True)), None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup)
-
-
-def _check(x, norm, conv, valid_in, valid_out) -> None:
-    if x.dim() != 3 or x.shape[1] % 4 or not x.is_floating_point():
-        raise ValueError(f"downsample: x is {x.dtype} {tuple(x.shape)}, expected floats [N, K, C] with K a multiple of 4")
-    num_samples, num_sites, num_channels = x.shape
-    num_out = conv[0].shape[0]
-    problems = [
-        f"{name} is {tuple(tensor.shape)}, expected {shape}"
-        for name, tensor, shape in (
-            ("norm weight", norm[0], (num_channels,)),
-            ("norm bias", norm[1], (num_channels,)),
-            ("conv weight", conv[0], (num_out, num_channels, 2, 2)),
-            ("conv bias", conv[1], (num_out,)),
-            ("valid_in", valid_in, (num_samples, num_sites)),
-            ("valid_out", valid_out, (num_samples, num_sites // 4)),
-        )
-        if tensor is not None and tuple(tensor.shape) != shape
-    ]
-    for name, valid in (("valid_in", valid_in), ("valid_out", valid_out)):
-        if valid is not None and valid.dtype != torch.bool:
-            problems.append(f"{name} is {valid.dtype}, expected torch.bool")
-    tensors = (*norm, *conv, *(v for v in (valid_in, valid_out) if v is not None))
-    if others := sorted({str(t.device) for t in tensors} - {str(x.device)}):
-        problems.append(f"tensors lie on {', '.join(others)}, expected {x.device} like x")
-    if problems:
-        raise ValueError(f"downsample of x {tuple(x.shape)}: " + "; ".join(problems))

@@ -5,14 +5,25 @@ coarser one lie next to each other, so the convolution is a product with [Q, 4C]
 Source: Woo et al., "ConvNeXt V2", arXiv 2301.00808, section 3.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpmae.kernels.dtypes import accumulator
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type in which the statistics over `dtype` are taken: float32 at least."""
-    return torch.promote_types(dtype, torch.float32)
+
+class Weights(NamedTuple):
+    """The parameters of the downsampling, or their gradients.
+
+    norm_*: C values, of LayerNorm. weight: [E, C, 2, 2] and bias: [E], of the convolution.
+    """
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    weight: Tensor
+    bias: Tensor
 
 
 def taps_of(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -26,25 +37,17 @@ def weight_of(taps: Tensor) -> Tensor:
 
 
 def forward(
-    x: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    valid_in: Tensor | None,
-    valid_out: Tensor | None,
-    eps: float,
+    x: Tensor, weights: Weights, valid_in: Tensor | None, valid_out: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output [N, Q, E] for `x` [N, K, C], both of one dtype, and the mean and 1/deviation of each site [N, K].
 
-    weight: [E, C, 2, 2]; weights may be of another dtype. valid_in, valid_out: bool [N, K] and [N, Q], None when all sites
+    weights: may be of another dtype. valid_in, valid_out: bool [N, K] and [N, Q], None when all sites
     exist: LayerNorm's output is 0 where valid_in is False, the output is 0 where valid_out is False.
     """
-    normed, mean, rstd = torch.native_layer_norm(
-        x.to(accumulator(x.dtype)), x.shape[-1:], *_wide(x, norm_weight, norm_bias), eps
-    )
+    wide = accumulator(x.dtype)
+    normed, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], *_norm(weights, wide), eps)
     rows = _kept(normed, valid_in).to(x.dtype).view(len(x), -1, 4 * x.shape[-1])
-    out = F.linear(rows, taps_of(weight, x.dtype), bias.to(x.dtype))
+    out = F.linear(rows, taps_of(weights.weight, x.dtype), weights.bias.to(x.dtype))
     return _kept(out, valid_out), mean.squeeze(-1), rstd.squeeze(-1)
 
 
@@ -53,20 +56,18 @@ def backward(
     x: Tensor,
     mean: Tensor,
     rstd: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
+    weights: Weights,
     valid_in: Tensor | None,
     valid_out: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (in its dtype), of LayerNorm's weight and bias and of the convolution's (float32 at least).
+) -> tuple[Tensor, Weights]:
+    """The gradients of x, in its dtype, and of the weights, float32 at least.
 
     grad: of the output [N, Q, E]; what it holds at sites that do not exist means nothing.
     """
     dtype, wide = x.dtype, accumulator(x.dtype)
-    norm = _wide(x, norm_weight, norm_bias)
+    norm = _norm(weights, wide)
     grad = _kept(grad, valid_out)
-    pulled = _kept((grad @ taps_of(weight, dtype)).view(x.shape), valid_in).to(wide)
+    pulled = _kept((grad @ taps_of(weights.weight, dtype)).view(x.shape), valid_in).to(wide)
     statistics = mean.unsqueeze(-1), rstd.unsqueeze(-1)
     grad_x, grad_norm_weight, grad_norm_bias = torch.ops.aten.native_layer_norm_backward(
         pulled, x.to(wide), x.shape[-1:], *statistics, *norm, [True] * 3
@@ -75,12 +76,13 @@ def backward(
     rows = _kept(unit * norm[0] + norm[1], valid_in).to(dtype).view(-1, 4 * x.shape[-1])
     flat_grad = grad.reshape(-1, grad.shape[-1])
     grad_taps = (flat_grad.t() @ rows).to(wide)
-    return grad_x.to(dtype), grad_norm_weight, grad_norm_bias, weight_of(grad_taps), flat_grad.sum(0, dtype=wide)
+    grad_bias = flat_grad.sum(0, dtype=wide)
+    return grad_x.to(dtype), Weights(grad_norm_weight, grad_norm_bias, weight_of(grad_taps), grad_bias)
 
 
 def _kept(x: Tensor, valid: Tensor | None) -> Tensor:
     return x if valid is None else torch.where(valid[:, :, None], x, 0)
 
 
-def _wide(x: Tensor, *weights: Tensor) -> list[Tensor]:
-    return [weight.to(accumulator(x.dtype)) for weight in weights]
+def _norm(weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return weights.norm_weight.to(dtype), weights.norm_bias.to(dtype)

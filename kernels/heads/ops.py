@@ -9,10 +9,13 @@ Shapes as in `mpmae.kernels.heads.targets`; D channels of the features, Q = P*C 
 import torch
 from torch import Tensor
 
+from mpmae.kernels import checks
 from mpmae.kernels.backends import choose
+from mpmae.kernels.dtypes import accumulator, compute_dtype
 from mpmae.kernels.heads import reference
 from mpmae.kernels.heads.targets import Targets
 
+OP = "head_loss"
 # 16 MiB of logits, their targets and their features lie in an L2 cache of 40 MB (A100) or 50 MB (H100, H200) at once
 CHUNK_BYTES = {"triton": 16 << 20, "reference": 2 << 20}
 
@@ -49,8 +52,7 @@ def head_loss(
     Raises ValueError for tensors that do not fit together.
     """
     _check(x, weight, bias, values, valid, hidden, counted, patch_size, num_classes, normalise, bands)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(compute_dtype(x.dtype, x.device))
     with_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (x, weight, bias))
     total = _head_loss(
         x, weight, bias, values, valid, bands, hidden, counted, patch_size, num_classes, normalise, with_gradient
@@ -75,10 +77,10 @@ def _head_loss(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The sum over samples and, with_gradient, `_gain` times its gradients by x (x's dtype), weight and bias (float32)."""
     targets = Targets(values, valid, bands, hidden, counted, patch_size, num_classes, normalise)
-    total, grads = torch.zeros((), dtype=_wide(x), device=x.device), _empty_gradients(x, weight, with_gradient)
+    total, grads = torch.zeros((), dtype=accumulator(x.dtype), device=x.device), _empty_gradients(x, weight, with_gradient)
     if not x.numel():
         return total, *(grad.zero_() for grad in grads)
-    backend = choose("head_loss", x.device, x.dtype, {"triton": None})
+    backend = choose(OP, x.device, x.dtype, {"triton": None})
     chunk_samples = _chunk_samples(x, weight, CHUNK_BYTES[backend])
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         errors = _implementation(backend).Errors(targets, x.dtype, chunk_samples)
@@ -88,7 +90,7 @@ def _head_loss(
 
 @_head_loss.register_fake
 def _(x, weight, bias, values, valid, bands, hidden, counted, patch_size, num_classes, normalise, with_gradient):
-    return x.new_empty((), dtype=_wide(x)), *_empty_gradients(x, weight, with_gradient)
+    return x.new_empty((), dtype=accumulator(x.dtype)), *_empty_gradients(x, weight, with_gradient)
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor, errors, grads, chunk_samples: int, targets: Targets) -> None:
@@ -140,17 +142,13 @@ def _gain(num_values: int) -> float:
     return num_values**0.5
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
 def _empty_gradients(x: Tensor, weight: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     if not with_gradient:
-        return x.new_empty(0), x.new_empty(0, dtype=_wide(x)), x.new_empty(0, dtype=_wide(x))
+        return x.new_empty(0), x.new_empty(0, dtype=accumulator(x.dtype)), x.new_empty(0, dtype=accumulator(x.dtype))
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format),
-        x.new_empty(weight.shape, dtype=_wide(x)),
-        x.new_empty(weight.shape[0], dtype=_wide(x)),
+        x.new_empty(weight.shape, dtype=accumulator(x.dtype)),
+        x.new_empty(weight.shape[0], dtype=accumulator(x.dtype)),
     )
 
 
@@ -198,23 +196,17 @@ def _check(x, weight, bias, values, valid, hidden, counted, patch_size, num_clas
         problems.append(f"values: {values.dtype}, normalise {normalise}; num_classes {num_classes} expects {kind}")
     if num_classes and (values.ndim != 4 or values.shape[1] != 1 or bands is not None):
         problems.append(f"values: shape {list(values.shape)} with bands {bands is not None}; class ids are [N, 1, S, S]")
-    if problems:
-        raise ValueError("head_loss: " + "; ".join(problems))
+    checks.refuse(OP, problems)
     channels = num_classes or (values.shape[1] if bands is None else bands.shape[0])
     wanted = {
-        "weight": (weight, weight.dtype, (patch_size**2 * channels, x.shape[2])),
-        "bias": (bias, bias.dtype, (patch_size**2 * channels,)),
-        "values": (values, values.dtype, (x.shape[0], *values.shape[1:])),
-        "valid": (valid, torch.bool, tuple(values.shape)),
-        "hidden": (hidden, torch.int64, tuple(x.shape[:2])),
+        "weight": (weight, None, (patch_size**2 * channels, x.shape[2])),
+        "bias": (bias, None, (patch_size**2 * channels,)),
+        "values": (values, None, (x.shape[0], *values.shape[1:])),
+        "valid": (valid, torch.bool, values.shape),
+        "hidden": (hidden, torch.int64, x.shape[:2]),
         "counted": (counted, torch.bool, (x.shape[0],)),
+        "bands": (bands, torch.int64, (channels,)),
     }
-    if bands is not None:
-        wanted["bands"] = bands, torch.int64, (channels,)
-    problems += [
-        f"{name}: {t.dtype} {list(t.shape)} on {t.device}, expected {dtype} {list(shape)} on {x.device}"
-        for name, (t, dtype, shape) in wanted.items()
-        if t.dtype != dtype or tuple(t.shape) != shape or t.device != x.device
-    ]
-    if problems:
-        raise ValueError("head_loss: " + "; ".join(problems))
+    for name, (tensor, dtype, shape) in wanted.items():
+        problems += checks.tensor_problems(name, tensor, dtype, shape, x.device)
+    checks.refuse(OP, problems)

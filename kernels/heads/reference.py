@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpmae.kernels.dtypes import accumulator
 from mpmae.kernels.heads.targets import NORM_EPS, Targets
 
 
@@ -15,7 +16,7 @@ class Errors:
 
     def __init__(self, targets: Targets, dtype: torch.dtype, chunk_samples: int):
         self.targets = targets
-        self.wide = torch.promote_types(dtype, torch.float32)
+        self.wide = accumulator(dtype)
         self.total = torch.zeros((), dtype=self.wide, device=targets.hidden.device)
 
     def add(self, logits: Tensor, first: int, gain: float | None) -> None:

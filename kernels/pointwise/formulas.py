@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpmae.kernels.dtypes import accumulator
+
 GELUS = ("erf", "tanh", "poly")
 # the normal CDF as 1/2 + u Q(u^2), u within +-CDF_CUT; Q from the highest power down, by fit_normal_cdf.py
 CDF_CUT = 4.0
@@ -65,11 +67,6 @@ class Saved(NamedTuple):
     h: Tensor
     slope: Tensor
     norm: Tensor
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type in which sums over `dtype` are taken: float32 at least."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def gelu_and_slope(a: Tensor, kind: str) -> tuple[Tensor, Tensor]:

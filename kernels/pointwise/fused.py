@@ -9,10 +9,10 @@ import torch
 import triton
 from torch import Tensor
 
+from mpmae.kernels.dtypes import FLOATS
 from mpmae.kernels.pointwise import fused_backward, fused_forward, grn, tuning
 from mpmae.kernels.pointwise.formulas import GELUS, Options, Saved, Weights
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_CHANNELS = 128
 MAX_ROWS = 2**31 - 2**16
 _PARAMETER_CHANNELS, _PARAMETER_HIDDEN = 16, 64
@@ -23,8 +23,8 @@ def supports(y: Tensor, options: Options) -> str | None:
     num_rows, problems = y.shape[:-1].numel(), []
     if y.shape[-1] > MAX_CHANNELS:
         problems.append(f"{y.shape[-1]} channels, expected at most {MAX_CHANNELS}")
-    if y.dtype not in DTYPES:
-        problems.append(f"{y.dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    if y.dtype not in FLOATS:
+        problems.append(f"{y.dtype}, expected one of {', '.join(map(str, FLOATS))}")
     if num_rows > MAX_ROWS:
         problems.append(f"{num_rows} rows, expected at most {MAX_ROWS}; take a smaller batch")
     if options.gelu not in GELUS:
@@ -47,7 +47,6 @@ class _Plan:
             "C": self.channels,
             "C_PADDED": tuning.padded(self.channels),
             "HAS_VALID": valid is not None,
-            "UPCAST": triton.knobs.runtime.interpret and y.dtype.itemsize == 2,
         }
 
     def blocks(self, kernel: str) -> tuning.Blocks | None:

@@ -10,7 +10,8 @@ sums as its row C: see `parameters_kernel`. W: the dtype of activations and prod
 import triton
 import triton.language as tl
 
-from mpmae.kernels.pointwise.triton_parts import existing_rows, load_block, narrow, product, store_block
+from mpmae.kernels.pointwise.triton_parts import block_rows, existing_rows, load_block, store_block
+from mpmae.kernels.triton_parts import narrow, product
 
 
 @triton.jit
@@ -33,7 +34,6 @@ def outer_kernel(
     ROWS: tl.constexpr,
     HIDDEN: tl.constexpr,
     HAS_VALID: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """P of each part of the rows, and a chunk's sums of U * factor and of g, for HIDDEN hidden channels. Reads 5 units.
 
@@ -58,9 +58,9 @@ def outer_kernel(
         for start in range(0, end, ROWS):
             exists = existing_rows(valid, first, start + row, end, HAS_VALID)
             transposed = tl.trans(load_block(grad, first + start, row, column, exists, C))
-            outer = product(transposed, load_block(h, first + start, row, d, exists, D), outer, UPCAST)
+            outer = product(transposed, load_block(h, first + start, row, d, exists, D), outer)
             # every column is the sum over the rows; the tensor cores are idle enough to take it
-            grad_sum = product(transposed, ones, grad_sum, UPCAST)
+            grad_sum = product(transposed, ones, grad_sum)
         # loaded late: over the rows it would hold as many registers as a sum
         taps = tl.load(weight2 + place, mask=inside, other=0.0).to(tl.float32)
         tl.store(products + tl.cast(part, tl.int64) * D + d, tl.sum(outer * taps, 0), mask=d < D)
@@ -72,9 +72,9 @@ def outer_kernel(
 
 
 @triton.jit
-def grad_hidden(g, taps, h, slope, factor, pull, group, first, row, d, exists, D: tl.constexpr, UPCAST: tl.constexpr):
+def grad_hidden(g, taps, h, slope, factor, pull, group, first, row, d, exists, D: tl.constexpr):
     """The gradient of the pre-activations, (g W2 * factor + h * pull) * slope, in float32; taps: W2's columns d."""
-    grad_z = product(g, taps, tl.zeros([g.shape[0], taps.shape[1]], tl.float32), UPCAST)
+    grad_z = product(g, taps, tl.zeros([g.shape[0], taps.shape[1]], tl.float32))
     scale = tl.load(factor + tl.cast(group, tl.int64) * D + d, mask=d < D, other=0.0)
     pulled = tl.load(pull + tl.cast(group, tl.int64) * D + d, mask=d < D, other=0.0)
     response = load_block(h, first, row, d, exists, D).to(tl.float32)
@@ -130,7 +130,6 @@ def rows_kernel(
     ROWS: tl.constexpr,
     HIDDEN: tl.constexpr,
     HAS_VALID: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """The gradient of the pre-activations, stored, and of y, for ROWS rows. Reads 10 units, writes 5.
 
@@ -138,23 +137,21 @@ def rows_kernel(
     """
     D: tl.constexpr = 4 * C
     group, block = tl.program_id(0) // num_blocks, tl.program_id(0) % num_blocks
-    first = tl.cast(group, tl.int64) * num_sites + block * ROWS
-    row, column = tl.arange(0, ROWS), tl.arange(0, C_PADDED)
-    end = num_sites - block * ROWS
-    exists = existing_rows(valid, first, row, end, HAS_VALID)
+    first, row, inside, exists = block_rows(group, block, num_sites, valid, ROWS, HAS_VALID)
+    column = tl.arange(0, C_PADDED)
     g = load_block(grad, first, row, column, exists, C)
 
     grad_n = tl.zeros([ROWS, C_PADDED], tl.float32)
     for start in range(0, D, HIDDEN):
         d = start + tl.arange(0, HIDDEN)
         taps = load_block(weight2, 0, column, d, column < C, D)
-        wide = grad_hidden(g, taps, h, slope, factor, pull, group, first, row, d, exists, D, UPCAST)
-        da = narrow(wide, grad_a.dtype.element_ty, UPCAST)
-        store_block(grad_a, wide, first, row, d, row < end, D, UPCAST)
-        grad_n = product(da, load_block(weight1, 0, d, column, d < D, C), grad_n, UPCAST)
+        wide = grad_hidden(g, taps, h, slope, factor, pull, group, first, row, d, exists, D)
+        da = narrow(wide, grad_a.dtype.element_ty)
+        store_block(grad_a, wide, first, row, d, inside, D)
+        grad_n = product(da, load_block(weight1, 0, d, column, d < D, C), grad_n)
     unit, scale = normalised(y, mean, rstd, first, row, column, exists, C)
     backward = norm_backward(grad_n, unit, scale, norm_weight, column, C)
-    store_block(grad_y, backward, first, row, column, row < end, C, UPCAST)
+    store_block(grad_y, backward, first, row, column, inside, C)
 
 
 @triton.jit
@@ -182,7 +179,6 @@ def weight1_kernel(
     ROWS: tl.constexpr,
     HIDDEN: tl.constexpr,
     HAS_VALID: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """A chunk's Q^T and sums of da, for HIDDEN hidden channels: partial [chunks, C + 1, D] float32. Reads 5 units."""
     D: tl.constexpr = 4 * C
@@ -198,8 +194,8 @@ def weight1_kernel(
         exists = existing_rows(valid, first, start + row, end, HAS_VALID)
         unit, _ = normalised(y, mean, rstd, first + start, row, column, exists, C)
         da = load_block(grad_a, first + start, row, d, exists, D)
-        left = tl.trans(narrow(with_ones(unit, column, C), y.dtype.element_ty, UPCAST))
-        total = product(left, da, total, UPCAST)
+        left = tl.trans(narrow(with_ones(unit, column, C), y.dtype.element_ty))
+        total = product(left, da, total)
         if C == C_PADDED:
             sums += tl.sum(da.to(tl.float32), 0)
     store_weight1(partial, total, sums, chunk, column, d, C)
@@ -230,39 +226,36 @@ def rows_and_weight1_kernel(
     ROWS: tl.constexpr,
     HIDDEN: tl.constexpr,
     HAS_VALID: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """`rows_kernel` and `weight1_kernel` at once, with all of Q in registers: reads 10 units, writes 1, and no da at all."""
     D: tl.constexpr = 4 * C
     NUM_PIECES: tl.constexpr = (D + HIDDEN - 1) // HIDDEN
     chunk = tl.program_id(0)
-    row, column = tl.arange(0, ROWS), tl.arange(0, C_PADDED)
+    column = tl.arange(0, C_PADDED)
     totals = (tl.zeros([C_PADDED, HIDDEN], tl.float32),) * NUM_PIECES
     sums = (tl.zeros([HIDDEN], tl.float32),) * NUM_PIECES
     for index in range(chunk * blocks_per_chunk, tl.minimum((chunk + 1) * blocks_per_chunk, total_blocks)):
         group, block = index // num_blocks, index % num_blocks
-        first = tl.cast(group, tl.int64) * num_sites + block * ROWS
-        end = num_sites - block * ROWS
-        exists = existing_rows(valid, first, row, end, HAS_VALID)
+        first, row, inside, exists = block_rows(group, block, num_sites, valid, ROWS, HAS_VALID)
         g = load_block(grad, first, row, column, exists, C)
         unit, scale = normalised(y, mean, rstd, first, row, column, exists, C)
-        left = tl.trans(narrow(with_ones(unit, column, C), y.dtype.element_ty, UPCAST))
+        left = tl.trans(narrow(with_ones(unit, column, C), y.dtype.element_ty))
         grad_n = tl.zeros([ROWS, C_PADDED], tl.float32)
         new_totals, new_sums = (), ()
         for piece in tl.static_range(NUM_PIECES):
             d = piece * HIDDEN + tl.arange(0, HIDDEN)
             taps = load_block(weight2, 0, column, d, column < C, D)
-            wide = grad_hidden(g, taps, h, slope, factor, pull, group, first, row, d, exists, D, UPCAST)
-            da = narrow(wide, y.dtype.element_ty, UPCAST)
-            grad_n = product(da, load_block(weight1, 0, d, column, d < D, C), grad_n, UPCAST)
-            new_totals = new_totals + (product(left, da, totals[piece], UPCAST),)  # noqa: RUF005
+            wide = grad_hidden(g, taps, h, slope, factor, pull, group, first, row, d, exists, D)
+            da = narrow(wide, y.dtype.element_ty)
+            grad_n = product(da, load_block(weight1, 0, d, column, d < D, C), grad_n)
+            new_totals = new_totals + (product(left, da, totals[piece]),)  # noqa: RUF005
             if C == C_PADDED:
                 new_sums = new_sums + (sums[piece] + tl.sum(da.to(tl.float32), 0),)  # noqa: RUF005
             else:
                 new_sums = new_sums + (sums[piece],)  # noqa: RUF005
         totals, sums = new_totals, new_sums
         backward = norm_backward(grad_n, unit, scale, norm_weight, column, C)
-        store_block(grad_y, backward, first, row, column, row < end, C, UPCAST)
+        store_block(grad_y, backward, first, row, column, inside, C)
     for piece in tl.static_range(NUM_PIECES):
         store_weight1(partial, totals[piece], sums[piece], chunk, column, piece * HIDDEN + tl.arange(0, HIDDEN), C)
 

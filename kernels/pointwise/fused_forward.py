@@ -8,7 +8,8 @@ W: the dtype of activations and products. Bytes are counted in units of one pass
 import triton
 import triton.language as tl
 
-from mpmae.kernels.pointwise.triton_parts import existing_rows, gelu_and_slope, load_block, narrow, product, store_block
+from mpmae.kernels.pointwise.triton_parts import block_rows, gelu_and_slope, load_block, store_block
+from mpmae.kernels.triton_parts import narrow, product
 
 
 @triton.jit
@@ -33,7 +34,6 @@ def hidden_kernel(
     HIDDEN: tl.constexpr,
     GELU: tl.constexpr,
     HAS_VALID: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """LayerNorm, Linear1 and GELU: mean, rstd, h and slope of ROWS rows, and their sums of h*h. Reads 1 unit, writes 8.
 
@@ -42,11 +42,8 @@ def hidden_kernel(
     D: tl.constexpr = 4 * C
     program = tl.program_id(0)
     group, block = program // num_blocks, program % num_blocks
-    first = group.to(tl.int64) * num_sites + block * ROWS
-    row, column = tl.arange(0, ROWS), tl.arange(0, C_PADDED)
-    end = num_sites - block * ROWS
-    inside = row < end
-    exists = existing_rows(valid, first, row, end, HAS_VALID)
+    first, row, inside, exists = block_rows(group, block, num_sites, valid, ROWS, HAS_VALID)
+    column = tl.arange(0, C_PADDED)
 
     wide = load_block(y, first, row, column, exists, C).to(tl.float32)
     centre = tl.sum(wide, 1) / C
@@ -56,19 +53,19 @@ def hidden_kernel(
     tl.store(rstd + first + row, scale, mask=inside)
     gamma = tl.load(norm_weight + column, mask=column < C, other=0.0).to(tl.float32)
     beta = tl.load(norm_bias + column, mask=column < C, other=0.0).to(tl.float32)
-    normed = narrow(centred * scale[:, None] * gamma[None, :] + beta[None, :], y.dtype.element_ty, UPCAST)
+    normed = narrow(centred * scale[:, None] * gamma[None, :] + beta[None, :], y.dtype.element_ty)
 
     for start in range(0, D, HIDDEN):
         d = start + tl.arange(0, HIDDEN)
         transposed = (d < D)[None, :] & (column < C)[:, None]
         taps = tl.load(weight1 + (d[None, :] * C + column[:, None]), mask=transposed, other=0.0)
         bias = tl.load(bias1 + d, mask=d < D, other=0.0).to(tl.float32)
-        a = product(normed, taps, tl.zeros([ROWS, HIDDEN], tl.float32), UPCAST) + bias[None, :]
+        a = product(normed, taps, tl.zeros([ROWS, HIDDEN], tl.float32)) + bias[None, :]
         value, derivative = gelu_and_slope(a, GELU)
         # the norms are those of h as it is stored
-        rounded = narrow(tl.where(exists[:, None], value, 0.0), h.dtype.element_ty, UPCAST).to(tl.float32)
-        store_block(h, rounded, first, row, d, inside, D, UPCAST)
-        store_block(slope, tl.where(exists[:, None], derivative, 0.0), first, row, d, inside, D, UPCAST)
+        rounded = narrow(tl.where(exists[:, None], value, 0.0), h.dtype.element_ty).to(tl.float32)
+        store_block(h, rounded, first, row, d, inside, D)
+        store_block(slope, tl.where(exists[:, None], derivative, 0.0), first, row, d, inside, D)
         tl.store(squares + program.to(tl.int64) * D + d, tl.sum(rounded * rounded, 0), mask=d < D)
 
 
@@ -89,7 +86,6 @@ def output_kernel(
     ROWS: tl.constexpr,
     HIDDEN: tl.constexpr,
     HAS_VALID: tl.constexpr,
-    UPCAST: tl.constexpr,
 ):
     """residual + (h * factor + beta) W2^T + bias2 where a row exists, else 0, for ROWS rows. Reads 5 units, writes 1.
 
@@ -98,10 +94,8 @@ def output_kernel(
     D: tl.constexpr = 4 * C
     program = tl.program_id(0)
     group, block = program // num_blocks, program % num_blocks
-    first = group.to(tl.int64) * num_sites + block * ROWS
-    row, column = tl.arange(0, ROWS), tl.arange(0, C_PADDED)
-    end = num_sites - block * ROWS
-    exists = existing_rows(valid, first, row, end, HAS_VALID)
+    first, row, inside, exists = block_rows(group, block, num_sites, valid, ROWS, HAS_VALID)
+    column = tl.arange(0, C_PADDED)
 
     total = tl.zeros([ROWS, C_PADDED], tl.float32)
     for start in range(0, D, HIDDEN):
@@ -109,10 +103,10 @@ def output_kernel(
         scale = tl.load(factor + group.to(tl.int64) * D + d, mask=d < D, other=0.0)
         shift = tl.load(grn_beta + d, mask=d < D, other=0.0).to(tl.float32)
         value = load_block(h, first, row, d, exists, D).to(tl.float32)
-        response = narrow(value * scale[None, :] + shift[None, :], out.dtype.element_ty, UPCAST)
+        response = narrow(value * scale[None, :] + shift[None, :], out.dtype.element_ty)
         transposed = (d < D)[:, None] & (column < C)[None, :]
         taps = tl.load(weight2 + (column[None, :] * D + d[:, None]), mask=transposed, other=0.0)
-        total = product(response, taps, total, UPCAST)
+        total = product(response, taps, total)
     bias = tl.load(bias2 + column, mask=column < C, other=0.0).to(tl.float32)
     total += load_block(residual, first, row, column, exists, C).to(tl.float32) + bias[None, :]
-    store_block(out, tl.where(exists[:, None], total, 0.0), first, row, column, row < end, C, UPCAST)
+    store_block(out, tl.where(exists[:, None], total, 0.0), first, row, column, inside, C)

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mpmae.kernels.pointwise.triton_parts import grn_factor, grn_pull
+
 MAX_PARTIALS = 256
 _FOLD_ROWS, _FOLD_COLUMNS = 32, 128
 
@@ -69,7 +71,7 @@ def _norms_kernel(partials, gamma, norm, factor, num_partials, hidden, eps, SQUA
         length = tl.load(norm + s * hidden + d, mask=inside, other=0.0)
     mean = tl.sum(length, 0) / hidden + eps
     scale = tl.load(gamma + d, mask=inside, other=0.0).to(tl.float32)
-    tl.store(factor + s * hidden + d, 1 + scale * (length / mean), mask=inside)
+    tl.store(factor + s * hidden + d, grn_factor(length, mean, scale), mask=inside)
 
 
 @triton.jit
@@ -82,11 +84,9 @@ def _pull_kernel(products, norm, gamma, pull, grad_gamma, num_partials, hidden, 
         product += tl.load(products + (s * num_partials + p) * hidden + d, mask=inside, other=0.0)
     length = tl.load(norm + s * hidden + d, mask=inside, other=0.0)
     mean = tl.sum(length, 0) / hidden + eps
-    grad_relative = tl.load(gamma + d, mask=inside, other=0.0).to(tl.float32) * product
-    grad_norm = grad_relative / mean - tl.sum(grad_relative * length, 0) / (hidden * mean * mean)
-    # the norm of zeros gets the subgradient 0
-    value = tl.where(length > 0, grad_norm / tl.where(length > 0, length, 1.0), 0.0)
-    tl.store(pull + s * hidden + d, value, mask=inside)
+    scale = tl.load(gamma + d, mask=inside, other=0.0).to(tl.float32)
+    level = tl.sum(scale * product * length, 0) / (hidden * mean * mean)
+    tl.store(pull + s * hidden + d, grn_pull(product, length, mean, scale, level), mask=inside)
     tl.store(grad_gamma + s * hidden + d, length / mean * product, mask=inside)
 
 

@@ -1,6 +1,7 @@
 """What GRN needs per norm, and its factors folded into the weights of Linear2, in Triton.
 
-Shapes: S norms, D = 4C hidden channels. All in float32; sums in a fixed order.
+Shapes: S norms, D = 4C hidden channels. All in float32; sums in a fixed order. `grn` has the same for narrow blocks, which
+keep a norm's channels in registers all at once; here there may be 16384 of them, which a program passes over twice.
 Source of the formulas: `mpmae.kernels.pointwise.formulas`.
 """
 
@@ -8,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mpmae.kernels.pointwise.triton_parts import grn_factor, grn_pull
 
 COLUMNS = 1024
 FOLD_ROWS, FOLD_COLUMNS = 16, 128
@@ -27,7 +30,7 @@ def _factor_kernel(norm, gamma, factor, num_columns, eps, COLUMNS: tl.constexpr)
         inside = column < num_columns
         length = tl.load(norm + base + column, mask=inside, other=0.0)
         gain = tl.load(gamma + column, mask=inside, other=0.0).to(tl.float32)
-        tl.store(factor + base + column, 1.0 + gain * (length / mean), mask=inside)
+        tl.store(factor + base + column, grn_factor(length, mean, gain), mask=inside)
 
 
 @triton.jit
@@ -50,9 +53,7 @@ def _pull_kernel(products, norm, gamma, pull, grad_gamma, num_columns, eps, COLU
         length = tl.load(norm + base + column, mask=inside, other=0.0)
         gain = tl.load(gamma + column, mask=inside, other=0.0).to(tl.float32)
         product = tl.load(products + base + column, mask=inside, other=0.0)
-        is_positive = length > 0.0
-        of_norm = gain * product / mean - level
-        tl.store(pull + base + column, tl.where(is_positive, of_norm / tl.where(is_positive, length, 1.0), 0.0), mask=inside)
+        tl.store(pull + base + column, grn_pull(product, length, mean, gain, level), mask=inside)
         tl.store(grad_gamma + base + column, length / mean * product, mask=inside)
 
 

@@ -1,24 +1,9 @@
-"""Pieces of the fused pointwise kernels, in Triton: products, GELU, which rows exist, blocks of matrices."""
+"""Pieces of the pointwise kernels in Triton: GELU, GRN, which rows exist, blocks of matrices."""
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def product(a, b, total, UPCAST: tl.constexpr):
-    """total + a b, summed in float32. UPCAST: for Triton's interpreter, which can't multiply bfloat16, nor float16 fast."""
-    if UPCAST:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
-
-
-@triton.jit
-def narrow(x, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
-    """float32 `x` rounded to DTYPE. UPCAST: for Triton's interpreter, which cuts off the bits that bfloat16 has not."""
-    if UPCAST and DTYPE == tl.bfloat16:  # noqa: SIM300
-        bits = x.to(tl.int32, bitcast=True)
-        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
+from mpmae.kernels.triton_parts import narrow
 
 
 @triton.jit
@@ -48,12 +33,37 @@ def gelu_and_slope(a, GELU: tl.constexpr):
 
 
 @triton.jit
+def grn_factor(length, mean, gamma):
+    """The factor 1 + gamma * Nx of h for norms `length`, `mean` their mean + eps."""
+    return 1.0 + gamma * (length / mean)
+
+
+@triton.jit
+def grn_pull(product, length, mean, gamma, level):
+    """The factor of h that the gradient through the norms adds; see `mpmae.kernels.pointwise.formulas.grn_pull`.
+
+    product: P. level: what the mean takes off a norm's gradient, sum(gamma P G) / (D mean^2).
+    """
+    # the norm of zeros gets the subgradient 0
+    return tl.where(length > 0, (gamma * product / mean - level) / tl.where(length > 0, length, 1.0), 0.0)
+
+
+@triton.jit
 def existing_rows(valid, first, row, end, HAS_VALID: tl.constexpr):
     """Whether rows `row` (counted from row `first`) exist: below `end`, and sites with data."""
     exists = row < end
     if HAS_VALID:
         exists = exists & (tl.load(valid + first + row, mask=exists, other=0) != 0)
     return exists
+
+
+@triton.jit
+def block_rows(group, block, num_sites, valid, ROWS: tl.constexpr, HAS_VALID: tl.constexpr):
+    """Of the ROWS rows of a block of a group of `num_sites`: the first's number (int64), their numbers from it on, which of
+    them the group has, and which of those exist."""
+    first = tl.cast(group, tl.int64) * num_sites + block * ROWS
+    row, end = tl.arange(0, ROWS), num_sites - block * ROWS
+    return first, row, row < end, existing_rows(valid, first, row, end, HAS_VALID)
 
 
 @triton.jit
@@ -67,7 +77,7 @@ def load_block(matrix, first, row, column, exists, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def store_block(matrix, value, first, row, column, inside, WIDTH: tl.constexpr, UPCAST: tl.constexpr):
+def store_block(matrix, value, first, row, column, inside, WIDTH: tl.constexpr):
     """matrix[first + row, column] = float32 `value` in rows `inside` and below WIDTH."""
     place = matrix + first * WIDTH + (row[:, None] * WIDTH + column[None, :])
-    tl.store(place, narrow(value, matrix.dtype.element_ty, UPCAST), mask=inside[:, None] & (column < WIDTH)[None, :])
+    tl.store(place, narrow(value, matrix.dtype.element_ty), mask=inside[:, None] & (column < WIDTH)[None, :])

@@ -26,33 +26,13 @@ class Blocks(NamedTuple):
 
 # kernel -> (most channels C, bytes of an element) -> its blocks; a C takes the entry with the fewest channels that suffice
 TABLE: dict[str, dict[tuple[int, int], Blocks]] = {
-    "hidden": {
-        (64, 2): Blocks(64, 64, 4, 2),
-        (128, 2): Blocks(64, 32, 4, 2),
-        (128, 4): Blocks(32, 32, 4, 1),
-    },
-    "output": {
-        (64, 2): Blocks(64, 64, 4, 3),
-        (128, 2): Blocks(64, 64, 8, 3),
-        (128, 4): Blocks(32, 32, 8, 1),
-    },
-    "outer": {
-        (128, 2): Blocks(64, 64, 8, 3),
-        (128, 4): Blocks(32, 32, 8, 1),
-    },
-    "rows": {
-        (64, 2): Blocks(64, 64, 8, 2),
-        (128, 2): Blocks(64, 32, 8, 2),
-        (128, 4): Blocks(32, 32, 8, 1),
-    },
-    "weight1": {
-        (128, 2): Blocks(64, 64, 8, 3),
-        (128, 4): Blocks(32, 32, 8, 1),
-    },
+    "hidden": {(64, 2): Blocks(64, 64, 4, 2), (128, 2): Blocks(64, 32, 4, 2), (128, 4): Blocks(32, 32, 4, 1)},
+    "output": {(64, 2): Blocks(64, 64, 4, 3), (128, 2): Blocks(64, 64, 8, 3), (128, 4): Blocks(32, 32, 8, 1)},
+    "outer": {(128, 2): Blocks(64, 64, 8, 3), (128, 4): Blocks(32, 32, 8, 1)},
+    "rows": {(64, 2): Blocks(64, 64, 8, 2), (128, 2): Blocks(64, 32, 8, 2), (128, 4): Blocks(32, 32, 8, 1)},
+    "weight1": {(128, 2): Blocks(64, 64, 8, 3), (128, 4): Blocks(32, 32, 8, 1)},
     # all of Q, [C, D] in float32, lies in the registers of one program: 255 of them are too few from C = 64 on
-    "rows_and_weight1": {
-        (48, 2): Blocks(64, 32, 8, 2),
-    },
+    "rows_and_weight1": {(48, 2): Blocks(64, 32, 8, 2)},
 }
 # kernels that spill registers or overflow shared memory below this compute capability
 LEAST_CAPABILITY = {"rows_and_weight1": 9}

@@ -26,12 +26,12 @@ free. With scope "sample" it costs one [C, D] matrix per sample and direction: `
 import torch
 from torch import Tensor
 
+from mpmae.kernels.dtypes import FLOATS
 from mpmae.kernels.pointwise import hidden_passes, norm_passes, row_passes
 from mpmae.kernels.pointwise.choice import MAX_ROW_LENGTH, folds
 from mpmae.kernels.pointwise.formulas import GELUS, Options, Saved, Weights
 from mpmae.kernels.pointwise.products import add_product, float32_product
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCOPES = ("sample", "batch")
 
 
@@ -41,8 +41,8 @@ def supports(y: Tensor, options: Options) -> str | None:
     problems = []
     if not 1 <= num_channels <= MAX_ROW_LENGTH:
         problems.append(f"{num_channels} channels, expected 1 to {MAX_ROW_LENGTH}")
-    if dtype not in DTYPES:
-        problems.append(f"{dtype}, expected one of {', '.join(map(str, DTYPES))}")
+    if dtype not in FLOATS:
+        problems.append(f"{dtype}, expected one of {', '.join(map(str, FLOATS))}")
     if options.scope not in SCOPES:
         problems.append(f"scope {options.scope!r}, expected one of {SCOPES}")
     if options.gelu not in GELUS:
@@ -51,7 +51,7 @@ def supports(y: Tensor, options: Options) -> str | None:
 
 
 def forward(residual: Tensor, y: Tensor, weights: Weights, valid: Tensor | None, options: Options) -> tuple[Tensor, Saved]:
-    """As `formulas.forward`; all tensors contiguous and on one device, `residual` and `y` of one of DTYPES."""
+    """As `formulas.forward`; all tensors contiguous and on one device, `residual` and `y` of one of FLOATS."""
     num_samples, num_sites, num_channels = y.shape
     dtype, flat = y.dtype, y.view(-1, num_channels)
     normed, mean, rstd = row_passes.layer_norm(flat, weights.norm_weight, weights.norm_bias, valid, options.norm_eps)

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mpmae.kernels.checks import MAX_PATCHES_SIDE
+from mpmae.kernels.checks import MAX_PATCHES_SIDE, int32_refusal
+from mpmae.kernels.dtypes import FLOATS
 from mpmae.kernels.stem.reference import TILE_SIDE, Image, StemWeights
 
 MAX_CHANNELS, MAX_CHANNELS_FLOAT32 = 192, 96
 MAX_BANDS = 14
 MAX_COLUMNS = 128
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PROGRAMS_PER_PROCESSOR = 2
 PROGRAMS_ELSEWHERE = 3  # in Triton's interpreter
 WEIGHT_COLUMNS = 128  # channels of a program that sums the 3x3 convolution's gradient
@@ -34,9 +34,8 @@ class Cut(NamedTuple):
 def refusal(image: Image, weights: StemWeights, dtype: torch.dtype) -> str | None:
     """Why the kernels do not take these inputs; None when they do."""
     channels, bands = weights.conv_weight.shape[:2]
-    num_samples, num_visible = image.visible.shape
-    if dtype not in DTYPES:
-        return f"dtype {dtype}, expected one of {', '.join(map(str, DTYPES))}"
+    if dtype not in FLOATS:
+        return f"dtype {dtype}, expected one of {', '.join(map(str, FLOATS))}"
     most = MAX_CHANNELS_FLOAT32 if dtype == torch.float32 else MAX_CHANNELS
     if channels > most:
         return f"{channels} channels in {dtype}, expected at most {most}: a block of more does not fit into registers"
@@ -44,9 +43,7 @@ def refusal(image: Image, weights: StemWeights, dtype: torch.dtype) -> str | Non
         return f"{bands} bands, expected at most {MAX_BANDS}: the neighbourhood of a pixel has {MAX_COLUMNS} columns"
     if image.num_patches_side > MAX_PATCHES_SIDE:
         return f"{image.num_patches_side} patches on a side, expected at most {MAX_PATCHES_SIDE}; take larger patches"
-    if num_samples * num_visible * TILE_SIDE**2 >= 2**31:
-        return f"{num_samples} x {num_visible} visible patches hold 2**31 sites or more; take a smaller batch"
-    return None
+    return int32_refusal("sites", (*image.visible.shape, TILE_SIDE**2))
 
 
 def forward(image: Image, weights: StemWeights, eps: float, dtype: torch.dtype) -> Tensor:

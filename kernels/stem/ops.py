@@ -9,10 +9,12 @@ Shapes as in `mpmae.kernels.stem.reference`.
 import torch
 from torch import Tensor
 
-from mpmae.kernels import backends
+from mpmae.kernels import backends, checks
+from mpmae.kernels.checks import HALO
+from mpmae.kernels.dtypes import accumulator, compute_dtype
 from mpmae.kernels.layout import tile_slots
 from mpmae.kernels.stem import launch, reference
-from mpmae.kernels.stem.reference import HALO, TILE_SIDE, Image, StemWeights
+from mpmae.kernels.stem.reference import TILE_SIDE, Image, StemWeights
 
 OP = "stem"
 _FIRST_WEIGHT = 4  # among the inputs of the op
@@ -29,9 +31,7 @@ def stem(
     The output has the dtype of the weights, or autocast's; sums are taken in float32 at least.
     Raises ValueError for inputs that do not fit together and BackendError for a backend that was asked for and can't run.
     """
-    dtype = weights.conv_weight.dtype
-    if torch.is_autocast_enabled(image.device.type) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(image.device.type)
+    dtype = compute_dtype(weights.conv_weight.dtype, image.device)
     return _forward(image, pixel_valid, visible, slots, *weights, eps, dtype)
 
 
@@ -56,15 +56,11 @@ def input_problems(image: Image, weights: StemWeights) -> list[str]:
         problems.append(f"visible: {visible.dtype} {list(visible.shape)}, expected int64 [{num_samples}, visible patches]")
     elif visible.shape[1] > grid_side**2:
         problems.append(f"visible: {visible.shape[1]} patches of each sample, but the grid has {grid_side**2}")
-    if valid is not None and (valid.dtype != torch.bool or valid.shape != (num_samples, side, side)):
-        problems.append(f"pixel_valid: {valid.dtype} {list(valid.shape)}, expected bool {[num_samples, side, side]}")
+    problems += checks.device_problems("slots", slots, values) + checks.device_problems("visible", visible, values)
+    problems += checks.tensor_problems("pixel_valid", valid, torch.bool, (num_samples, side, side), values.device)
     expected = StemWeights((channels, bands, 3, 3), *[(channels,)] * 3, (channels, 1, stride, stride), *[(channels,)] * 3)
     for name, weight, shape in zip(StemWeights._fields, weights, expected, strict=True):
-        if tuple(weight.shape) != shape:
-            problems.append(f"{name}: shape {list(weight.shape)}, expected {list(shape)}")
-    for name, tensor in (*image._asdict().items(), *weights._asdict().items()):
-        if tensor is not None and tensor.device != values.device:
-            problems.append(f"{name}: on {tensor.device}, expected {values.device}, as the image")
+        problems += checks.tensor_problems(name, weight, None, shape, values.device)
     return problems
 
 
@@ -102,9 +98,7 @@ def _forward(
     weights = StemWeights(
         conv_weight, conv_bias, conv_norm_weight, conv_norm_bias, pool_weight, pool_bias, norm_weight, norm_bias
     )
-    problems = input_problems(seen, weights)
-    if problems:
-        raise ValueError(f"{OP}: {'; '.join(problems)}")
+    checks.refuse(OP, input_problems(seen, weights))
     with torch.cuda.device_of(image), torch.autocast(image.device.type, enabled=False):
         if _chosen(seen, weights, dtype) == "triton":
             return launch.forward(*_ready(seen, weights), eps, dtype)
@@ -148,7 +142,7 @@ def _backward(
 @_backward.register_fake
 def _(grad, image, pixel_valid, visible, slots, *rest):
     size = sum(weight.numel() for weight in rest[:-1])
-    return grad.new_empty(size, dtype=torch.promote_types(grad.dtype, torch.float32))
+    return grad.new_empty(size, dtype=accumulator(grad.dtype))
 
 
 def _setup(ctx, inputs, output):

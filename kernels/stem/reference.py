@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpmae.kernels.checks import HALO
+from mpmae.kernels.dtypes import accumulator
 from mpmae.kernels.layout import morton_sites
 
 TILE_SIDE = 8  # sites on a side of a tile behind the stem
-HALO = 3  # absent patches around the grid in a table of slots
 
 
 class StemWeights(NamedTuple):
@@ -173,7 +174,7 @@ def backward(grad: Tensor, image: Image, weights: StemWeights, eps: float) -> St
 
 def _pooled(image: Image, weights: StemWeights, eps: float, dtype: torch.dtype) -> _Pooled:
     windows, pixel_exists = _windows(image, dtype)
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = accumulator(dtype)
     channels, stride = weights.conv_weight.shape[0], weights.pool_weight.shape[-1]
     conv = F.conv2d(windows, weights.conv_weight.to(dtype), weights.conv_bias.to(dtype))
     conv = conv.permute(0, 2, 3, 1).to(wide).contiguous()  # views, both, of what a channels-last convolution gives

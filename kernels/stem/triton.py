@@ -23,16 +23,17 @@ from mpmae.kernels.stem.triton_parts import (
     add_row,
     cdf_and_density,
     columns_of,
+    conv_norm,
     matrix,
-    narrow,
     norm,
     norm_backward,
-    product,
+    pooled_sites,
     put,
     sites_of,
     taps,
     values_at,
 )
+from mpmae.kernels.triton_parts import narrow, product
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def _pack_kernel(
     THREADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The weight [C, B, 3, 3] and the bias as [K, CHANNELS], in the order of `_columns`."""
+    """The weight [C, B, 3, 3] and the bias as [K, CHANNELS], in the order of `columns_of`."""
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channel, tap = place % CHANNELS, taps(place // CHANNELS, BANDS, K, THREADS)
     inside = channel < C
@@ -86,25 +87,14 @@ def _forward_kernel(
     BLOCK: tl.constexpr,
 ):
     inside = tl.arange(0, CHANNELS)[None, :] < C
-    DTYPE: tl.constexpr = packed.dtype.element_ty
     weight = matrix(packed, K, CHANNELS, CHANNELS)
     for block in tl.range(tl.program_id(0), tl.cdiv(num_sites, BLOCK), tl.num_programs(0), disable_licm=True):
         late = block // tl.cdiv(num_sites, BLOCK)  # 0, which the compiler can't know: it would hoist loads into registers
         sites = sites_of(block * BLOCK, num_sites, visible, slots, num_visible, G, T, BLOCK, THREADS)
-        pooled = tl.zeros((BLOCK, CHANNELS), tl.float32)
-        site_exists = tl.zeros((BLOCK,), tl.int32)
-        for pixel in tl.range(num_pixels, disable_licm=True):
-            columns, exists = columns_of(image, pixel_valid, sites, pixel, G, BANDS, T, STRIDES, K, THREADS, DTYPE)
-            conv = tl.zeros((BLOCK, CHANNELS), tl.float32)
-            if num_pixels > 0:
-                conv = product(columns, weight, conv)
-            unit, _ = norm(conv, inside, C, eps)
-            scale = values_at(conv_norm_weight, pixel // num_pixels, 1, C, CHANNELS)
-            x = unit * scale + values_at(conv_norm_bias, pixel // num_pixels, 1, C, CHANNELS)
-            cdf, _ = cdf_and_density(x)
-            h = tl.where(inside & (exists != 0)[:, None], x * cdf, 0.0)
-            pooled += h * values_at(pool_weight, pixel, T * T, C, CHANNELS)
-            site_exists |= exists
+        pooled, site_exists = pooled_sites(
+            image, pixel_valid, sites, weight, conv_norm_weight, conv_norm_bias, pool_weight, num_pixels, eps,
+            G, BANDS, C, T, STRIDES, THREADS,
+        )  # fmt: skip
         unit, _ = norm(pooled + values_at(pool_bias, late, 1, C, CHANNELS), inside, C, eps)
         result = unit * values_at(norm_weight, late, 1, C, CHANNELS) + values_at(norm_bias, late, 1, C, CHANNELS)
         result = tl.where((site_exists != 0)[:, None], result, 0.0)
@@ -153,20 +143,10 @@ def _backward_kernel(
     for block in tl.range(tl.program_id(0), tl.cdiv(num_sites, BLOCK), tl.num_programs(0), disable_licm=True):
         late = block // tl.cdiv(num_sites, BLOCK)  # 0, which the compiler can't know: it would hoist loads into registers
         sites = sites_of(block * BLOCK, num_sites, visible, slots, num_visible, G, T, BLOCK, THREADS)
-        pooled = tl.zeros((BLOCK, CHANNELS), tl.float32)
-        site_exists = tl.zeros((BLOCK,), tl.int32)
-        for pixel in tl.range(num_pixels, disable_licm=True):
-            columns, exists = columns_of(image, pixel_valid, sites, pixel, G, BANDS, T, STRIDES, K, THREADS, DTYPE)
-            conv = tl.zeros((BLOCK, CHANNELS), tl.float32)
-            if num_pixels > 0:
-                conv = product(columns, weight, conv)
-            unit, rstd = norm(conv, inside, C, eps)
-            scale = values_at(conv_norm_weight, pixel // num_pixels, 1, C, CHANNELS)
-            x = unit * scale + values_at(conv_norm_bias, pixel // num_pixels, 1, C, CHANNELS)
-            cdf, density = cdf_and_density(x)
-            h = tl.where(inside & (exists != 0)[:, None], x * cdf, 0.0)
-            pooled += h * values_at(pool_weight, pixel, T * T, C, CHANNELS)
-            site_exists |= exists
+        pooled, site_exists = pooled_sites(
+            image, pixel_valid, sites, weight, conv_norm_weight, conv_norm_bias, pool_weight, num_pixels, eps,
+            G, BANDS, C, T, STRIDES, THREADS,
+        )  # fmt: skip
         known = inside & (site_exists != 0)[:, None]
         place = grad + tl.cast(block, tl.int64) * (BLOCK * C) + (tl.arange(0, BLOCK)[:, None] * C + channel)
         above = tl.load(place, mask=known, other=0).to(tl.float32)
@@ -177,12 +157,9 @@ def _backward_kernel(
         sums = add_row(sums, 2, grad_pooled, True, DTYPE)
         for pixel in tl.range(num_pixels, disable_licm=True):
             columns, exists = columns_of(image, pixel_valid, sites, pixel, G, BANDS, T, STRIDES, K, THREADS, DTYPE)
-            conv = tl.zeros((BLOCK, CHANNELS), tl.float32)
-            if num_pixels > 0:
-                conv = product(columns, weight, conv)
-            unit, rstd = norm(conv, inside, C, eps)
-            scale = values_at(conv_norm_weight, pixel // num_pixels, 1, C, CHANNELS)
-            x = unit * scale + values_at(conv_norm_bias, pixel // num_pixels, 1, C, CHANNELS)
+            x, unit, rstd, scale = conv_norm(
+                columns, weight, conv_norm_weight, conv_norm_bias, pixel // num_pixels, num_pixels, C, eps
+            )
             cdf, density = cdf_and_density(x)
             there = inside & (exists != 0)[:, None]
             sums = add_row(sums, 5 + pixel, tl.where(there, grad_pooled * x * cdf, 0.0), False, DTYPE)

@@ -7,28 +7,12 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+from mpmae.kernels import checks
+from mpmae.kernels.triton_parts import INTERPRETED, narrow, product
+
 SITES = tl.constexpr(64)  # of a tile
-HALO = tl.constexpr(3)  # absent patches around the grid in the table of slots
+HALO = tl.constexpr(checks.HALO)
 VECTORS = tl.constexpr(6)  # gradients of C values: biases and norms
-
-
-@triton.jit
-def narrow(x, DTYPE: tl.constexpr):
-    """`x` rounded to DTYPE; the interpreter cuts bfloat16 off instead of rounding it, so it is rounded by hand there."""
-    if INTERPRETED and tl.bfloat16 == DTYPE:
-        bits = x.to(tl.uint32, bitcast=True)
-        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        x = bits.to(tl.float32, bitcast=True)
-    return x.to(DTYPE)
-
-
-@triton.jit
-def product(a, b, acc):
-    """acc + a b, sums in float32; the interpreter knows no arithmetic of bfloat16."""
-    if INTERPRETED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -142,7 +126,7 @@ def columns_of(
 
 @triton.jit
 def taps(column, BANDS: tl.constexpr, K: tl.constexpr, THREADS: tl.constexpr):
-    """Where in [B, 3, 3] a column of `_columns` lies: -1 for one of zeros, 9B for the first thread's 1."""
+    """Where in [B, 3, 3] a column of `columns_of` lies: -1 for one of zeros, 9B for the first thread's 1."""
     EACH: tl.constexpr = (BANDS + THREADS - 1) // THREADS
     thread, k = column // (K // THREADS), column % (K // THREADS)
     tap = thread * (9 * EACH) + k
@@ -198,3 +182,54 @@ def matrix(pointer, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.conste
 def put(pointer, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.constexpr):
     """Store such a matrix."""
     tl.store(pointer + (tl.arange(0, ROWS)[:, None] * STRIDE + tl.arange(0, COLUMNS)[None, :]), values)
+
+
+@triton.jit
+def conv_norm(columns, weight, norm_weight, norm_bias, late, num_pixels, C: tl.constexpr, eps):
+    """LayerNorm of the 3x3 convolution of the neighbourhoods `columns`, [sites, channels]; what it was before LayerNorm's
+    weight and bias, the factor that took, and that weight.
+
+    late: 0, which the compiler can't know: it would hoist the loads of weight and bias into registers.
+    """
+    CHANNELS: tl.constexpr = weight.shape[1]
+    conv = tl.zeros((columns.shape[0], CHANNELS), tl.float32)
+    if num_pixels > 0:  # always: products in one region share how warps split them, which suits none of ours
+        conv = product(columns, weight, conv)
+    unit, rstd = norm(conv, tl.arange(0, CHANNELS)[None, :] < C, C, eps)
+    scale = values_at(norm_weight, late, 1, C, CHANNELS)
+    return unit * scale + values_at(norm_bias, late, 1, C, CHANNELS), unit, rstd, scale
+
+
+@triton.jit
+def pooled_sites(
+    image,
+    pixel_valid,
+    sites,
+    weight,
+    norm_weight,
+    norm_bias,
+    pool_weight,
+    num_pixels,
+    eps,
+    G: tl.constexpr,
+    BANDS: tl.constexpr,
+    C: tl.constexpr,
+    T: tl.constexpr,
+    STRIDES: tl.constexpr,
+    THREADS: tl.constexpr,
+):
+    """What the pooling makes of a block of sites, [sites, channels] before its bias, and which sites exist, [sites]."""
+    K: tl.constexpr = weight.shape[0]
+    CHANNELS: tl.constexpr = weight.shape[1]
+    BLOCK: tl.constexpr = sites[0].shape[0]
+    inside = tl.arange(0, CHANNELS)[None, :] < C
+    pooled = tl.zeros((BLOCK, CHANNELS), tl.float32)
+    site_exists = tl.zeros((BLOCK,), tl.int32)
+    for pixel in tl.range(num_pixels, disable_licm=True):
+        columns, exists = columns_of(image, pixel_valid, sites, pixel, G, BANDS, T, STRIDES, K, THREADS, weight.dtype)
+        x, _, _, _ = conv_norm(columns, weight, norm_weight, norm_bias, pixel // num_pixels, num_pixels, C, eps)
+        cdf, _ = cdf_and_density(x)
+        h = tl.where(inside & (exists != 0)[:, None], x * cdf, 0.0)
+        pooled += h * values_at(pool_weight, pixel, T * T, C, CHANNELS)
+        site_exists |= exists
+    return pooled, site_exists

@@ -47,8 +47,10 @@ def plain(x: Tensor, weights: list[Tensor], valid: list[Tensor | None], eps: flo
 
 def run(module, x, weights, grad, valid, eps: float = 1e-6) -> list[Tensor]:
     """The output and the gradients by `module.forward` and `module.backward`."""
-    out, mean, rstd = module.forward(x, *weights, *valid, eps)
-    return [out, *module.backward(grad, x, mean, rstd, *weights[:3], *valid)]
+    weights = reference.Weights(*weights)
+    out, mean, rstd = module.forward(x, weights, *valid, eps)
+    grad_x, grads = module.backward(grad, x, mean, rstd, weights, *valid)
+    return [out, grad_x, *grads]
 
 
 def check(module, sizes: tuple[int, int, int, int], dtype: torch.dtype, gaps: bool, device: str = "cpu") -> None:

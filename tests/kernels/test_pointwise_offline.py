@@ -47,7 +47,7 @@ def usage(name: str, channels: int, dtype: str, architecture: int, gelu: str = "
         else:
             signature[argument] = "*" + ("u8" if argument == "valid" else dtype if argument in ACTIVATIONS else "fp32")
     constants = {"C": channels, "C_PADDED": tuning.padded(channels), "ROWS": blocks.rows, "HIDDEN": blocks.hidden}
-    constants |= {"HAS_VALID": True, "UPCAST": False, "GELU": gelu, "FACTOR_STRIDE": 4 * channels}
+    constants |= {"HAS_VALID": True, "GELU": gelu, "FACTOR_STRIDE": 4 * channels}
     constants = {argument: value for argument, value in constants.items() if argument in kernel.arg_names}
     pointers = [argument for argument, kind in signature.items() if kind[0] == "*"]
     options = {"num_warps": blocks.num_warps, "num_stages": blocks.num_stages}

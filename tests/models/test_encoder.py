@@ -6,6 +6,7 @@ Shapes: N samples, C channels, H sites on a side.
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from mpmae.masking import draw_visible, visible_bool
 from mpmae.models.encoder import SparseEncoder
@@ -130,6 +131,33 @@ def test_a_sample_without_any_data_is_zero():
     assert tokens[1].count_nonzero() == 0
     tokens.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())
+
+
+@pytest.mark.parametrize("stem", ["mmearth", "convnext"])
+def test_but_for_eager_cpu_no_value_is_looked_at(monkeypatch, stem):
+    """In tensors without values a look would raise, as it does where one is taken."""
+    encoder = build(8, stem)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        image, pixel_valid = torch.empty(2, 3, 24, 24).double(), torch.empty(2, 24, 24, dtype=torch.bool)
+        visible = torch.empty(2, 4, dtype=torch.int64)
+        with pytest.raises(DataDependentOutputException):
+            encoder(image, pixel_valid, visible)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert encoder(image, pixel_valid, visible).shape == (2, 4, DIMS[-1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("stem", ["mmearth", "convnext"])
+def test_nothing_waits_for_a_gpu(stem):
+    encoder = build(8, stem).float().cuda()
+    visible = draw_visible(0, 0, [3, 4], G * G, 4).cuda()
+    image, pixel_valid = torch.randn(2, 3, 24, 24).cuda(), torch.ones(2, 24, 24, dtype=torch.bool).cuda()
+    encoder(image, pixel_valid, visible).sum().backward()  # kernels are compiled and loaded, which may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        encoder(image, pixel_valid, visible).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_gelus_are_close_but_not_the_same():
