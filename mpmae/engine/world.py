@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mpmae.engine.rendezvous import meet
 from mpmae.errors import ConfigError
 
 _LAUNCHER_KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -84,14 +85,18 @@ class World:
             os.environ.pop(key, None)
 
 
-def init_world(engine_name: str = "ddp", timeout_s: float = 1800.0) -> World:
+def init_world(engine_name: str = "ddp", rendezvous_timeout_s: float = 300.0, collective_timeout_s: float = 900.0) -> World:
     """The World of this process, its torch.distributed process group set up: nccl on CUDA, gloo on a CPU.
 
     Reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (deepspeed launcher, torchrun), or Slurm's variables
     under srun; without any of them it makes a world of one process on a free loopback port, so that plain
-    `python launch/pretrain.py` works for every engine. `timeout_s` bounds how long a collective waits for a rank.
+    `python launch/pretrain.py` works for every engine.
 
-    `engine_name` is for the messages only. Raises ConfigError on an incomplete environment or a local rank without a GPU.
+    engine_name: for the messages only. rendezvous_timeout_s: how long to wait for all ranks to come. collective_timeout_s:
+    how long a collective waits for a rank, such as one whose node has lost its link.
+
+    Raises ConfigError on an incomplete environment, a local rank without a GPU, and what `mpmae.engine.rendezvous.meet`
+    says of a port that is taken, an address that does not answer and ranks that do not come.
     """
     added = _complete_environment(engine_name)
     rank, local_rank, world_size = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
@@ -109,7 +114,9 @@ def init_world(engine_name: str = "ddp", timeout_s: float = 1800.0) -> World:
         if "OMP_NUM_THREADS" not in os.environ:  # ranks that all take every core slow each other down
             torch.set_num_threads(max(1, _num_cores() // local_world_size))
     if not dist.is_initialized():
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
+        store = meet(rank, world_size, rendezvous_timeout_s)
+        timeout = timedelta(seconds=collective_timeout_s)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     assert (dist.get_rank(), dist.get_world_size()) == (rank, world_size), "a process group of another world is open"
     return World(rank, local_rank, world_size, local_world_size, device, backend, added)
 
