@@ -250,6 +250,7 @@ class GuardSection(_Section):
     )
     spike_factor: Float | None = Field(3.0, gt=1, description="say so when the loss is this many times its recent median")
     stall_s: Float = Field(600.0, gt=0, description="name the rank that has made no progress for so long, and end")
+    rendezvous_timeout_s: Float = Field(300.0, gt=0, description="wait so long at the start for all ranks to come")
 
 
 class LogSection(_Section):

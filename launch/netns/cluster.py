@@ -85,7 +85,8 @@ class Cluster:
         raise ProcessLookupError(f"no process with RANK = {rank} runs on {', '.join(self.names)}")
 
     def kill_node(self, node: int) -> None:
-        """End a node as a power cut does."""
+        """End a node as a power cut does: no process on it says good-bye, so the others only see silence."""
+        self.cut_link(node)
         self.nodes[node].kill()
 
     def cut_link(self, node: int) -> None:

@@ -39,7 +39,7 @@ class Namespaces:
 
     def inside(self, *command: str) -> list[str]:
         """The command line that runs `command` on this host, in the caller's folder."""
-        enter = ["nsenter", f"--target={self.pid}", *_OWN, "--wdns=."]
+        enter = ["nsenter", f"--target={self.pid}", *_OWN, f"--wdns={Path.cwd()}"]
         return [*self._as_owner, *enter, "--", *command]
 
     def network_only(self, *command: str) -> list[str]:
@@ -72,7 +72,7 @@ class Namespaces:
                 os.kill(pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        """End the host as a power cut does: every process at once, and its end of the link. Safe to call twice."""
+        """End the host: every process at once, and its end of the link. Safe to call twice."""
         if self._holder.poll() is None:
             self._holder.kill()  # --kill-child ends the shell inside, which is process 1 there
         self._holder.wait()

@@ -28,6 +28,8 @@ from mpmae.train.setup import Setup, build_model, set_up
 from mpmae.train.track import open_trackers
 from mpmae.train.validate import Validator
 
+_COLLECTIVE_PER_STALL = 1.5  # a rank that makes no progress is named by the watchdog before the others give up on it
+
 
 def pretrain(config: RunConfig) -> None:
     """Run (or continue) a pretraining; every rank calls this once.
@@ -35,7 +37,8 @@ def pretrain(config: RunConfig) -> None:
     Raises ConfigError, ShardError or CheckpointError before the first step when something does not fit, TrainingError when
     the loss is no longer finite.
     """
-    world = init_world(config.engine.name)
+    guard = config.guard
+    world = init_world(config.engine.name, guard.rendezvous_timeout_s, _COLLECTIVE_PER_STALL * guard.stall_s)
     try:
         if world.rank == 0:
             ensure_demo_shards(config.data.shards)

@@ -1,0 +1,128 @@
+"""Runs over two hosts of two ranks each, and what they do when something breaks.
+
+Everything is real but the hosts, which are network namespaces: launchers, rendezvous, gloo over the wire, checkpoints.
+"""
+
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from tests.launch.runs import SETTINGS, STEPS, TIMEOUT_S, Run, clean_environment, losses, open_cluster
+from tests.train.launches import REPO, environment, launch_ok, metrics
+
+pytestmark = pytest.mark.timeout(600)
+STALL_S = 30  # guard.stall_s; a collective gives up after 1.5 times that
+RESTARTS = ("--max-restarts", "2", "--monitor-interval", "0.5")
+ZERO = ("--ds-config", "configs/ds/zero2.json")
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch):
+    clean_environment(monkeypatch)
+
+
+@pytest.fixture
+def cluster():
+    with open_cluster() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def settings(shards_dir):
+    return (f"data.shards={shards_dir}", *SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def expected(settings, tmp_path_factory):
+    """The losses of one process."""
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    launch_ok("python", 1, run_dir, *settings)
+    return losses(run_dir)
+
+
+def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_killed_rank_restarts_and_the_curve_is_that_of_one_process(cluster, settings, expected, tmp_path):
+    """torchrun starts all ranks again on both nodes; they go on from the last checkpoint."""
+    with Run(cluster, "torchrun", tmp_path, settings, "--resume", "auto", options=RESTARTS) as run:
+        run.until_step(5)
+        cluster.kill_rank(3)
+        assert_same(run.finishes(), expected)
+        assert "continuing from" in run.output(0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "arguments"), [("torchrun", ()), ("srun", ()), ("deepspeed", ZERO), ("srun", ZERO), ("torchrun", ZERO)]
+)
+def test_same_curve_under_every_launcher(launcher, arguments, cluster, settings, expected, tmp_path):
+    with Run(cluster, launcher, tmp_path, settings, *arguments) as run:
+        assert_same(run.finishes(), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "arguments"), [("torchrun", ()), ("srun", ()), ("deepspeed", ZERO)])
+def test_without_restarts_a_killed_rank_ends_the_job(launcher, arguments, cluster, settings, tmp_path):
+    with Run(cluster, launcher, tmp_path, settings, *arguments, f"guard.stall_s={STALL_S}") as run:
+        run.until_step(2)
+        cluster.kill_rank(3)
+        statuses, took_s = run.ends(within_s=60)
+        print(f"\nkilled rank, {launcher}: {statuses} after {took_s:.1f} s")
+        assert all(statuses), run.output()
+
+
+@pytest.mark.slow
+def test_an_elastic_run_goes_on_without_a_node(cluster, settings, expected, tmp_path):
+    """4 ranks, then 2: the node's power is cut in the middle of the epoch."""
+    options = (*RESTARTS, "--nnodes", "1:2", "--rdzv-conf", "last_call_timeout=5")
+    with Run(
+        cluster, "torchrun", tmp_path, settings, "--resume", "auto", f"guard.stall_s={STALL_S}", options=options
+    ) as run:
+        run.until_step(5)
+        cluster.kill_node(1)
+        statuses, took_s = run.ends()
+        print(f"\nkilled node, elastic: {statuses} after {took_s:.1f} s")
+        assert statuses == [0, -signal.SIGKILL], run.output(0)
+        assert "2 ranks" in run.output(0)
+        assert_same(losses(run.dir), expected)
+
+
+@pytest.mark.slow
+def test_without_its_first_node_an_elastic_run_ends(cluster, settings, tmp_path):
+    """Node 0 holds the rendezvous: nothing can be agreed without it."""
+    options = (*RESTARTS, "--nnodes", "1:2")
+    with Run(cluster, "torchrun", tmp_path, settings, f"guard.stall_s={STALL_S}", options=options) as run:
+        run.until_step(2)
+        cluster.kill_node(0)
+        statuses, took_s = run.ends(within_s=200)
+        print(f"\nkilled node 0: {statuses} after {took_s:.1f} s")
+        assert all(statuses), run.output(1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "arguments"), [("torchrun", ()), ("srun", ()), ("deepspeed", ZERO)])
+def test_a_cut_link_ends_both_nodes_within_the_stated_time(launcher, arguments, cluster, settings, tmp_path):
+    with Run(cluster, launcher, tmp_path, settings, *arguments, f"guard.stall_s={STALL_S}") as run:
+        run.until_step(2)
+        cluster.cut_link(1)
+        statuses, took_s = run.ends(within_s=180)
+        print(f"\ncut link, {launcher}: {statuses} after {took_s:.1f} s")
+        assert all(statuses), run.output()
+
+
+@pytest.mark.slow
+def test_a_slow_link_only_takes_longer(cluster, settings, expected, tmp_path):
+    how = cluster.slow_link(1, delay_ms=10, loss_percent=0.1, rate_mbit=100)
+    with Run(cluster, "torchrun", tmp_path, settings) as run:
+        assert_same(run.finishes(), expected)
+        seconds = [12 / line["images_per_s"] for line in metrics(run.dir)[1:]]
+        print(
+            f"\nslow link ({how}): {np.median(seconds):.2f} s a step over {STEPS} steps, {time.monotonic() - run.started:.0f} s"
+        )
+        assert np.median(seconds) > 0.2
