@@ -76,13 +76,13 @@ class Cluster:
         return subprocess.Popen(self.nodes[node].inside(*command), env=full, **options)
 
     def kill_rank(self, rank: int) -> None:
-        """SIGKILL to the process whose RANK is `rank`, and to everything it started. Raises ProcessLookupError."""
+        """SIGKILL to the process that a launcher started as `rank`, and to everything below. Raises ProcessLookupError."""
         for node in self.nodes:
-            pids = [pid for pid, env in node.processes().items() if env.get("RANK") == str(rank)]
+            pids = [pid for pid, env in node.processes().items() if env.get("RANK", env.get("SLURM_PROCID")) == str(rank)]
             if pids:
                 kill_tree(min(pids, key=_start_time))
                 return
-        raise ProcessLookupError(f"no process with RANK = {rank} runs on {', '.join(self.names)}")
+        raise ProcessLookupError(f"no process of rank {rank} runs on {', '.join(self.names)}")
 
     def kill_node(self, node: int) -> None:
         """End a node as a power cut does: no process on it says good-bye, so the others only see silence."""

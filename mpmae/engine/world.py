@@ -17,7 +17,7 @@ from mpmae.errors import ConfigError
 _LAUNCHER_KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SLURM_KEYS = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
 _FIRST_SLURM_PORT = 15_000
-_NUM_SLURM_PORTS = 20_000
+_NUM_SLURM_PORTS = 15_000  # below those that the system gives to outgoing connections
 # what gloo, NCCL and the TCP store (which lives on rank 0) say when the other end has gone
 _LOST_PEER_WORDS = (
     "connection closed by peer",

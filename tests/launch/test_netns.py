@@ -4,18 +4,16 @@ Everything is real but the hosts, which are network namespaces: launchers, rende
 """
 
 import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
-from tests.launch.runs import SETTINGS, STEPS, TIMEOUT_S, Run, clean_environment, losses, open_cluster
-from tests.train.launches import REPO, environment, launch_ok, metrics
+from tests.launch.runs import SETTINGS, STEPS, Run, clean_environment, losses, open_cluster
+from tests.train.launches import launch_ok, metrics
 
 pytestmark = pytest.mark.timeout(600)
-STALL_S = 30  # guard.stall_s; a collective gives up after 1.5 times that
+STALL = "guard.stall_s=30"  # a collective gives up after 1.5 times that
 RESTARTS = ("--max-restarts", "2", "--monitor-interval", "0.5")
 ZERO = ("--ds-config", "configs/ds/zero2.json")
 
@@ -69,7 +67,7 @@ def test_same_curve_under_every_launcher(launcher, arguments, cluster, settings,
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "arguments"), [("torchrun", ()), ("srun", ()), ("deepspeed", ZERO)])
 def test_without_restarts_a_killed_rank_ends_the_job(launcher, arguments, cluster, settings, tmp_path):
-    with Run(cluster, launcher, tmp_path, settings, *arguments, f"guard.stall_s={STALL_S}") as run:
+    with Run(cluster, launcher, tmp_path, settings, *arguments, STALL) as run:
         run.until_step(2)
         cluster.kill_rank(3)
         statuses, took_s = run.ends(within_s=60)
@@ -81,9 +79,7 @@ def test_without_restarts_a_killed_rank_ends_the_job(launcher, arguments, cluste
 def test_an_elastic_run_goes_on_without_a_node(cluster, settings, expected, tmp_path):
     """4 ranks, then 2: the node's power is cut in the middle of the epoch."""
     options = (*RESTARTS, "--nnodes", "1:2", "--rdzv-conf", "last_call_timeout=5")
-    with Run(
-        cluster, "torchrun", tmp_path, settings, "--resume", "auto", f"guard.stall_s={STALL_S}", options=options
-    ) as run:
+    with Run(cluster, "torchrun", tmp_path, settings, "--resume", "auto", STALL, options=options) as run:
         run.until_step(5)
         cluster.kill_node(1)
         statuses, took_s = run.ends()
@@ -97,7 +93,7 @@ def test_an_elastic_run_goes_on_without_a_node(cluster, settings, expected, tmp_
 def test_without_its_first_node_an_elastic_run_ends(cluster, settings, tmp_path):
     """Node 0 holds the rendezvous: nothing can be agreed without it."""
     options = (*RESTARTS, "--nnodes", "1:2")
-    with Run(cluster, "torchrun", tmp_path, settings, f"guard.stall_s={STALL_S}", options=options) as run:
+    with Run(cluster, "torchrun", tmp_path, settings, STALL, options=options) as run:
         run.until_step(2)
         cluster.kill_node(0)
         statuses, took_s = run.ends(within_s=200)
@@ -108,7 +104,7 @@ def test_without_its_first_node_an_elastic_run_ends(cluster, settings, tmp_path)
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "arguments"), [("torchrun", ()), ("srun", ()), ("deepspeed", ZERO)])
 def test_a_cut_link_ends_both_nodes_within_the_stated_time(launcher, arguments, cluster, settings, tmp_path):
-    with Run(cluster, launcher, tmp_path, settings, *arguments, f"guard.stall_s={STALL_S}") as run:
+    with Run(cluster, launcher, tmp_path, settings, *arguments, STALL) as run:
         run.until_step(2)
         cluster.cut_link(1)
         statuses, took_s = run.ends(within_s=180)
@@ -122,7 +118,6 @@ def test_a_slow_link_only_takes_longer(cluster, settings, expected, tmp_path):
     with Run(cluster, "torchrun", tmp_path, settings) as run:
         assert_same(run.finishes(), expected)
         seconds = [12 / line["images_per_s"] for line in metrics(run.dir)[1:]]
-        print(
-            f"\nslow link ({how}): {np.median(seconds):.2f} s a step over {STEPS} steps, {time.monotonic() - run.started:.0f} s"
-        )
+        took_s = time.monotonic() - run.started
+        print(f"\nslow link ({how}): {np.median(seconds):.2f} s a step over {STEPS} steps, {took_s:.0f} s")
         assert np.median(seconds) > 0.2
