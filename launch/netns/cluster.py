@@ -33,7 +33,6 @@ class Cluster:
         check_tools()
         self._closing = contextlib.ExitStack()
         with contextlib.ExitStack() as stack:
-            self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="netns-")))
             owner = None
             if os.geteuid() != 0:
                 holder = hold_user_namespace()
@@ -42,11 +41,12 @@ class Cluster:
                 owner = holder.pid
             self.names = tuple(f"node{index}" for index in range(num_nodes))
             self.addresses = tuple(f"{_NETWORK}.{index + 1}" for index in range(num_nodes))
-            hosts = self.folder / "hosts"
             lines = [f"{address} {name}" for address, name in zip(self.addresses, self.names, strict=True)]
-            hosts.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
-            self._switch = self._host("switch", hosts, owner, stack)
-            self.nodes = tuple(self._host(name, hosts, owner, stack) for name in self.names)
+            with tempfile.TemporaryDirectory(prefix="netns-") as folder:  # what is mounted from it outlives it
+                hosts = Path(folder) / "hosts"
+                hosts.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+                self._switch = self._host("switch", hosts, owner, stack)
+                self.nodes = tuple(self._host(name, hosts, owner, stack) for name in self.names)
             try:
                 self._wire()
             except subprocess.CalledProcessError as error:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ class Job:
     launcher: torchrun (c10d rendezvous on node 0), deepspeed (hostfile, without ssh), srun (one process per rank, with
     Slurm's variables and --kill-on-bad-exit) or none (`command` itself, once per node).
     command: the script and its arguments; with none, a whole command line.
-    options: for torchrun and deepspeed, before the script. folder: gets NODE.log, and the hostfile; None: to the terminal.
+    options: for torchrun and deepspeed, before the script. folder: gets NODE.log of each node; None: to the terminal.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Job:
     ):
         self.cluster, self.launcher, self.ranks_per_node, self.folder = cluster, launcher, ranks_per_node, folder
         self._command, self._options = list(command), list(options)
+        self._own_folder = tempfile.TemporaryDirectory(prefix="netns-job-")
         self.processes: list[tuple[int, subprocess.Popen]] = []
         for node in range(len(cluster.nodes)):
             self.start_node(node)
@@ -83,6 +85,7 @@ class Job:
 
     def __exit__(self, *_: object) -> None:
         self.end()
+        self._own_folder.cleanup()
 
     def _launches(self, node: int) -> list[tuple[list[str], dict[str, str]]]:
         """Command line and variables of each process to start on a node."""
@@ -104,7 +107,7 @@ class Job:
         raise ValueError(f"launcher = {self.launcher!r}: expected torchrun, deepspeed, srun or none")
 
     def _hostfile(self) -> Path:
-        path = (self.folder or self.cluster.folder) / "hostfile"
+        path = Path(self._own_folder.name) / "hostfile"
         path.write_text("".join(f"{name} slots={self.ranks_per_node}\n" for name in self.cluster.names))
         return path
 

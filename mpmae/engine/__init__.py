@@ -8,7 +8,7 @@ from mpmae.config import RunConfig
 from mpmae.engine.base import Engine
 from mpmae.engine.ds_config import load_ds_config, resolve_ds_config
 from mpmae.engine.optim import LearningRate, peak_lr
-from mpmae.engine.world import World, current_world, init_world, is_lost_peer
+from mpmae.engine.world import World, current_world, init_world, lost_peer_message
 from mpmae.errors import ConfigError
 
 __all__ = [
@@ -18,8 +18,8 @@ __all__ = [
     "create_engine",
     "current_world",
     "init_world",
-    "is_lost_peer",
     "load_ds_config",
+    "lost_peer_message",
     "peak_lr",
     "resolve_ds_config",
 ]

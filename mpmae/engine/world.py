@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import socket
 import time
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ _LOST_PEER_WORDS = (
     "remote process exited",
     "broken pipe",
 )
+# what gloo and NCCL say when it is there and silent
+_SILENT_PEER = re.compile(r"timed out waiting (\d+)ms|timeout\(ms\)=(\d+)\) ran for")
 
 _SETTLE_S = 0.1
 _held: list[str] = []
@@ -143,14 +146,23 @@ def current_world() -> World:
     return World(dist.get_rank(), local_rank, world_size, _local_world_size(world_size), device, backend)
 
 
-def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has gone.
+def lost_peer_message(error: RuntimeError) -> str | None:
+    """What to tell a user when a collective failed because of another rank; None for any other error.
 
     Told by the words: torch raises a bare RuntimeError for gloo, and its DistBackendError and DistNetworkError also for
     faults of this rank (two ranks on one GPU, a port that is taken), which nothing else would report.
     """
     text = str(error).lower()
-    return any(words in text for words in _LOST_PEER_WORDS)
+    if any(words in text for words in _LOST_PEER_WORDS):
+        return "another rank stopped; its message says why"
+    silent = _SILENT_PEER.search(text)
+    if silent:
+        waited_s = int(silent.group(1) or silent.group(2)) / 1000
+        return (
+            f"another rank has not answered for {waited_s:g} s: it hangs, or its node or the link to it is gone; see the "
+            f"logs of the other nodes (guard.stall_s sets the bound)"
+        )
+    return None
 
 
 def _leave_process_group() -> None:

@@ -80,7 +80,7 @@ class Run:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.job.end()
+        self.job.__exit__()
 
 
 def losses(run_dir: Path) -> np.ndarray:
@@ -99,6 +99,16 @@ def clean_environment(monkeypatch) -> None:
     monkeypatch.chdir(REPO)
 
 
-def leftovers() -> str:
-    """Interfaces of the machine itself, to see that a cluster leaves none."""
-    return subprocess.run(["ip", "-brief", "link"], capture_output=True, text=True, check=True, timeout=20).stdout
+def leftovers() -> set[str]:
+    """Interfaces and named namespaces of the machine itself."""
+    commands = (["ip", "-oneline", "link"], ["ip", "netns", "list"])
+    outputs = [subprocess.run(c, capture_output=True, text=True, check=True, timeout=20).stdout for c in commands]
+    return {line.split(" mtu ")[0] for output in outputs for line in output.splitlines()}
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and not a zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

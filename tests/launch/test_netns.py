@@ -4,12 +4,14 @@ Everything is real but the hosts, which are network namespaces: launchers, rende
 """
 
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
 
-from tests.launch.runs import SETTINGS, STEPS, Run, clean_environment, losses, open_cluster
+from tests.launch.runs import SETTINGS, STEPS, Run, clean_environment, is_running, leftovers, losses, open_cluster
 from tests.train.launches import launch_ok, metrics
 
 pytestmark = pytest.mark.timeout(600)
@@ -53,6 +55,40 @@ def test_a_killed_rank_restarts_and_the_curve_is_that_of_one_process(cluster, se
         cluster.kill_rank(3)
         assert_same(run.finishes(), expected)
         assert "continuing from" in run.output(0)
+
+
+def test_addresses_that_do_not_answer(cluster):
+    """Rank 1 is behind a cut cable; rank 0 was told to serve at the address of another node."""
+    cluster.cut_link(1)
+    processes = []
+    for rank, address in ((0, cluster.addresses[1]), (1, cluster.addresses[0])):
+        code = f"from mpmae.engine.rendezvous import meet; meet({rank}, 2, 4.0)"
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        processes.append(cluster.start(rank, [sys.executable, "-c", code], {"MASTER_ADDR": address}, **pipes))
+    said = [process.communicate(timeout=120)[0].splitlines()[-1] for process in processes]
+    assert "10.77.0.2 is no address of this node, where rank 0 runs" in said[0]
+    assert "rank 1 on node1 cannot reach rank 0 at MASTER_ADDR:MASTER_PORT = 10.77.0.1:29500" in said[1]
+    assert "no answer; is it the right node" in said[1] or "is there a route from this node" in said[1]
+
+
+def test_a_cluster_leaves_nothing_behind():
+    """Also when something runs on it still, and when the process that made it is killed."""
+    before = leftovers()
+    with open_cluster() as cluster:
+        assert leftovers() == before, "the machine's own interfaces are not touched"
+        sleeper = cluster.start(1, ["sleep", "600"], {})
+        pids = [node.pid for node in cluster.nodes]
+    assert sleeper.wait(10) != 0
+    code = "from launch.netns.cluster import Cluster; c = Cluster(1); print(c.nodes[0].pid, flush=True); input()"
+    maker = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pids.append(int(maker.stdout.readline()))
+    maker.kill()
+    maker.communicate(timeout=10)
+    deadline = time.monotonic() + 10
+    while any(is_running(pid) for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert leftovers() == before
 
 
 @pytest.mark.slow
@@ -110,6 +146,7 @@ def test_a_cut_link_ends_both_nodes_within_the_stated_time(launcher, arguments, 
         statuses, took_s = run.ends(within_s=180)
         print(f"\ncut link, {launcher}: {statuses} after {took_s:.1f} s")
         assert all(statuses), run.output()
+        assert "another rank has not answered for 45 s" in run.output()
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mpmae.train
-from mpmae.engine import init_world, is_lost_peer
+from mpmae.engine import init_world, lost_peer_message
 from mpmae.errors import ConfigError, ShardError
 from tests.engine.spawn import run_ranks
 from tests.train.launches import REPO, command, environment, metrics
@@ -82,7 +82,7 @@ def sum_after_rank_1_left(_) -> bool:
                 world.sum_over_ranks(torch.ones(1))
             lost = False
         except RuntimeError as error:
-            lost = is_lost_peer(error)
+            lost = lost_peer_message(error) is not None
     world.close()
     return lost
 
