@@ -27,7 +27,9 @@ _LOST_PEER_WORDS = (
     "remote process exited",
     "broken pipe",
 )
-# what gloo and NCCL say when it is there and silent
+# what they say when the kernel has given up on the way to it
+_CUT_OFF_WORDS = ("connection timed out", "no route to host", "host is unreachable", "network is unreachable")
+# what gloo and NCCL say when a rank is silent
 _SILENT_PEER = re.compile(r"timed out waiting (\d+)ms|timeout\(ms\)=(\d+)\) ran for")
 
 _SETTLE_S = 0.1
@@ -155,6 +157,8 @@ def lost_peer_message(error: RuntimeError) -> str | None:
     text = str(error).lower()
     if any(words in text for words in _LOST_PEER_WORDS):
         return "another rank stopped; its message says why"
+    if any(words in text for words in _CUT_OFF_WORDS):
+        return "another rank cannot be reached: its node or the link to it is gone; see the logs of the other nodes"
     silent = _SILENT_PEER.search(text)
     if silent:
         waited_s = int(silent.group(1) or silent.group(2)) / 1000

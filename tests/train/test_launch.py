@@ -52,6 +52,14 @@ def ends(monkeypatch, capfd):
             1,
             "another rank stopped; its message says why",
         ),
+        (
+            RuntimeError(
+                "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 45000ms for recv operation to complete"
+            ),
+            1,
+            "another rank has not answered for 45 s: it hangs, or its node or the link to it is gone; see the logs of the "
+            "other nodes (guard.stall_s sets the bound)",
+        ),
     ],
 )
 def test_every_rank_says_in_one_line_why_it_ends(ends, error, status, message):
