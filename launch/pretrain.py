@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 
 from mpmae.config import load_config
-from mpmae.engine import is_lost_peer
+from mpmae.engine import lost_peer_message
 from mpmae.errors import MpmaeError
 from mpmae.train import dry_run, pretrain
 from mpmae.train.stopping import EXIT_REQUEUE
@@ -83,9 +83,10 @@ def main() -> int:
     except KeyboardInterrupt:
         return stop("interrupted", 130)
     except RuntimeError as error:
-        if not is_lost_peer(error):
+        message = lost_peer_message(error)
+        if message is None:
             raise
-        return stop("another rank stopped; its message says why", 1)
+        return stop(message, 1)
     if stopped:
         saved = f"stopped by {stopped.reason} and saved after step {stopped.step}"
         return stop(f"{saved}; queue it again with --resume auto", EXIT_REQUEUE)

@@ -256,6 +256,7 @@ class GuardSection(_Section):
         3.0, gt=1, description="say so when the losses, each over its recent median, have such a mean over the modalities"
     )
     stall_s: Float = Field(600.0, gt=0, description="name the rank that has made no progress for so long, and end")
+    rendezvous_timeout_s: Float = Field(300.0, gt=0, description="wait so long at the start for all ranks to come")
 
     @field_validator("time_limit")
     @classmethod

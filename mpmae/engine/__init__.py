@@ -9,7 +9,7 @@ from mpmae.engine.base import Engine
 from mpmae.engine.checks import check_engine
 from mpmae.engine.ds_config import load_ds_config, resolve_ds_config
 from mpmae.engine.optim import LearningRate, peak_lr
-from mpmae.engine.world import World, current_world, init_world, is_lost_peer
+from mpmae.engine.world import World, current_world, init_world, lost_peer_message
 
 __all__ = [
     "Engine",
@@ -19,8 +19,8 @@ __all__ = [
     "create_engine",
     "current_world",
     "init_world",
-    "is_lost_peer",
     "load_ds_config",
+    "lost_peer_message",
     "peak_lr",
     "resolve_ds_config",
 ]

@@ -64,7 +64,7 @@ _REFUSED = {
     "amp": "NVIDIA apex AMP is gone from DeepSpeed; set train.precision=bf16",
     "bfloat16": "an old name: write bf16",
     "torch_autocast": "the run configuration owns the precision: set train.precision=bf16, which autocasts at every stage",
-    "elasticity": "it changes the batch size behind the run configuration",
+    "elasticity": "DeepSpeed has removed it; how a run goes on at another world size: docs/multi_node.md",
     "autotuning": "it changes the batch size behind the run configuration",
     "data_efficiency": "the loader owns order and content of the batches",
     "curriculum_learning": "the loader owns order and content of the batches",

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import socket
 import time
 from dataclasses import dataclass, field
@@ -11,12 +12,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mpmae.engine.rendezvous import meet
 from mpmae.errors import ConfigError
 
 _LAUNCHER_KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _SLURM_KEYS = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
 _FIRST_SLURM_PORT = 15_000
-_NUM_SLURM_PORTS = 20_000
+_NUM_SLURM_PORTS = 15_000  # below those that the system gives to outgoing connections
 # what gloo, NCCL and the TCP store (which lives on rank 0) say when the other end has gone
 _LOST_PEER_WORDS = (
     "connection closed by peer",
@@ -25,6 +27,10 @@ _LOST_PEER_WORDS = (
     "remote process exited",
     "broken pipe",
 )
+# what they say when the kernel has given up on the way to it
+_CUT_OFF_WORDS = ("connection timed out", "no route to host", "host is unreachable", "network is unreachable")
+# what gloo and NCCL say when a rank is silent
+_SILENT_PEER = re.compile(r"timed out waiting (\d+)ms|timeout\(ms\)=(\d+)\) ran for")
 
 _SETTLE_S = 0.1
 _held: list[str] = []
@@ -84,14 +90,18 @@ class World:
             os.environ.pop(key, None)
 
 
-def init_world(engine_name: str = "ddp", timeout_s: float = 1800.0) -> World:
+def init_world(engine_name: str = "ddp", rendezvous_timeout_s: float = 300.0, collective_timeout_s: float = 900.0) -> World:
     """The World of this process, its torch.distributed process group set up: nccl on CUDA, gloo on a CPU.
 
     Reads RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT (deepspeed launcher, torchrun), or Slurm's variables
     under srun; without any of them it makes a world of one process on a free loopback port, so that plain
-    `python launch/pretrain.py` works for every engine. `timeout_s` bounds how long a collective waits for a rank.
+    `python launch/pretrain.py` works for every engine.
 
-    `engine_name` is for the messages only. Raises ConfigError on an incomplete environment or a local rank without a GPU.
+    engine_name: for the messages only. rendezvous_timeout_s: how long to wait for all ranks to come. collective_timeout_s:
+    how long a collective waits for a rank, such as one whose node has lost its link.
+
+    Raises ConfigError on an incomplete environment, a local rank without a GPU, and what `mpmae.engine.rendezvous.meet`
+    says of a port that is taken, an address that does not answer and ranks that do not come.
     """
     added = _complete_environment(engine_name)
     rank, local_rank, world_size = (int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
@@ -109,7 +119,9 @@ def init_world(engine_name: str = "ddp", timeout_s: float = 1800.0) -> World:
         if "OMP_NUM_THREADS" not in os.environ:  # ranks that all take every core slow each other down
             torch.set_num_threads(max(1, _num_cores() // local_world_size))
     if not dist.is_initialized():
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout_s))
+        store = meet(rank, world_size, rendezvous_timeout_s)
+        timeout = timedelta(seconds=collective_timeout_s)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     assert (dist.get_rank(), dist.get_world_size()) == (rank, world_size), "a process group of another world is open"
     return World(rank, local_rank, world_size, local_world_size, device, backend, added)
 
@@ -136,14 +148,25 @@ def current_world() -> World:
     return World(dist.get_rank(), local_rank, world_size, _local_world_size(world_size), device, backend)
 
 
-def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank has gone.
+def lost_peer_message(error: RuntimeError) -> str | None:
+    """What to tell a user when a collective failed because of another rank; None for any other error.
 
     Told by the words: torch raises a bare RuntimeError for gloo, and its DistBackendError and DistNetworkError also for
     faults of this rank (two ranks on one GPU, a port that is taken), which nothing else would report.
     """
     text = str(error).lower()
-    return any(words in text for words in _LOST_PEER_WORDS)
+    if any(words in text for words in _LOST_PEER_WORDS):
+        return "another rank stopped; its message says why"
+    if any(words in text for words in _CUT_OFF_WORDS):
+        return "another rank cannot be reached: its node or the link to it is gone; see the logs of the other nodes"
+    silent = _SILENT_PEER.search(text)
+    if silent:
+        waited_s = int(silent.group(1) or silent.group(2)) / 1000
+        return (
+            f"another rank has not answered for {waited_s:g} s: it hangs, or its node or the link to it is gone; see the "
+            f"logs of the other nodes (guard.stall_s sets the bound)"
+        )
+    return None
 
 
 def _leave_process_group() -> None:

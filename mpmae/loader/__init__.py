@@ -15,6 +15,7 @@ __all__ = [
     "evaluation_batches",
     "evaluation_ids",
     "plan_batches",
+    "possible_world_sizes",
     "shard_folder",
 ]
 _HOME_OF = dict.fromkeys(__all__, "mpmae.loader.order") | {

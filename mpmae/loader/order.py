@@ -142,10 +142,20 @@ def plan_batches(global_batch_size: int, micro_batch_size: int | None, world_siz
     return BatchPlan(global_batch_size, micro, per_rank // micro, world_size)
 
 
-def _nearest_divisors(number: int, size: int) -> str:
-    """The divisors of `number` next to `size`, which is none: below, and above if there is one. sqrt(number) steps."""
+def possible_world_sizes(global_batch_size: int, micro_batch_size: int | None) -> list[int]:
+    """The world sizes, ascending, among which the global batch divides: an elastic run may go on with any of them."""
+    return sorted(set(_divisors(global_batch_size // (micro_batch_size or 1))))
+
+
+def _divisors(number: int) -> list[int]:
+    """In sqrt(number) steps; the root of a square is twice there."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    divisors = [*small, *(number // d for d in small)]
+    return [*small, *(number // d for d in small)]
+
+
+def _nearest_divisors(number: int, size: int) -> str:
+    """The divisors of `number` next to `size`, which is none: below, and above if there is one."""
+    divisors = _divisors(number)
     below = max(d for d in divisors if d < size)
     above = [d for d in divisors if d > size]
     return f"{below} or {min(above)}" if above else f"{below}"

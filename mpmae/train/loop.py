@@ -37,7 +37,9 @@ from mpmae.train.start_checks import check_same, facts_of, idle_gpus_note
 from mpmae.train.stopping import REASONS, TIME_LIMIT, Stop, StopRequests, TimeLimit, forget_stop, stop_before_restart
 from mpmae.train.track import open_trackers
 from mpmae.train.validate import Validator
-from mpmae.train.watchdog import STACKS_FOLDER, Watchdog
+from mpmae.train.watchdog import FIRST_TIME_FACTOR, STACKS_FOLDER, Watchdog
+
+_COLLECTIVE_PER_STALL = FIRST_TIME_FACTOR + 0.5  # the watchdog names who holds the run up before the others give up on it
 
 
 def pretrain(config: RunConfig) -> Stop | None:
@@ -47,10 +49,11 @@ def pretrain(config: RunConfig) -> Stop | None:
     TrainingError when too many steps in a row had no finite loss and gradient, or memory ran out. A stalled run ends the
     process (see `mpmae.train.watchdog`).
     """
-    with deterministic(config.train.deterministic), StopRequests(config.guard.time_limit) as requests:
-        world = init_world(config.engine.name)
+    guard = config.guard
+    with deterministic(config.train.deterministic), StopRequests(guard.time_limit) as requests:
+        world = init_world(config.engine.name, guard.rendezvous_timeout_s, _COLLECTIVE_PER_STALL * guard.stall_s)
         try:
-            with Watchdog(world, config.guard.stall_s, config.run.dir / STACKS_FOLDER) as watchdog:
+            with Watchdog(world, guard.stall_s, config.run.dir / STACKS_FOLDER) as watchdog:
                 return _pretrain(config, world, requests, watchdog)
         finally:
             world.close()

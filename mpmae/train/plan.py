@@ -9,9 +9,11 @@ from torch import nn
 
 from mpmae.config import RunConfig
 from mpmae.engine.optim import LearningRate, peak_lr
-from mpmae.loader import BatchPlan, ExactOrder, TrainOrder, WindowOrder, plan_batches
+from mpmae.loader import BatchPlan, ExactOrder, TrainOrder, WindowOrder, plan_batches, possible_world_sizes
 from mpmae.shard_format import Manifest
 from mpmae.train.data import num_bytes
+
+_MAX_SIZES_SHOWN = 12
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,14 @@ def state_bytes_per_rank(num_parameters: int, world_size: int, stage: int) -> in
     return round(weights + gradients + moments)
 
 
+def _could_run_on(config: RunConfig) -> str:
+    sizes = possible_world_sizes(config.train.global_batch_size, config.train.micro_batch_size)
+    shown = [str(size) for size in sizes]
+    if len(shown) > _MAX_SIZES_SHOWN:
+        shown[_MAX_SIZES_SHOWN - 1 : -1] = ["..."]
+    return ", ".join(shown)
+
+
 def show_plan(console: Console, config: RunConfig, plan: RunPlan, manifest: Manifest, model: nn.Module) -> None:
     """Print the plan as a table."""
     batch, order = plan.batch, plan.order
@@ -114,6 +124,7 @@ def show_plan(console: Console, config: RunConfig, plan: RunPlan, manifest: Mani
         f"{batch.global_batch_size} = {batch.micro_batch_size} per micro step x {batch.num_micro_steps} micro steps "
         f"x {batch.world_size} ranks",
     )
+    table.add_row("could run on", f"{_could_run_on(config)} ranks, with the same global batches")
     table.add_row("steps", f"{plan.total_steps:,} ({order.steps_per_epoch:,} an epoch), warm-up {plan.warmup_steps:,}")
     table.add_row("peak lr", f"{plan.learning_rate.peak:.3g}")
     table.add_row("engine", f"{config.engine.name}, {config.train.precision}, {batch.world_size} ranks")

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from mpmae.engine import World, is_lost_peer
+from mpmae.engine import World, lost_peer_message
 from mpmae.train.heartbeats import Heartbeats, num_collectives
 from mpmae.train.stalls import FAILED, LEFT, Beat, Verdict
 
@@ -62,7 +62,7 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _) -> None:
-        lost = isinstance(error, RuntimeError) and is_lost_peer(error)
+        lost = isinstance(error, RuntimeError) and lost_peer_message(error) is not None
         self.note(LEFT if error is None or lost else FAILED)
         self._over.set()
         self._thread.join()

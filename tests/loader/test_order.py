@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpmae.errors import ConfigError
-from mpmae.loader import ExactOrder, TrainOrder, evaluation_batches, evaluation_ids, plan_batches
+from mpmae.loader import ExactOrder, TrainOrder, evaluation_batches, evaluation_ids, plan_batches, possible_world_sizes
 
 sizes = st.integers(1, 500)
 
@@ -78,6 +78,19 @@ def test_sizes_that_do_not_divide(arguments, words):
     with pytest.raises(ConfigError) as caught:
         plan_batches(*arguments)
     assert all(word in str(caught.value) for word in words)
+
+
+@given(st.integers(1, 40), st.integers(1, 5), st.booleans())
+def test_world_sizes_that_are_possible(num_micro_batches, micro, accumulates):
+    """Exactly those that `plan_batches` takes."""
+    size, micro = num_micro_batches * micro, micro if accumulates else None
+    taken = []
+    for world in range(1, size + 1):
+        try:
+            taken.append(plan_batches(size, micro, world).world_size)
+        except ConfigError:
+            continue
+    assert possible_world_sizes(size, micro) == taken
 
 
 def test_a_batch_larger_than_the_split():

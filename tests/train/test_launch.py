@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mpmae.train
-from mpmae.engine import init_world, is_lost_peer
+from mpmae.engine import init_world, lost_peer_message
 from mpmae.errors import ConfigError, ShardError
 from tests.engine.spawn import run_ranks
 from tests.train.launches import REPO, command, environment, metrics
@@ -52,6 +52,14 @@ def ends(monkeypatch, capfd):
             1,
             "another rank stopped; its message says why",
         ),
+        (
+            RuntimeError(
+                "[gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 45000ms for recv operation to complete"
+            ),
+            1,
+            "another rank has not answered for 45 s: it hangs, or its node or the link to it is gone; see the logs of the "
+            "other nodes (guard.stall_s sets the bound)",
+        ),
     ],
 )
 def test_every_rank_says_in_one_line_why_it_ends(ends, error, status, message):
@@ -82,7 +90,7 @@ def sum_after_rank_1_left(_) -> bool:
                 world.sum_over_ranks(torch.ones(1))
             lost = False
         except RuntimeError as error:
-            lost = is_lost_peer(error)
+            lost = lost_peer_message(error) is not None
     world.close()
     return lost
 
