@@ -79,6 +79,7 @@ def backward(grad: Tensor, image: Image, weights: StemWeights, eps: float) -> Te
 
     num_sites, num_visible = grad.shape[0] * grad.shape[1], image.visible.shape[1]
     num_pixels = weights.pool_weight[0].numel()
+    counts = num_sites, num_visible, num_pixels
     cut, weight_cut = cut_of(weights, grad.dtype), weight_cut_of(weights, grad.dtype)
     num_blocks = -(-num_sites // cut.block)
     num_programs = _num_programs(grad.device, num_blocks)
@@ -97,9 +98,7 @@ def backward(grad: Tensor, image: Image, weights: StemWeights, eps: float) -> Te
         *weights[2:7],
         grad_conv,
         partial,
-        num_sites,
-        num_visible,
-        num_pixels,
+        *counts,
         eps,
         **constants,
         **sizes(weights, cut.threads),
@@ -114,9 +113,7 @@ def backward(grad: Tensor, image: Image, weights: StemWeights, eps: float) -> Te
         grad_conv,
         *where,
         partial,
-        num_sites,
-        num_visible,
-        num_pixels,
+        *counts,
         **constants,
         **weight_sizes,
         BLOCK=cut.block,
