@@ -4,23 +4,35 @@
 a thread beside a training whose collectives use another.
 """
 
+import copy
 import pickle
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn, optim
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from mpmae.errors import CheckpointError
 
 
 def collect_state(module: nn.Module, optimizer: optim.Optimizer, on_cpu: bool) -> dict[str, Any]:
     """{"module": by name, "optimizer": {"state": by parameter name, "param_groups": with parameter names}}."""
-    module_state, optimizer_state = get_state_dict(module, optimizer, options=StateDictOptions(cpu_offload=on_cpu))
-    return {"module": module_state, "optimizer": optimizer_state}
+    module_state, optimizer_state = get_state_dict(module, optimizer)
+    state = {"module": module_state, "optimizer": optimizer_state}
+    return _copied(state) if on_cpu else state
+
+
+def _copied(tree: Any) -> Any:
+    """`tree` with copies of its tensors in host memory; torch's own cpu_offload hands out tensors that are there already."""
+    if isinstance(tree, dict):
+        return {key: _copied(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_copied(value) for value in tree]
+    return tree.detach().to("cpu", copy=True) if isinstance(tree, torch.Tensor) else copy.copy(tree)
 
 
 def apply_state(state: dict[str, Any], module: nn.Module, optimizer: optim.Optimizer) -> None:

@@ -127,7 +127,8 @@ def resolve_ds_config(
     """A copy of `raw` in which nothing is left open; what DeepSpeed gets and what run.json records.
 
     Filled in, whether "auto" or absent: the three batch sizes, gradient_clipping (0.0 for none: DeepSpeed's own default is
-    to clip at 1.0), bf16.enabled, nvme_path of what is offloaded to nvme (engine.nvme_path), and float32 for gradient accumulation and communication. Resolving twice changes nothing.
+    to clip at 1.0), bf16.enabled, nvme_path of what is offloaded to nvme (from engine.nvme_path), and float32 for gradient
+    accumulation and communication. Resolving twice changes nothing.
 
     At stage 0 bf16 stays off in the JSON under train.precision=bf16: the engine's autocast over float32 weights does it,
     as DeepSpeed's own bf16 without ZeRO updates its first step wrongly.
@@ -219,13 +220,9 @@ def _offload_problems(resolved: dict[str, Any], stage: int) -> list[str]:
     if devices["offload_optimizer"] == "cpu" and stage == 0:
         problems.append("zero_optimization.offload_optimizer: expected stage 1, 2 or 3, stage 0 offloads nothing")
     if devices["offload_optimizer"] == "nvme" and stage < 3:
-        problems.append(
-            f"zero_optimization.offload_optimizer: stage {stage} cannot use nvme, expected stage 3, or device cpu"
-        )
+        problems.append(f"zero_optimization.offload_optimizer: stage {stage} cannot use nvme, expected 3, or device cpu")
     if devices["offload_param"] in ("cpu", "nvme") and stage < 3:
-        problems.append(
-            f"zero_optimization.offload_param: stage {stage} keeps whole weights on the device, expected stage 3"
-        )
+        problems.append(f"zero_optimization.offload_param: stage {stage} keeps whole weights, expected stage 3")
     return problems
 
 

@@ -60,6 +60,7 @@ def leg_of(argument) -> dict:
         result["refused"] = [refused_load(world, folder, last, *trouble) for trouble in TROUBLES]
         result["scalars"] = [scalar_run(name, world) for name in ("ddp", "fsdp")]
         result["syncs"] = syncs_of_a_step(world)
+        result["snapshots"] = snapshots(world)
     if world.world_size == 3:
         result["scalars"] = [scalar_run(name, world) for name in ("ddp", "fsdp")]
     result["cases"] = [run_case(world, *each) for each in extra]
@@ -145,6 +146,24 @@ def syncs_of_a_step(world) -> int:
     return mode.num
 
 
+def snapshots(world) -> list:
+    """A copied snapshot of before a step: its names, and whether the step changed it; the same for a live one."""
+    case = Case("fsdp", clip=CLIP)
+    engine = make_engine(case, world)
+    train(engine, case, 0, 1)
+    found = []
+    for on_cpu in (True, False):
+        state = engine.snapshot(on_cpu=on_cpu)
+        weight, moment = state["module"]["conv.weight"], state["optimizer"]["state"]["conv.weight"]["exp_avg"]
+        before = [each.to_local().clone() for each in (weight, moment)]
+        train(engine, case, 1, 2)
+        changed = [not torch.equal(each.to_local(), old) for each, old in zip((weight, moment), before, strict=True)]
+        optimised = [name for group in state["optimizer"]["param_groups"] for name in group["params"]]
+        found.append((list(state["module"]), optimised, changed))
+    engine.close()
+    return found
+
+
 @pytest.fixture(scope="module")
 def journey(tmp_path_factory) -> list[list[dict]]:
     """Per leg what each rank returned."""
@@ -218,3 +237,12 @@ def test_what_cannot_be_loaded_is_said(journey):
 
 def test_a_step_does_not_wait_for_the_device(journey):
     assert journey[2][0]["syncs"] == 0
+
+
+def test_a_snapshot_has_the_modules_names_and_a_copy_stays(journey):
+    copied, live = journey[2][0]["snapshots"]
+    assert copied[2] == [False, False]
+    assert live[2] == [True, True]
+    toy = Toy()
+    assert copied[0] == live[0] == list(toy.state_dict())
+    assert sorted(copied[1]) == sorted(name for name, p in toy.named_parameters() if p.requires_grad)
