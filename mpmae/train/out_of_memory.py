@@ -47,7 +47,7 @@ def _advice(
         )
     if not config.engine.activation_checkpointing:
         advice.append("engine.activation_checkpointing=true keeps fewer activations, and computes them again")
-    advice += _sharding(config, num_parameters, stage, world.world_size)
+    advice += _sharding(config, num_parameters, stage, batch.world_size)
     return advice
 
 
