@@ -103,7 +103,7 @@ def advice(allocate, engine="ddp", stage=None, ranks=4, global_batch=64, micro=8
     plan = plan_batches(global_batch, micro, ranks)
     with (
         pytest.raises(TrainingError) as raised,
-        advice_on_out_of_memory(config, plan, 10_000_000, stage, current_world()),
+        advice_on_out_of_memory(config, plan, torch.nn.Linear(2500, 4000, bias=False), stage, current_world()),
     ):
         allocate()
     return str(raised.value)
@@ -135,6 +135,6 @@ def test_advice_depends_on_what_is_used_already():
 
 
 def test_other_errors_pass():
-    plan = plan_batches(8, 8, 1)
-    with pytest.raises(RuntimeError, match="shapes"), advice_on_out_of_memory(RunConfig(), plan, 1, None, current_world()):
+    arguments = RunConfig(), plan_batches(8, 8, 1), torch.nn.Linear(1, 1), None, current_world()
+    with pytest.raises(RuntimeError, match="shapes"), advice_on_out_of_memory(*arguments):
         raise RuntimeError("shapes cannot be multiplied")
