@@ -68,11 +68,10 @@ def _pretrain(config: RunConfig, world: World, requests: StopRequests, watchdog:
     setup = set_up(config, world.world_size)
     check_same(facts_of(config, setup.ds_config, setup.manifest), world)
     model = build_model(config, setup.manifest)
-    num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 takes them apart
     stage = zero_stage(setup.ds_config) if setup.ds_config else None
     with (
         claimed(config, world),
-        advice_on_out_of_memory(config, setup.plan.batch, num_parameters, stage, world),
+        advice_on_out_of_memory(config, setup.plan.batch, model, stage, world),
         closing(Run(config, world, setup, model, requests, watchdog)) as run,
     ):
         return run.train()

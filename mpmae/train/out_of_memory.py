@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from torch import nn
 
 from mpmae.config import RunConfig
 from mpmae.engine import World
@@ -16,9 +17,10 @@ _CPU_WORDS = ("defaultcpuallocator", "can't allocate memory", "not enough memory
 
 @contextlib.contextmanager
 def advice_on_out_of_memory(
-    config: RunConfig, batch: BatchPlan, num_parameters: int, stage: int | None, world: World
+    config: RunConfig, batch: BatchPlan, model: nn.Module, stage: int | None, world: World
 ) -> Iterator[None]:
     """Turn an allocator's error into a TrainingError that says what would fit; stage: ZeRO's, None for another engine."""
+    num_parameters = sum(p.numel() for p in model.parameters())  # before ZeRO-3 takes them apart
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -41,13 +43,13 @@ def _advice(
     where = f"rank {world.rank} ({world.device}): out of memory at {batch.micro_batch_size} samples a micro step"
     advice = [f"{where}: {first_line}"]
     if smaller := _smaller_micro_batch(batch):
-        factor = batch.global_batch_size // (smaller * batch.world_size)
+        num_micro_steps = batch.global_batch_size // (smaller * batch.world_size)
         advice.append(
-            f"train.micro_batch_size={smaller} holds fewer samples at a time ({factor} micro steps, the same result)"
+            f"train.micro_batch_size={smaller} holds fewer samples at a time, in {num_micro_steps} micro steps a step"
         )
     if not config.engine.activation_checkpointing:
         advice.append("engine.activation_checkpointing=true keeps fewer activations, and computes them again")
-    advice += _sharding(config, num_parameters, stage, world.world_size)
+    advice += _sharding(config, num_parameters, stage, batch.world_size)
     return advice
 
 

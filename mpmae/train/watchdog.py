@@ -30,6 +30,7 @@ DUMP_S = 5.0
 _READS_AND_WRITES = ("start", "save")
 _BUSY_BYTES = 2**20
 _MAX_INTERVAL_S = 10.0
+_STDERR = 2  # the descriptor: sys.stderr may have none, as in a notebook
 
 
 class _Place(NamedTuple):
@@ -86,7 +87,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._over.wait(self._interval_s):
             # should this thread not get its turn any more, a thread of the C library ends the process with status 1
-            faulthandler.dump_traceback_later(2 * FIRST_TIME_FACTOR * self._stall_s + 60, exit=True)
+            faulthandler.dump_traceback_later(2 * FIRST_TIME_FACTOR * self._stall_s + 60, exit=True, file=_STDERR)
             verdict = self._beats.verdict or self._verdict_alone()
             if verdict:
                 self._end(verdict)
@@ -126,7 +127,7 @@ class Watchdog:
         if is_culprit or self._rank == spokesman or verdict is not self._beats.verdict:
             print(f"error: rank {self._rank}: {verdict.text}; stacks are in {self._stacks_dir}", file=sys.stderr, flush=True)
         if is_culprit:
-            faulthandler.dump_traceback(all_threads=True)
+            faulthandler.dump_traceback(_STDERR, all_threads=True)
         dump = threading.Thread(target=self._dump, daemon=True)
         dump.start()
         dump.join(DUMP_S)

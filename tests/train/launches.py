@@ -68,7 +68,7 @@ def launch_ok(launcher: str, num_ranks: int, run_dir: Path, *arguments: str) -> 
 
 @contextlib.contextmanager
 def running(full: list[str], run_dir: Path, step: int) -> Iterator[subprocess.Popen]:
-    """A started command whose metrics.jsonl has `step` by now; output goes to `output_of`. Killed at the end, with its tree."""
+    """A started command whose metrics.jsonl has `step` by now; its output is in `output_of`. Killed whole at the end."""
     log = output_of(run_dir)
     with log.open("w") as file:
         process = subprocess.Popen(

@@ -14,6 +14,7 @@ import torch
 import mpmae.train
 from mpmae.engine import init_world, lost_peer_message
 from mpmae.errors import ConfigError, ShardError
+from mpmae.train.stopping import Stop
 from tests.engine.spawn import run_ranks
 from tests.train.launches import REPO, command, environment, metrics
 
@@ -65,6 +66,15 @@ def ends(monkeypatch, capfd):
 def test_every_rank_says_in_one_line_why_it_ends(ends, error, status, message):
     assert ends(error, 0) == (status, f"error: {message}\n")
     assert ends(error, 1) == (status, f"error: rank 1: {message}\n")
+
+
+def test_a_stopped_run_asks_to_be_queued_again(monkeypatch, capfd):
+    monkeypatch.setattr(mpmae.train, "pretrain", lambda config: Stop("SIGTERM", 12))
+    monkeypatch.setattr(sys, "argv", ["launch/pretrain.py"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(REPO / "launch" / "pretrain.py"), run_name="__main__")
+    shown = "error: stopped by SIGTERM and saved after step 12; queue it again with --resume auto\n"
+    assert (end.value.code, capfd.readouterr().err) == (75, shown)
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,15 @@ def test_the_reference_run_learns(lines_of):
     assert lines[0]["lr"] == 0.0
 
 
+def log_variances(lines: list[dict]) -> np.ndarray:
+    return np.array([list(line["log_variances"].values()) for line in lines])
+
+
 @pytest.mark.parametrize("case", list(CASES)[1:])
 def test_same_curve(case, lines_of):
+    expected = log_variances(lines_of("1 rank"))
+    assert np.abs(expected[-1]).min() > 1e-4, "they are trained"
+    np.testing.assert_allclose(log_variances(lines_of(case)), expected, atol=1e-5)
     np.testing.assert_allclose(curve(lines_of(case))[:, 0], curve(lines_of("1 rank"))[:, 0], rtol=1e-5)
 
 
