@@ -40,6 +40,16 @@ def test_plain_python_is_a_world_of_one():
     assert not any(key in os.environ for key in KEYS), "children must not take themselves for ranks"
 
 
+def test_every_group_has_the_bound_of_a_collective():
+    """Also those that a library makes for itself."""
+    world = init_world(collective_timeout_s=77.0)
+    try:
+        for group in (torch.distributed.group.WORLD, torch.distributed.new_group([0])):
+            assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 77.0
+    finally:
+        world.close()
+
+
 def test_half_an_environment(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(ConfigError, match="RANK set but not LOCAL_RANK and WORLD_SIZE"):
