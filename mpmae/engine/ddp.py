@@ -14,6 +14,7 @@ from mpmae.engine.files import copied_to_host, load_tensors, rng_state, save_ten
 from mpmae.engine.optim import build_optimizer
 from mpmae.engine.portable import TrainingState, load_state, parameter_names
 from mpmae.engine.world import World
+from mpmae.engine.wrap import wrap_blocks
 from mpmae.errors import CheckpointError
 
 _STATE_FILE = "ddp.pt"
@@ -29,6 +30,7 @@ class DDPEngine(Engine):
 
     def __init__(self, config: RunConfig, module: nn.Module, world: World, num_micro_steps: int):
         super().__init__(module.to(world.device), world, num_micro_steps)
+        wrap_blocks(module, config.engine)
         self._autocast_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
         self._clip_grad_norm = config.optim.clip_grad_norm
         self._parameters = [p for p in module.parameters() if p.requires_grad]
