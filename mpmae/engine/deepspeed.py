@@ -64,15 +64,14 @@ class DeepSpeedEngine(Engine):
         deepspeed = _import_deepspeed()
         hold_process_group("deepspeed")
         self.zero_stage = zero_stage(ds_config)
-        if (folder := uses_nvme(ds_config)) is not None:
-            _check_nvme(folder)
-        precision, zero = config.train.precision, ds_config.get("zero_optimization")
         self._layout = {
             "engine": self.name,
             "world_size": world.world_size,
-            "precision": precision,
-            "zero_optimization": zero,
+            "precision": config.train.precision,
+            "zero_optimization": ds_config.get("zero_optimization"),
         }
+        if (folder := uses_nvme(ds_config)) is not None:
+            _check_nvme(folder)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         wrap_blocks(module, config.engine)
         if config.train.precision == "bf16":

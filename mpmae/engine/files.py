@@ -45,12 +45,10 @@ def copied_to_host(state: Any) -> Any:
 
 
 def _copy(state: Any) -> Any:
-    if type(state) in (torch.Tensor, torch.nn.Parameter):
+    if isinstance(state, torch.Tensor):
         tensor = state.detach()
         host = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
         return host.copy_(tensor, non_blocking=True)
-    if isinstance(state, torch.Tensor):  # a sharded one keeps its description
-        return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
         return type(state)((key, _copy(value)) for key, value in state.items())
     if isinstance(state, (list, tuple)):

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from mpmae.config import RunConfig
 from mpmae.engine.base import Engine, as_float32, set_lr, skip_if_not_finite
 from mpmae.engine.dcp import apply_state, collect_state, read_state, write_state
-from mpmae.engine.files import copied_to_host, rng_state, save_tensors
+from mpmae.engine.files import rng_state, save_tensors
 from mpmae.engine.optim import build_optimizer
 from mpmae.engine.portable import TrainingState, load_state
 from mpmae.engine.world import World
@@ -139,7 +139,7 @@ class FSDPEngine(Engine):
         """See Engine. The ranks agree on who writes what over a process group of their own, beside the training's."""
         if self._writing_group is None:
             self._writing_group = dist.new_group(backend="gloo")
-        state, rng = copied_to_host(self.snapshot()), rng_state(self.device)
+        state, rng = self.snapshot(on_cpu=True), rng_state(self.device)
 
         def write(folder: Path) -> None:
             write_state(state, folder / DCP_FOLDER, self._writing_group)
