@@ -1,6 +1,7 @@
 """Engines around a model on synthetic batches, for the benchmarks that time steps over ranks of this machine."""
 
 import importlib.util
+import itertools
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,4 +110,4 @@ def timed_step(engine: Engine, batch: Batch, visible: torch.Tensor) -> StepTime:
     marks.append(time.perf_counter())
     engine.step(LEARNING_RATE)
     marks.append(time.perf_counter())
-    return StepTime(*(end - start for start, end in zip(marks, marks[1:], strict=False)))
+    return StepTime(*(end - start for start, end in itertools.pairwise(marks)))

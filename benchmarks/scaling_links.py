@@ -25,8 +25,17 @@ class Cost(NamedTuple):
         """Their sum."""
         return self.latency_s + self.transfer_s
 
+    def times(self, factor: float) -> "Cost":
+        """So many of them, one after the other."""
+        return Cost(factor * self.latency_s, factor * self.transfer_s)
+
 
 NOTHING = Cost(0.0, 0.0)
+
+
+def added(first: Cost, second: Cost) -> Cost:
+    """One after the other."""
+    return Cost(first.latency_s + second.latency_s, first.transfer_s + second.transfer_s)
 
 
 @dataclass(frozen=True)

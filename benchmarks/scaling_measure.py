@@ -59,13 +59,12 @@ def time_collectives(sizes: Sizes) -> dict[str, dict[str, list[float]]]:
 
 def timings(by_rank: list[dict[str, dict[str, list[float]]]]) -> list[Timing]:
     """The median over repeats of the slowest rank."""
-    return [
-        Timing(
-            kind, len(by_rank), int(size), statistics.median(map(max, zip(*(r[kind][size] for r in by_rank), strict=True)))
-        )
-        for kind, by_size in by_rank[0].items()
-        for size in by_size
-    ]
+    found = []
+    for kind, by_size in by_rank[0].items():
+        for size in by_size:
+            slowest = map(max, zip(*(rank[kind][size] for rank in by_rank), strict=True))
+            found.append(Timing(kind, len(by_rank), int(size), statistics.median(slowest)))
+    return found
 
 
 class StepsWanted(NamedTuple):

@@ -5,22 +5,23 @@ A step is `num_micro_steps` forwards and backwards, then one update. What each e
     ddp    all-reduce of the gradients in the last backward
     zero1  all-reduce of the gradients after the last backward, all-gather of the weights after the update
     zero2  all-reduce of the gradients in every backward, all-gather of the weights after the update
-    zero3, fsdp  all-gather of the weights in every forward and backward, reduce-scatter of the gradients in every backward
+    zero3  all-gather of the weights in every forward and backward, reduce-scatter of the gradients in every backward
+    fsdp   as zero3, but the gradients in the last backward only: until then they are whole on every rank
     hsdp   as fsdp among the ranks of a node, and an all-reduce of each rank's share of the gradients between nodes
 
 ZeRO-1 and 2 could do with a reduce-scatter: DeepSpeed 0.19.8 (`stage_1_and_2.py`, use_multi_rank_bucket_allreduce)
 all-reduces each bucket and keeps its part. Gradients travel as float32, gathered weights in the run's precision.
 
 A phase (forward or backward) of c seconds that sends k equal pieces of p seconds, one ready after each k-th of it, or one
-needed before it, ends max(p, c/k + k*p - c) later than it would alone. That is a bound on both sides: a backward gives the
-gradients of the deep, wide stages first, so real pieces are ready sooner.
+needed before it, ends max(p, c/k + k*p - c) later than it would alone. A real backward gives most gradients early, as the
+deep stages are the wide ones, so that this is rather too late than too early.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from scaling_links import NOTHING, Cost, Fabric, Group
+from scaling_links import NOTHING, Cost, Fabric, Group, added
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp")
 DDP_BUCKET_BYTES = 25 * 2**20  # torch's default
@@ -29,14 +30,16 @@ FP32_BYTES, MOMENT_BYTES = 4, 8
 TERMS = ("compute", "memory bandwidth", "gradient reduction", "parameter gather", "latency", "loader")
 
 
-class Compute(NamedTuple):
-    """Seconds of one rank alone, and the term of `TERMS` that bounds forward and backward."""
+Seconds = Mapping[str, float]  # by names of TERMS
 
-    forward_s: float
-    backward_s: float
-    update_s: float  # of all parameters
-    bound: str = "compute"
-    update_bound: str = "compute"
+
+@dataclass(frozen=True)
+class Compute:
+    """What one rank alone takes for a micro batch, and for the update of all parameters."""
+
+    forward: Seconds
+    backward: Seconds
+    update: Seconds
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,9 @@ def shard_ranks(engine: str, num_ranks: int, ranks_per_node: int) -> int:
     return {"ddp": 1, "hsdp": min(num_ranks, ranks_per_node)}.get(engine, num_ranks)
 
 
-def memory(work: Workload, engine: str, num_ranks: int, ranks_per_node: int, micro_batch: int) -> Memory:
+def memory(
+    work: Workload, engine: str, num_ranks: int, ranks_per_node: int, micro_batch: int, num_micro_steps: int = 1
+) -> Memory:
     """Bytes of a rank.
 
     DeepSpeed keeps a float32 copy of its share of the weights beside those of the forward, FSDP2 only that copy. Sharded
@@ -126,7 +131,8 @@ def memory(work: Workload, engine: str, num_ranks: int, ranks_per_node: int, mic
     forward = {"ddp": FP32_BYTES, "zero1": work.item_bytes, "zero2": work.item_bytes, "zero3": work.item_bytes / n}
     masters = {"ddp": 0}
     weights = forward.get(engine, 0) + masters.get(engine, FP32_BYTES / n)
-    gradients = FP32_BYTES if engine in ("ddp", "zero1") else FP32_BYTES / n
+    whole = engine in ("ddp", "zero1") or (engine in ("fsdp", "hsdp") and num_micro_steps > 1)
+    gradients = FP32_BYTES if whole else FP32_BYTES / n
     gathered = 2 * count / work.num_units * work.item_bytes if engine in ("zero3", "fsdp", "hsdp") and n > 1 else 0
     return Memory(
         weights * count, gradients * count, MOMENT_BYTES / n * count, work.activation_bytes * micro_batch, gathered
@@ -139,58 +145,58 @@ def exposed(compute_s: float, num_pieces: int, piece: Cost, overlap_fraction: fl
         return NOTHING
     total_s = num_pieces * piece.total_s
     late_s = max(piece.total_s, compute_s / num_pieces + total_s - compute_s)
-    share = (late_s + (1 - overlap_fraction) * (total_s - late_s)) / piece.total_s
-    return Cost(share * piece.latency_s, share * piece.transfer_s)
+    return piece.times((late_s + (1 - overlap_fraction) * (total_s - late_s)) / piece.total_s)
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """What an engine adds to a step beyond computation, by phase."""
+class Sent(NamedTuple):
+    """What the collectives of a phase add to a step."""
 
-    forward_gather: Cost
-    backward_gather: Cost
-    reduction: Cost  # of every backward
-    last_reduction: Cost  # of the last one
-    update_gather: Cost
+    gather: Cost = NOTHING
+    reduction: Cost = NOTHING
 
 
-def traffic(work: Workload, engine: str, machine: Machine, num_ranks: int, compute: Compute) -> Traffic:
-    """Of one micro step each (the last reduction and the update's gather: of a step)."""
+class Traffic(NamedTuple):
+    """What an engine adds to a step beyond computation: each forward, each backward but the last, that, the update."""
+
+    forward: Sent = Sent()
+    backward: Sent = Sent()
+    last_backward: Sent = Sent()
+    update: Sent = Sent()
+
+
+def traffic(work: Workload, engine: str, machine: Machine, num_ranks: int, forward_s: float, backward_s: float) -> Traffic:
+    """Of one step; `forward_s` and `backward_s`: the computation beside it."""
     world = Group(num_ranks, min(num_ranks, machine.ranks_per_node))
     gradient_bytes, weight_bytes = FP32_BYTES * work.num_parameters, work.item_bytes * work.num_parameters
 
-    def reduced(bucket_bytes: float, overlap: bool) -> Cost:
+    def reduced(bucket_bytes: float) -> Sent:
         pieces = max(1, round(gradient_bytes / bucket_bytes))
         piece = machine.fabric.cost("all_reduce", gradient_bytes / pieces, world)
-        if not overlap:
-            return Cost(pieces * piece.latency_s, pieces * piece.transfer_s)
-        return exposed(compute.backward_s, pieces, piece, machine.overlap_fraction)
+        overlap = 0.0 if engine == "zero1" else machine.overlap_fraction
+        return Sent(reduction=exposed(backward_s, pieces, piece, overlap))
 
     if engine == "ddp":
-        return Traffic(NOTHING, NOTHING, NOTHING, reduced(DDP_BUCKET_BYTES, overlap=True), NOTHING)
+        return Traffic(last_backward=reduced(DDP_BUCKET_BYTES))
     if engine in ("zero1", "zero2"):
-        after = machine.fabric.cost("all_gather", weight_bytes, world)
-        if engine == "zero1":
-            return Traffic(NOTHING, NOTHING, NOTHING, reduced(ZERO_BUCKET_BYTES, overlap=False), after)
-        return Traffic(NOTHING, NOTHING, reduced(ZERO_BUCKET_BYTES, overlap=True), NOTHING, after)
+        reduction = reduced(ZERO_BUCKET_BYTES)
+        after = Sent(gather=machine.fabric.cost("all_gather", weight_bytes, world))
+        return Traffic(backward=reduction if engine == "zero2" else Sent(), last_backward=reduction, update=after)
 
-    shard_size = shard_ranks(engine, num_ranks, machine.ranks_per_node)
-    shards, units = Group(shard_size, min(shard_size, machine.ranks_per_node)), work.num_units
+    shard_size, units = shard_ranks(engine, num_ranks, machine.ranks_per_node), work.num_units
+    shards = Group(shard_size, min(shard_size, machine.ranks_per_node))
     gather = machine.fabric.cost("all_gather", weight_bytes / units, shards)
     scatter = machine.fabric.cost("reduce_scatter", gradient_bytes / units, shards)
-    replicas = num_ranks // shard_size
-    if replicas > 1:
-        between = machine.fabric.cost("all_reduce", gradient_bytes / units / shard_size, Group(replicas, 1))
-        scatter = Cost(*map(sum, zip(scatter, between, strict=True)))
-    forward = exposed(compute.forward_s, units, gather, machine.overlap_fraction)
-    both = Cost(*map(sum, zip(gather, scatter, strict=True)))
-    backward = exposed(compute.backward_s, units, both, machine.overlap_fraction)
-    gather_fraction = gather.total_s / both.total_s if both.total_s else 0.0
-    return Traffic(forward, _part(backward, gather_fraction), _part(backward, 1 - gather_fraction), NOTHING, NOTHING)
-
-
-def _part(cost: Cost, fraction: float) -> Cost:
-    return Cost(fraction * cost.latency_s, fraction * cost.transfer_s)
+    if (num_replicas := num_ranks // shard_size) > 1:
+        scatter = added(
+            scatter, machine.fabric.cost("all_reduce", gradient_bytes / units / shard_size, Group(num_replicas, 1))
+        )
+    overlap = machine.overlap_fraction
+    gathering = Sent(gather=exposed(backward_s, units, gather, overlap))
+    both = exposed(backward_s, units, added(gather, scatter), overlap)
+    fraction = gather.total_s / (gather.total_s + scatter.total_s) if scatter.total_s else 1.0
+    last = Sent(both.times(fraction), both.times(1 - fraction))
+    forward = Sent(gather=exposed(forward_s, units, gather, overlap))
+    return Traffic(forward, last if engine == "zero3" else gathering, last)
 
 
 def predict(
@@ -201,25 +207,30 @@ def predict(
     The loader works beside everything else: only what it takes longer is waited for.
     """
     local_ranks = min(num_ranks, machine.ranks_per_node)
-    slowdown = machine.slowdown(local_ranks)
-    alone = work.compute(micro_batch)
-    compute = alone._replace(**{key: slowdown * getattr(alone, key) for key in ("forward_s", "backward_s", "update_s")})
-    sent = traffic(work, engine, machine, num_ranks, compute)
+    slowdown, compute = machine.slowdown(local_ranks), work.compute(micro_batch)
+    forward_s, backward_s = (slowdown * sum(part.values()) for part in (compute.forward, compute.backward))
+    sent = traffic(work, engine, machine, num_ranks, forward_s, backward_s)
     terms = dict.fromkeys(TERMS, 0.0)
-    terms[compute.bound] += num_micro_steps * (compute.forward_s + compute.backward_s)
-    terms[compute.update_bound] += compute.update_s / shard_ranks(engine, num_ranks, machine.ranks_per_node)
-    for term, cost, times in (
-        ("parameter gather", sent.forward_gather, num_micro_steps),
-        ("parameter gather", sent.backward_gather, num_micro_steps),
-        ("parameter gather", sent.update_gather, 1),
-        ("gradient reduction", sent.reduction, num_micro_steps),
-        ("gradient reduction", sent.last_reduction, 1),
+    update_ranks = shard_ranks(engine, num_ranks, machine.ranks_per_node)
+    for seconds, times in (
+        (compute.forward, num_micro_steps),
+        (compute.backward, num_micro_steps),
+        (compute.update, 1 / update_ranks),
     ):
-        terms[term] += times * cost.transfer_s
-        terms["latency"] += times * cost.latency_s
+        for term, value in seconds.items():
+            terms[term] += slowdown * times * value
+    for phase, times in (
+        (sent.forward, num_micro_steps),
+        (sent.backward, num_micro_steps - 1),
+        (sent.last_backward, 1),
+        (sent.update, 1),
+    ):
+        terms["parameter gather"] += times * phase.gather.transfer_s
+        terms["gradient reduction"] += times * phase.reduction.transfer_s
+        terms["latency"] += times * (phase.gather.latency_s + phase.reduction.latency_s)
     if machine.loader_images_per_s is not None:
         loading_s = local_ranks * micro_batch * num_micro_steps / machine.loader_images_per_s
         terms["loader"] = max(0.0, loading_s - sum(terms.values()))
-    used = memory(work, engine, num_ranks, machine.ranks_per_node, micro_batch)
+    used = memory(work, engine, num_ranks, machine.ranks_per_node, micro_batch, num_micro_steps)
     fits = machine.memory_bytes is None or used.total <= machine.memory_bytes
     return Step(terms, num_ranks * micro_batch * num_micro_steps, used, fits)
