@@ -9,7 +9,6 @@ from types import ModuleType
 from typing import NamedTuple
 
 import dense_masked
-import roofline
 import torch
 import torch.nn.functional as F
 from gpu_timing import Run
@@ -28,12 +27,13 @@ from kernel_cases import (
 from synthetic import random_visible
 from torch import Tensor
 
+from mpmae.cost import operators
 from mpmae.kernels import morton_sites, pack_sites, site_index, tile_slots, unpack_sites
 
 OPERATIONS = {
-    "forward": roofline.depthwise_forward,
-    "input gradient": roofline.depthwise_input_grad,
-    "weight gradient": roofline.depthwise_weight_grad,
+    "forward": operators.depthwise_forward,
+    "input gradient": operators.depthwise_input_grad,
+    "weight gradient": operators.depthwise_weight_grad,
 }
 FORWARD_GOALS = {8: 0.5, 4: 0.6, 2: 0.6}
 SAMPLES_AT_ONCE = 256
@@ -85,7 +85,7 @@ def depthwise_case(setting: Setting, operation: str, channels: int, tile_side: i
         tile_slots(visible, side),
         tile_side,
     )
-    taps = roofline.active_taps(visible, side, tile_side)
+    taps = operators.active_taps(visible, side, tile_side)
     probe = sorted({0, num_samples // 2, num_samples - 1})
     case = Case(
         OPERATIONS[operation](num_samples * num_sites, channels, setting.dtype.itemsize, taps),

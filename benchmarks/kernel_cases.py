@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from gpu_timing import Run
-from roofline import Work
 from torch import Tensor, nn
 
+from mpmae.cost.operators import Work
 from mpmae.kernels import tile_slots
 from mpmae.loader.batch import Batch
 from mpmae.models.blocks import Sites

@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 import dense_masked
 import kernel_cases
-import roofline
 import torch
 from dense_masked import DenseMasked
 from gpu_timing import Run
 from kernel_cases import MASK_RATIO, Case, Setting, Way, as_tuple, forced, same
-from roofline import Work
 from synthetic import random_visible, synthetic_batch
 from torch import Tensor, nn
 
+from mpmae.cost import operators
+from mpmae.cost.operators import Work
 from mpmae.kernels import hidden_patches, morton_sites, pack_sites, site_index, unpack_sites
 from mpmae.modalities import TARGETS, spec_of
 from mpmae.models.mpmae import INPUT, MPMAE
@@ -115,13 +115,13 @@ def stem_case(setting: Setting, size: str) -> Case:
     grad = setting.normal(setting.samples, visible.shape[1] * 64, channels)
     index = site_index(visible, model.num_patches_side, morton_sites(8).to(setting.device))
     arguments = (count, PATCH_SIZE, image.shape[1], channels, setting.dtype.itemsize, image.element_size())
-    works = roofline.stem_forward(*arguments), roofline.stem_backward(*arguments)
+    works = operators.stem_forward(*arguments), operators.stem_backward(*arguments)
     facts = {"num_samples": setting.samples, "num_sites": count * 64, "channels": channels}
     ours = Side(
         lambda _: partial(kernel_cases.stem, model.encoder, image, visible), list(model.encoder.stem.parameters()), grad
     )
     grid_grad = unpack_sites(grad, index, model.num_patches_side * 8)
-    return two_sided(setting, roofline.added(works), facts, ours, Side(dense, list(part.parameters()), grid_grad))
+    return two_sided(setting, operators.added(works), facts, ours, Side(dense, list(part.parameters()), grid_grad))
 
 
 def downsample_case(setting: Setting, size: str, stage: int) -> Case:
@@ -141,7 +141,7 @@ def downsample_case(setting: Setting, size: str, stage: int) -> Case:
         return lambda: function(full(grid), shown, shown_out, weights)
 
     arguments = (setting.samples * num_sites, channels, channels_out, setting.dtype.itemsize)
-    works = roofline.downsample_forward(*arguments), roofline.downsample_backward(*arguments)
+    works = operators.downsample_forward(*arguments), operators.downsample_backward(*arguments)
     facts = {"num_samples": setting.samples, "num_sites": setting.samples * num_sites, "channels": channels}
     grad = setting.normal(setting.samples, num_sites // 4, channels_out)
     index_out = site_index(visible, side, morton_sites(tile_side // 2).to(setting.device))
@@ -149,7 +149,7 @@ def downsample_case(setting: Setting, size: str, stage: int) -> Case:
     ours = Side(lambda _: partial(kernel_cases.downsample, part, x), [x, *leaves], grad)
     grid_grad = unpack_sites(grad, index_out, side * tile_side // 2)
     baseline = Side(dense, [grid, *leaves], grid_grad, lambda out: (pack_sites(out[0].contiguous(), index), *out[1:]))
-    return two_sided(setting, roofline.added(works), facts, ours, baseline)
+    return two_sided(setting, operators.added(works), facts, ours, baseline)
 
 
 def heads_case(setting: Setting, size: str) -> Case:
@@ -170,7 +170,7 @@ def heads_case(setting: Setting, size: str) -> Case:
     share = hidden.shape[1] / model.num_patches
     values = {name: model.select_in if name == INPUT else None for name in model.modalities_out}
     target_bytes = sum(_target_bytes(batch.values[name], selected) for name, selected in values.items())
-    work = roofline.heads_step(hidden.numel(), dim, num_outputs, setting.dtype.itemsize, round(share * target_bytes))
+    work = operators.heads_step(hidden.numel(), dim, num_outputs, setting.dtype.itemsize, round(share * target_bytes))
     facts = {"num_samples": setting.samples, "num_sites": hidden.numel(), "channels": dim, "num_outputs": num_outputs}
     leaves = [grid, *(p for head in heads for p in head.parameters())]
     one = torch.ones((), device=setting.device)

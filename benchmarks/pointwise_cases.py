@@ -8,16 +8,16 @@ from functools import partial
 from types import ModuleType
 from typing import NamedTuple
 
-import roofline
 import torch
 from gpu_timing import Run
 from kernel_cases import MASK_RATIO, Case, Setting, Way, as_tuple, pointwise_module, same
 from synthetic import random_visible
 from torch import Tensor
 
+from mpmae.cost import operators
 from mpmae.kernels.pointwise import formulas
 
-OPERATIONS = {"forward": roofline.pointwise_forward, "backward": roofline.pointwise_backward}
+OPERATIONS = {"forward": operators.pointwise_forward, "backward": operators.pointwise_backward}
 MODULES = ("fused", "wide")
 OPTIONS = formulas.Options("sample", 1e-6, 1e-6)
 MEMORY_GOAL, MATRIX_GOAL, MATRIX_CHANNELS = 0.7, 0.7, 384

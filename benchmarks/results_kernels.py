@@ -30,7 +30,7 @@ def section(record: dict[str, Any]) -> str:
         f"of CUDA-graph replays, all ways in turns, bf16, mask ratio {record['case']['mask_ratio']}. Measured in the same "
         f"process: copy {copy / 1e9:,.0f} GB/s (read and written), bf16 products {matrix / 1e12:,.0f} TFLOP/s. The floor is "
         "the larger of the least bytes over the one and the least matrix operations over the other "
-        "(`benchmarks/roofline.py`); of copy, of matrix: what ours reaches of each rate by these counts.",
+        "(`mpmae/cost/operators.py`); of copy, of matrix: what ours reaches of each rate by these counts.",
         "",
         "![fraction of the copy bandwidth by kernel](plots/gpu-kernels.svg)",
         "",

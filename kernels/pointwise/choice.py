@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from mpmae.kernels import backends, checks
-from mpmae.kernels.pointwise import formulas
+from mpmae.kernels.pointwise import formulas, tuning
 from mpmae.kernels.pointwise.formulas import Options, Weights
 
 OP = "pointwise"
 MAX_ROW_LENGTH = 4096
+SITES_PER_CHANNEL_TO_FOLD = 4
 
 WIDE_FROM_CHANNELS = {
     (torch.bfloat16, "sample"): 128,
@@ -32,6 +33,27 @@ def path_of(num_channels: int, dtype: torch.dtype, scope: str) -> str:
     decided by the benchmark's record; a type that is not listed takes "wide".
     """
     return "wide" if num_channels >= WIDE_FROM_CHANNELS.get((dtype, scope), 0) else "fused"
+
+
+def folds(scope: str, num_sites: int, num_channels: int) -> bool:
+    """Whether GRN's factors go into the weights of Linear2 rather than into a pass over the hidden activations.
+
+    By bytes of a sample, in 2-byte types: forward, scaling writes and reads 8*K*C each way and folding 8*C*C; backward,
+    scaling adds 12 units and folding writes and reads U, 32*C*C. So folding moves less from K = C (forward) and K = 4/3 C
+    (backward) on; but its products are as short as K and round up to whole tiles of 128 sites, hence K >= 4 C.
+    """
+    return scope == "batch" or num_sites >= SITES_PER_CHANNEL_TO_FOLD * num_channels
+
+
+def way_of(num_channels: int, num_sites: int, dtype: torch.dtype, scope: str, capability: int) -> str:
+    """How that module goes about a block of K sites a sample: "fused", "fused in one pass", "wide" or "wide folded".
+
+    What tells them apart is the bytes they move. capability: the major number of the GPU's compute capability.
+    """
+    if path_of(num_channels, dtype, scope) == "wide":
+        return "wide folded" if folds(scope, num_sites, num_channels) else "wide"
+    one_pass = tuning.blocks("rows_and_weight1", num_channels, dtype.itemsize, num_sites, capability)
+    return "fused" if one_pass is None else "fused in one pass"
 
 
 def chosen(y: Tensor, options: Options) -> ModuleType:

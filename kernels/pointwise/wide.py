@@ -27,13 +27,12 @@ import torch
 from torch import Tensor
 
 from mpmae.kernels.pointwise import hidden_passes, norm_passes, row_passes
-from mpmae.kernels.pointwise.choice import MAX_ROW_LENGTH
+from mpmae.kernels.pointwise.choice import MAX_ROW_LENGTH, folds
 from mpmae.kernels.pointwise.formulas import GELUS, Options, Saved, Weights
 from mpmae.kernels.pointwise.products import add_product, float32_product
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCOPES = ("sample", "batch")
-SITES_PER_CHANNEL_TO_FOLD = 4
 
 
 def supports(y: Tensor, options: Options) -> str | None:
@@ -49,16 +48,6 @@ def supports(y: Tensor, options: Options) -> str | None:
     if options.gelu not in GELUS:
         problems.append(f"gelu {options.gelu!r}, expected one of {GELUS}")
     return "; ".join(problems) or None
-
-
-def folds(scope: str, num_sites: int, num_channels: int) -> bool:
-    """Whether GRN's factors go into the weights of Linear2 rather than into a pass over the hidden activations.
-
-    By bytes of a sample, in 2-byte types: forward, scaling writes and reads 8*K*C each way and folding 8*C*C; backward,
-    scaling adds 12 units and folding writes and reads U, 32*C*C. So folding moves less from K = C (forward) and K = 4/3 C
-    (backward) on; but its products are as short as K and round up to whole tiles of 128 sites, hence K >= 4 C.
-    """
-    return scope == "batch" or num_sites >= SITES_PER_CHANNEL_TO_FOLD * num_channels
 
 
 def forward(residual: Tensor, y: Tensor, weights: Weights, valid: Tensor | None, options: Options) -> tuple[Tensor, Saved]:

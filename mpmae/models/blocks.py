@@ -15,7 +15,7 @@ from mpmae.kernels import hidden_patches, morton_sites, pack_sites, site_index, 
 from mpmae.kernels.block import sparse_block
 from mpmae.kernels.downsample import downsample
 from mpmae.kernels.heads import head_loss
-from mpmae.kernels.pointwise import GELUS, Options, Weights
+from mpmae.kernels.pointwise import GELUS, Options, Weights, way_of
 from mpmae.kernels.stem import StemWeights, stem
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "morton_sites",
     "pack_patches",
     "pack_sites",
+    "pointwise_way",
     "site_index",
     "stem",
     "tile_slots",
@@ -92,6 +93,11 @@ class Block(nn.Module):
             self.pwconv2.bias,
         )
         return sparse_block(x, (self.dwconv.weight, self.dwconv.bias), weights, *sites, self.options)
+
+
+def pointwise_way(block: Block, num_sites: int, dtype: torch.dtype, capability: int) -> str:
+    """How a GPU of this major compute capability runs the pointwise half on K sites: see `kernels.pointwise.way_of`."""
+    return way_of(block.dwconv.in_channels, num_sites, dtype, block.options.scope, capability)
 
 
 class Downsample(nn.Module):

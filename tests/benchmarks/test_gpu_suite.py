@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 
+from mpmae.cost.operators import Work
+
 # what a machine with torch, Triton and numpy may lack, of all that mpmae needs
 ABSENT = ("pydantic", "yaml", "rich", "h5py", "cramjam", "numba", "isal", "fsspec", "safetensors", "matplotlib", "PIL")
 
@@ -101,7 +103,6 @@ def test_time_that_ends_leaves_a_list(monkeypatch, capsys):
 
 def case_of(run, expected, ours=True):
     from kernel_cases import Case, Way
-    from roofline import Work
 
     case = Case(Work(8, 8), lambda: expected, {})
     case.add("kernel", lambda: Way(run, ours=ours))

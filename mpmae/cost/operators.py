@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TAPS = 49
+TAP_SIDE = 7
+TAPS = TAP_SIDE**2
 PARAMETER_BYTES = STATISTIC_BYTES = 4
 
 
@@ -25,6 +26,11 @@ class Work(NamedTuple):
     num_bytes: int
     matrix_flops: int = 0
     vector_flops: int = 0
+
+    @property
+    def flops(self) -> int:
+        """All operations."""
+        return self.matrix_flops + self.vector_flops
 
     def floor_s(self, bytes_per_s: float, flops_per_s: float) -> float:
         """Seconds that no implementation gets below at these measured rates."""
@@ -49,6 +55,20 @@ def active_taps(visible: Tensor, num_patches_side: int, tile_side: int) -> float
     return float((met * grid).sum(dtype=torch.float64) / grid.sum(dtype=torch.float64))
 
 
+def expected_taps(num_visible: int, num_patches_side: int, tile_side: int) -> float:
+    """What `active_taps` gives on average over all ways to show V of the G*G patches.
+
+    A tap inside the tile meets a visible site, one outside the image meets none, and one in another tile does in
+    (V - 1) / (G*G - 1) of the ways.
+    """
+    side, num_patches = num_patches_side * tile_side, num_patches_side**2
+    other = (num_visible - 1) / max(1, num_patches - 1)
+    reach = range(-(TAP_SIDE // 2), TAP_SIDE // 2 + 1)
+    in_image = sum(0 <= site + tap < side for site in range(side) for tap in reach) / side
+    in_tile = sum(0 <= site + tap < tile_side for site in range(tile_side) for tap in reach) / tile_side
+    return in_tile**2 + other * (in_image**2 - in_tile**2)
+
+
 def depthwise_forward(num_sites: int, channels: int, item_bytes: int, taps: float = TAPS) -> Work:
     """7x7 convolution of M sites: x in, y out; `taps` is the mean number that meet a site."""
     parameters = (TAPS + 1) * channels * PARAMETER_BYTES
@@ -67,26 +87,38 @@ def depthwise_weight_grad(num_sites: int, channels: int, item_bytes: int, taps: 
     return depthwise_forward(num_sites, channels, item_bytes, taps)
 
 
-def pointwise_forward(num_sites: int, channels: int, item_bytes: int) -> Work:
-    """LayerNorm, Linear, GELU, GRN, Linear, residual.
+# passes over [M, C] of the pointwise half, forward and backward: the least, and what the ways of kernels/pointwise take
+POINTWISE_PASSES = {
+    "least": (15, 16),
+    "fused in one pass": (15, 16),
+    "fused": (15, 25),
+    "wide folded": (27, 41),
+    "wide": (35, 53),
+}
 
-    y, the residual and the output: 3C items a site. h is written, and read again once its norm is known; GELU's slope is
-    written for the backward: 3D. Mean and rstd of LayerNorm: two float32. Two products of 2CD operations a site.
+
+def pointwise_forward(num_sites: int, channels: int, item_bytes: int, way: str = "least") -> Work:
+    """LayerNorm, Linear, GELU, GRN, Linear, residual; way: one of POINTWISE_PASSES.
+
+    The least is y, the residual and the output, 3C items a site; h, which is written, and read again once its norm is known,
+    and GELU's slope, which is written for the backward: 3D. Mean and rstd of LayerNorm: two float32. Two products of 2CD
+    operations a site.
     """
-    hidden = 4 * channels
-    activations = num_sites * ((3 * channels + 3 * hidden) * item_bytes + 2 * STATISTIC_BYTES)
-    return Work(activations + _pointwise_parameters(channels), 4 * num_sites * channels * hidden)
+    return _pointwise(num_sites, channels, item_bytes, POINTWISE_PASSES[way][0], 1)
 
 
-def pointwise_backward(num_sites: int, channels: int, item_bytes: int) -> Work:
+def pointwise_backward(num_sites: int, channels: int, item_bytes: int, way: str = "least") -> Work:
     """Its backward: gradients of y and of all parameters.
 
-    grad and h are read once for the gradient of GRN's norm, then grad, y, h and the slope for everything else; grad_y is
-    written: 4C + 3D items a site. Four products of 2CD operations: grad_z, grad_n and the two weights.
+    In the least, grad and h are read once for the gradient of GRN's norm, then grad, y, h and the slope for everything else,
+    and grad_y is written: 4C + 3D items a site. Four products of 2CD operations: grad_z, grad_n and the two weights.
     """
-    hidden = 4 * channels
-    activations = num_sites * ((4 * channels + 3 * hidden) * item_bytes + 2 * STATISTIC_BYTES)
-    return Work(activations + 2 * _pointwise_parameters(channels), 8 * num_sites * channels * hidden)
+    return _pointwise(num_sites, channels, item_bytes, POINTWISE_PASSES[way][1], 2)
+
+
+def _pointwise(num_sites: int, channels: int, item_bytes: int, passes: int, times: int) -> Work:
+    activations = num_sites * (passes * channels * item_bytes + 2 * STATISTIC_BYTES)
+    return Work(activations + times * _pointwise_parameters(channels), times * 4 * num_sites * channels * 4 * channels)
 
 
 def _pointwise_parameters(channels: int) -> int:
@@ -120,6 +152,24 @@ def stem_backward(
     return Work(forward.num_bytes + parameters, 2 * forward.matrix_flops, 3 * forward.vector_flops)
 
 
+def patch_stem_forward(
+    num_patches: int, patch_size: int, num_bands: int, channels: int, item_bytes: int, pixel_bytes: int
+) -> Work:
+    """Convolution with kernel = stride = p/8 and LayerNorm, the stem of ConvNeXt; arguments as in `stem_forward`."""
+    pixels = num_patches * patch_size**2
+    activations = pixels * num_bands * pixel_bytes + num_patches * 64 * channels * item_bytes
+    parameters = (patch_size**2 // 64 * num_bands + 3) * channels * PARAMETER_BYTES
+    return Work(activations + parameters, 2 * pixels * num_bands * channels)
+
+
+def patch_stem_backward(
+    num_patches: int, patch_size: int, num_bands: int, channels: int, item_bytes: int, pixel_bytes: int
+) -> Work:
+    """Its backward: image, what LayerNorm read and the output's gradient in, the parameters' gradients out; one product."""
+    forward = patch_stem_forward(num_patches, patch_size, num_bands, channels, item_bytes, pixel_bytes)
+    return forward._replace(num_bytes=forward.num_bytes + num_patches * 64 * channels * item_bytes)
+
+
 def downsample_forward(num_sites: int, channels_in: int, channels_out: int, item_bytes: int) -> Work:
     """LayerNorm and a 2x2 convolution of stride 2: M sites in, M/4 out, one product of [M/4, 4C] and [4C, C_out]."""
     activations = num_sites * channels_in + num_sites // 4 * channels_out
@@ -146,3 +196,15 @@ def heads_step(num_patches: int, dim: int, num_outputs: int, item_bytes: int, ta
     """
     parameters = 2 * (dim + 1) * num_outputs * PARAMETER_BYTES
     return Work(2 * num_patches * dim * item_bytes + target_bytes + parameters, 6 * num_patches * dim * num_outputs)
+
+
+def linear_forward(num_rows: int, dim_in: int, dim_out: int, item_bytes: int) -> Work:
+    """A product of [rows, dim_in] and [dim_in, dim_out], and its bias."""
+    parameters = (dim_in + 1) * dim_out * PARAMETER_BYTES
+    return Work(num_rows * (dim_in + dim_out) * item_bytes + parameters, 2 * num_rows * dim_in * dim_out)
+
+
+def linear_backward(num_rows: int, dim_in: int, dim_out: int, item_bytes: int) -> Work:
+    """Its backward: input and output's gradient in, the input's and the parameters' gradients out; two products."""
+    parameters = (2 * dim_in + 1) * dim_out * PARAMETER_BYTES
+    return Work(num_rows * (2 * dim_in + dim_out) * item_bytes + parameters, 4 * num_rows * dim_in * dim_out)
