@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from scaling_links import NOTHING, Cost, Fabric, Group, added
 
-ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp", "hsdp")
+ENGINES = ("ddp", "zero1", "zero2", "fsdp", "hsdp", "zero3")  # simplest first
 DDP_BUCKET_BYTES = 25 * 2**20  # torch's default
 ZERO_BUCKET_BYTES = 50_000_000 * 4  # configs/ds: reduce_bucket_size, in float32
 FP32_BYTES, MOMENT_BYTES = 4, 8
@@ -110,8 +110,8 @@ class Step:
 
     @property
     def bottleneck(self) -> str:
-        """The term that takes most of the step."""
-        return max(self.terms_s, key=self.terms_s.__getitem__)
+        """The loader if it is waited for, since nothing else would then make the step shorter; else the longest term."""
+        return "loader" if self.terms_s["loader"] > 0 else max(self.terms_s, key=self.terms_s.__getitem__)
 
 
 def shard_ranks(engine: str, num_ranks: int, ranks_per_node: int) -> int:
