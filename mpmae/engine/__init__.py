@@ -1,4 +1,4 @@
-"""Engines: one protocol for the training step, run by DDP or DeepSpeed."""
+"""Engines: one protocol for the training step, run by DDP, FSDP2 or DeepSpeed."""
 
 from typing import Any
 
@@ -6,15 +6,16 @@ from torch import nn
 
 from mpmae.config import RunConfig
 from mpmae.engine.base import Engine
+from mpmae.engine.checks import check_engine
 from mpmae.engine.ds_config import load_ds_config, resolve_ds_config
 from mpmae.engine.optim import LearningRate, peak_lr
 from mpmae.engine.world import World, current_world, init_world, is_lost_peer
-from mpmae.errors import ConfigError
 
 __all__ = [
     "Engine",
     "LearningRate",
     "World",
+    "check_engine",
     "create_engine",
     "current_world",
     "init_world",
@@ -37,21 +38,18 @@ def create_engine(
 
     `ds_config` is for deepspeed only: what `resolve_ds_config` made for these batch sizes. All ranks start from rank 0's
     weights.
-    Raises ConfigError: an engine that this version lacks, a DeepSpeed configuration that is absent, unused or wrong.
+    Raises ConfigError as `check_engine` does, and for a DeepSpeed configuration that is wrong.
     """
     name = config.engine.name
-    if name == "fsdp":
-        raise ConfigError(
-            "engine.name=fsdp: this version has ddp and deepspeed (ZeRO-3 in configs/ds/zero3.json shards alike)"
-        )
+    check_engine(config, ds_config, world.world_size)
     if name == "ddp":
-        if ds_config is not None:
-            raise ConfigError("engine.name=ddp would ignore the DeepSpeed configuration given: set engine.name=deepspeed")
         from mpmae.engine.ddp import DDPEngine
 
         return DDPEngine(config, module, world, num_micro_steps)
-    if ds_config is None:
-        raise ConfigError("engine.name=deepspeed without a DeepSpeed configuration: add --ds-config configs/ds/zero1.json")
+    if name == "fsdp":
+        from mpmae.engine.fsdp import FSDPEngine
+
+        return FSDPEngine(config, module, world, num_micro_steps)
     sizes = (ds_config.get("train_micro_batch_size_per_gpu"), ds_config.get("gradient_accumulation_steps"))
     assert sizes == (micro_batch_size, num_micro_steps), "ds_config is not resolved, or for other batch sizes"
     from mpmae.engine.deepspeed import DeepSpeedEngine

@@ -1,4 +1,4 @@
-"""What runs a training step: one protocol for DDP and DeepSpeed.
+"""What runs a training step: one protocol for DDP, FSDP2 and DeepSpeed.
 
 A step of the loop, the same for every engine:
 

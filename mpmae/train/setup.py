@@ -6,15 +6,12 @@ from typing import Any
 import torch
 
 from mpmae.config import RunConfig
-from mpmae.engine import load_ds_config, resolve_ds_config
-from mpmae.errors import ConfigError
+from mpmae.engine import check_engine, load_ds_config, resolve_ds_config
 from mpmae.loader import ShardReader
 from mpmae.models import MPMAE, create_model
 from mpmae.shard_format import Manifest
 from mpmae.train.data import Loader, open_folder, open_loader
 from mpmae.train.plan import RunPlan, make_plan
-
-ENGINES = ("ddp", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -59,14 +56,9 @@ def build_model(config: RunConfig, manifest: Manifest) -> MPMAE:
 
 def _resolved_ds_config(config: RunConfig, plan: RunPlan) -> dict[str, Any] | None:
     """The DeepSpeed configuration with nothing left open; None for another engine."""
-    name, path, batch = config.engine.name, config.engine.ds_config, plan.batch
-    if name not in ENGINES:
-        raise ConfigError(f"engine.name = {name}: this version has {' and '.join(ENGINES)}; ZeRO-3 shards as fsdp does")
-    if name != "deepspeed":
-        if path:
-            raise ConfigError(f"engine.ds_config = {path}, but engine.name = {name} would ignore it; drop one of them")
+    path, batch = config.engine.ds_config, plan.batch
+    raw = load_ds_config(path) if path else None
+    check_engine(config, raw, batch.world_size)
+    if raw is None:
         return None
-    if path is None:
-        raise ConfigError("engine.name = deepspeed needs a DeepSpeed configuration: --ds-config configs/ds/zero2.json")
-    raw = load_ds_config(path)
     return resolve_ds_config(raw, config, batch.world_size, batch.micro_batch_size, batch.num_micro_steps, path)

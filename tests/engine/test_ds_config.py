@@ -127,7 +127,7 @@ def test_bad_file(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("name", "ds_config", "message"),
     [
-        ("fsdp", None, "this version has ddp and deepspeed"),
+        ("fsdp", {}, "would ignore the DeepSpeed configuration"),
         ("ddp", {}, "would ignore the DeepSpeed configuration"),
         ("deepspeed", None, "add --ds-config"),
     ],

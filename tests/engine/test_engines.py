@@ -15,8 +15,8 @@ from mpmae.engine import init_world
 from tests.engine.spawn import run_ranks
 from tests.engine.toy import PEAK_LR, Case, Toy, make_engine, reference, run_cases, train
 
-ENGINES = [("ddp", None), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
-IDS = ["ddp", "zero0", "zero1", "zero2", "zero3"]
+ENGINES = [("ddp", None), ("fsdp", None), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2), ("deepspeed", 3)]
+IDS = ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"]
 CLIP = 0.5
 FP32_BOUND = 1e-6
 BF16_BOUND = 5e-3

@@ -30,6 +30,17 @@ class ToyOutput(NamedTuple):
     losses: dict[str, torch.Tensor]
 
 
+class ToyBlock(nn.Module):
+    """A residual layer; blocks are what engines shard, checkpoint and compile."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.linear = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        return x + torch.nn.functional.gelu(self.linear(x))
+
+
 class Toy(nn.Module):
     """Two heads over a trunk, with each kind of parameter that models have: conv, scale, token, norm, scalar, frozen."""
 
@@ -41,6 +52,7 @@ class Toy(nn.Module):
         self.token = nn.Parameter(torch.full((1, 1, 8), 0.02))
         self.frozen = nn.Parameter(torch.full((8,), 0.3), requires_grad=False)
         self.hidden = nn.Linear(8, 24)
+        self.blocks = nn.ModuleList(ToyBlock(24) for _ in range(2))
         self.head_a = nn.Linear(24, 4)
         self.head_b = nn.Linear(24, 5)
         self.log_variance = nn.Parameter(torch.zeros(2))
@@ -50,6 +62,8 @@ class Toy(nn.Module):
         """This micro batch's share: mean over all samples for task a, over the `num_b` samples that have b for task b."""
         features = self.norm(self.conv(x).flatten(2).mean(2))
         hidden = torch.nn.functional.gelu(self.hidden(features * self.gamma + self.token[0] + self.frozen))
+        for block in self.blocks:
+            hidden = block(hidden)
         error_a = (self.head_a(hidden).float() - target_a + self.offset).square().mean(1).sum() / GLOBAL_BATCH
         per_sample_b = nn.functional.cross_entropy(self.head_b(hidden).float(), target_b, reduction="none")
         error_b = (per_sample_b * has_b).sum() / num_b  # zero-weighted, not skipped, where no sample has b
@@ -74,17 +88,19 @@ class Case:
     bad_step: int | None = None
     ds_extra: dict | None = None
     lr_scale: float | None = None  # of the group without weight decay
+    options: dict | None = None  # more keys of the engine section
 
     @property
     def label(self) -> str:
-        name = self.engine if self.engine == "ddp" else f"zero{self.stage}"
+        name = f"zero{self.stage}" if self.engine == "deepspeed" else self.engine
         return f"{name} x{self.num_micro_steps} clip={self.clip} {self.precision}"
 
 
 def run_config(case: Case) -> RunConfig:
     train = {"global_batch_size": GLOBAL_BATCH, "precision": case.precision}
     optim = {"clip_grad_norm": case.clip, "lr": PEAK_LR, "weight_decay": WEIGHT_DECAY}
-    return validate({"train": train, "optim": optim, "engine": {"name": case.engine}}, "toy")
+    engine = {"name": case.engine, **(case.options or {})}
+    return validate({"train": train, "optim": optim, "engine": engine}, "toy")
 
 
 def make_engine(case: Case, world, module: type[nn.Module] = Toy) -> Engine:
@@ -120,18 +136,22 @@ def global_batch(step: int) -> dict[str, torch.Tensor]:
     }
 
 
+def rows_of(engine: Engine, case: Case, micro_step: int) -> slice:
+    """A micro batch's part of the global batch; parts differ in size where the ranks do not divide it."""
+    num_parts = engine.world_size * case.num_micro_steps
+    part = engine.rank * case.num_micro_steps + micro_step
+    return slice(GLOBAL_BATCH * part // num_parts, GLOBAL_BATCH * (part + 1) // num_parts)
+
+
 def train(engine: Engine, case: Case, first: int, last: int) -> dict[str, list[float]]:
     """Losses, gradient norms and a random draw per step."""
     schedule = LearningRate(PEAK_LR, 0.0, 3, 12)
     record: dict[str, list[float]] = {"loss": [], "grad_norm": [], "draw": []}
-    rows = GLOBAL_BATCH // engine.world_size
-    micro = rows // case.num_micro_steps
     for step in range(first, last):
         batch = global_batch(step)
         total = torch.zeros((), dtype=torch.float64)
         for index in range(case.num_micro_steps):
-            start = engine.rank * rows + index * micro
-            part = {key: value[start : start + micro] for key, value in batch.items()}
+            part = {key: value[rows_of(engine, case, index)] for key, value in batch.items()}
             if step == case.bad_step and engine.rank == engine.world_size - 1:
                 part["x"] = part["x"] * float("nan")
             loss = engine.forward(**part, num_b=5).loss
@@ -150,6 +170,7 @@ def reference(clip: float | None, skip: int | None = None, steps: int = 10, lr_s
     torch.manual_seed(1234)
     module = Toy()
     exempt = {"conv.bias", "norm.weight", "norm.bias", "hidden.bias", "head_a.bias", "head_b.bias", "log_variance"}
+    exempt |= {"blocks.0.linear.bias", "blocks.1.linear.bias"}
     named = dict(module.named_parameters())
     groups = [
         {"params": [p for name, p in named.items() if name not in exempt | {"frozen"}], "weight_decay": WEIGHT_DECAY},

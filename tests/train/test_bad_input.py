@@ -93,10 +93,10 @@ def test_changed_shards_cannot_continue_the_run(refused, run_dir, shards_dir, mm
         (("model.bands_in=[B2, B77]",), ["B77"]),
         (("model.name=mpmae_ato",), ["mpmae_ato", "mpmae_atto"]),
         (("model.img_size=60",), ["60", "patch"]),
-        (("engine.name=fsdp",), ["fsdp", "ddp"]),
+        (("engine.name=fsdp", "engine.shard_size=2"), ["shard_size = 2", "the 1 ranks"]),
         (("engine.name=deepspeed",), ["--ds-config"]),
         (("--ds-config", "configs/ds/absent.json"), ["configs/ds/absent.json"]),
-        (("--ds-config", "configs/ds/zero2.json", "engine.name=ddp"), ["ddp", "ds_config"]),
+        (("--ds-config", "configs/ds/zero2.json", "engine.name=ddp"), ["engine.name = ddp", "DeepSpeed configuration"]),
         (("--config", "absent.yaml"), ["absent.yaml"]),
     ],
 )

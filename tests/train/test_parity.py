@@ -23,6 +23,7 @@ CASES = {
     "1 rank, 4 micro steps": ("python", 1, ("train.micro_batch_size=3",)),
     "2 ranks": ("torchrun", 2, ()),
     "2 ranks, 2 micro steps": ("torchrun", 2, ("train.micro_batch_size=3",)),
+    "fsdp": ("torchrun", 2, ("engine.name=fsdp",)),
     "3 ranks": ("torchrun", 3, ()),
     **{f"ZeRO-{n}": ("deepspeed", 2, ("--ds-config", f"configs/ds/zero{n}.json")) for n in range(4)},
     "ZeRO-2, 2 micro steps": ("deepspeed", 2, ("--ds-config", "configs/ds/zero2.json", "train.micro_batch_size=3")),
@@ -67,7 +68,7 @@ def test_same_curve(case, lines_of):
 
 
 @pytest.mark.parametrize(
-    "case", ["2 ranks", "ZeRO-2", *(pytest.param(f"ZeRO-{n}", marks=pytest.mark.slow) for n in (0, 1, 3))]
+    "case", ["2 ranks", "ZeRO-2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("fsdp", "ZeRO-0", "ZeRO-1", "ZeRO-3"))]
 )
 def test_killed_and_resumed_equals_uninterrupted(case, settings, lines_of, tmp_path):
     """Bit by bit: `kill -9` after a step between two checkpoints, then --resume auto, in the middle of an epoch."""

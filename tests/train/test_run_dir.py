@@ -86,7 +86,7 @@ def test_dry_run_refuses_what_the_run_would(run_dir, settings):
     full = [sys.executable, "launch/pretrain.py", "--dry-run", *settings]
     for extra, words in (
         (f"run.dir={run_dir}", "is not empty"),
-        ("engine.name=fsdp", "this version has ddp and deepspeed"),
+        ("engine.cpu_offload=true", "engine.name = ddp does not have: use engine.name=fsdp"),
         ("model.img_size=112", "larger than the tiles"),
         ("data.val_split=absent", "no split 'absent'"),
     ):
