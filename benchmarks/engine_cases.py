@@ -103,11 +103,21 @@ class StepTime(NamedTuple):
 def timed_step(engine: Engine, batch: Batch, visible: torch.Tensor) -> StepTime:
     """One step of one micro step, timed on this rank."""
     engine.world.barrier()
+    _finish(engine.device)
     marks = [time.perf_counter()]
     out = engine.forward(batch, visible)
+    _finish(engine.device)
     marks.append(time.perf_counter())
     engine.backward(out.loss)
+    _finish(engine.device)
     marks.append(time.perf_counter())
     engine.step(LEARNING_RATE)
+    _finish(engine.device)
     marks.append(time.perf_counter())
     return StepTime(*(end - start for start, end in itertools.pairwise(marks)))
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for what was launched on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
+# imported once, in the process that all ranks are forked from: starting a rank then takes a fraction of a second
+PRELOADED = ["torch.distributed", "mpmae.engine", "mpmae.models", "mpmae.loader", "deepspeed"]
+
 
 def run_ranks(function: Callable[[Any], Any], num_ranks: int, argument: Any, timeout_s: float = 300.0) -> list[Any]:
     """What `function(argument)` gave on each rank, as JSON can hold it.
@@ -23,9 +26,12 @@ def run_ranks(function: Callable[[Any], Any], num_ranks: int, argument: Any, tim
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     deadline = time.monotonic() + timeout_s
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as the engine does; deepspeed asks when it is imported
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         arguments = (function, num_ranks, port, argument, folder)
-        context = multiprocessing.start_processes(_rank, arguments, num_ranks, join=False, start_method="spawn")
+        context = multiprocessing.start_processes(_rank, arguments, num_ranks, join=False, start_method="forkserver")
         try:
             while not context.join(timeout=max(0.1, deadline - time.monotonic())):
                 if time.monotonic() > deadline:

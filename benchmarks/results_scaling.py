@@ -4,7 +4,7 @@ from itertools import groupby
 from typing import Any
 
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 from page import machine, plt, svg
 
 INK, FAINT = "#30343a", "#b4b8be"
@@ -14,7 +14,7 @@ MARKERS = {  # bottleneck: marker, colour
     "loader": ("D", "#d98a29"),
     "gradient reduction": ("^", "#c0392b"),
     "parameter gather": ("v", "#8e44ad"),
-    "latency": ("P", "#6b7078"),
+    "latency": ("X", INK),
 }
 PLOTTED = ("mpmae_atto", "mpmae_tiny", "mpmae_base", "mpmae_huge")
 COLUMNS = (1, 8, 64, 256, 1024)
@@ -66,7 +66,7 @@ def plot(record: dict[str, Any]) -> str:
             axes.set_title(f"{cluster}\n{scaling} scaling: {what}", fontsize=9.5, loc="left", color=INK)
             axes.set(xscale="log", yscale="log", xlim=(0.33, 1500))
             axes.set_xticks([1, 4, 16, 64, 256, 1024], ["1", "4", "16", "64", "256", "1024"])
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
             axes.grid(axis="y", color="#e6e8eb", lw=0.7)
             axes.set_axisbelow(True)
@@ -84,7 +84,7 @@ def plot(record: dict[str, Any]) -> str:
     figure.legend(
         handles=handles, ncols=len(handles), frameon=False, loc="upper center", bbox_to_anchor=(0.5, 0.972), fontsize=9
     )
-    figure.tight_layout(rect=(0, 0, 1, 0.945), h_pad=1.6)
+    figure.tight_layout(rect=(0, 0, 1, 0.96), h_pad=1.6)
     return svg(figure)
 
 
@@ -169,9 +169,9 @@ def section(record: dict[str, Any]) -> str:
     lines = [
         "## Scaling: a model, not a measurement",
         "",
-        f"{made} **No GPU and no network took part**: what follows for clusters is computed from datasheets, from operations "
-        "and bytes counted in the model (`mpmae.cost`), and from assumptions stated below. Only the small check at the end is "
-        "measured, on the cores of one machine.",
+        f"{made} **No GPU and no network took part**: what follows for clusters is computed from datasheets, from "
+        "operations and bytes counted in the model (`mpmae.cost`), and from assumptions stated below. Only the small check "
+        "at the end is measured, on the cores of one machine.",
         "",
         "![A model: images/s a GPU over the number of GPUs](plots/scaling.svg)",
         "",

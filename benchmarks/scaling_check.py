@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from engine_cases import Case
 from record import spread
+from scaling_hardware import num_units
 from scaling_links import Group, Link, SharedCores, Timing, fit_links, fit_two
 from scaling_model import Compute, Machine, Workload, predict
 
@@ -65,14 +66,13 @@ def workload_of(case: Case, summary: dict[str, Any]) -> Workload:
     """The measured workload of a case's model and engine, float32."""
     with torch.device("meta"):
         model = create_model(f"mpmae_{case.model}")
-    num_blocks = sum(map(len, model.encoder.stages)) + len(model.decoder.blocks)
 
     def compute(micro_batch: int) -> Compute:
         phases = (summary[phase] for phase in ("forward", "backward"))
         both = ({"compute": phase["fixed_s"] + micro_batch * phase["per_sample_s"]} for phase in phases)
         return Compute(*both, {"compute": summary["update_s"]})
 
-    return Workload(case.model, sum(p.numel() for p in model.parameters()), num_blocks, FP32_BYTES, compute)
+    return Workload(case.model, sum(p.numel() for p in model.parameters()), num_units(model), FP32_BYTES, compute)
 
 
 def predicted(case: Case, work: Workload, fabric: SharedCores, slowdown: Callable[[int], float]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from scaling_model import Compute, Machine, Workload
 
 from mpmae.cost import Cost, model_cost
 from mpmae.cost.operators import Work
+from mpmae.engine.wrap import blocks_of
 from mpmae.models.encoder import FIRST_TILE_SIDE
 from mpmae.models.mpmae import MPMAE
 from mpmae.models.presets import create_model
@@ -110,6 +111,11 @@ def gpu_compute(gpu: Gpu, cost: Cost, num_blocks: int, num_images: int) -> Compu
     return Compute(*passes, {"memory bandwidth": update_s})
 
 
+def num_units(model: MPMAE) -> int:
+    """What weights are gathered by: the blocks, and the rest as one."""
+    return 1 + sum(1 for _ in blocks_of(model))
+
+
 def activation_bytes(model: MPMAE) -> float:
     """What a sample keeps for the backward in bf16, and its batch: a count of the blocks' inputs and hidden features."""
     shown, items = model.num_visible, 0
@@ -125,13 +131,13 @@ def gpu_workload(name: str, gpu: Gpu) -> Workload:
     with torch.device("meta"):
         model = create_model(name)
     cost = model_cost(model, "bf16", gpu.capability)
-    num_blocks = sum(map(len, model.encoder.stages)) + len(model.decoder.blocks)
+    units = num_units(model)
     return Workload(
         name,
         cost.num_parameters,
-        num_blocks,
+        units,
         BF16_BYTES,
-        lambda micro_batch: gpu_compute(gpu, cost, num_blocks, micro_batch),
+        lambda micro_batch: gpu_compute(gpu, cost, units, micro_batch),
         activation_bytes(model),
     )
 
