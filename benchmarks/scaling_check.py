@@ -5,14 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from engine_cases import Case
 from record import spread
-from scaling_hardware import num_units
+from scaling_hardware import meta_model, num_units
 from scaling_links import Group, Link, SharedCores, Timing, fit_links, fit_two
 from scaling_model import Compute, Machine, Workload, predict
-
-from mpmae.models.presets import create_model
 
 FP32_BYTES = 4
 FIT_RANKS_HELD_OUT = 4
@@ -64,8 +61,7 @@ def compute_summary(one_rank: Sequence[dict[str, Any]], batches: Sequence[int]) 
 
 def workload_of(case: Case, summary: dict[str, Any]) -> Workload:
     """The measured workload of a case's model and engine, float32."""
-    with torch.device("meta"):
-        model = create_model(f"mpmae_{case.model}")
+    model = meta_model(f"mpmae_{case.model}")
 
     def compute(micro_batch: int) -> Compute:
         phases = (summary[phase] for phase in ("forward", "backward"))

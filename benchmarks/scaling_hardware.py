@@ -5,6 +5,7 @@ rates without sparsity, NVLink one way; DGX user guides for cores and network po
 NCCL 2.2x, src/graph/tuning.cc, Simple protocol. Ethernet's latency (TCP through the host) is a guess.
 """
 
+import functools
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -111,6 +112,13 @@ def gpu_compute(gpu: Gpu, cost: Cost, num_blocks: int, num_images: int) -> Compu
     return Compute(*passes, {"memory bandwidth": update_s})
 
 
+@functools.cache
+def meta_model(name: str) -> MPMAE:
+    """A preset without its numbers."""
+    with torch.device("meta"):
+        return create_model(name)
+
+
 def num_units(model: MPMAE) -> int:
     """What weights are gathered by: the blocks, and the rest as one."""
     return 1 + sum(1 for _ in blocks_of(model))
@@ -128,8 +136,7 @@ def activation_bytes(model: MPMAE) -> float:
 
 def gpu_workload(name: str, gpu: Gpu) -> Workload:
     """A preset at the published geometry (56 px, patch 8) in bf16."""
-    with torch.device("meta"):
-        model = create_model(name)
+    model = meta_model(name)
     cost = model_cost(model, "bf16", gpu.capability)
     units = num_units(model)
     return Workload(
