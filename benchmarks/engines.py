@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from engine_cases import ENGINES, Case, absent, make_batch, make_engine, make_model, timed_step
-from ranks import run_ranks
+from ranks import preload, run_ranks
 from record import clean_commit, spread, write_record
 from results_engines import table
 
@@ -149,6 +149,7 @@ def main() -> None:
     with_record = not (options.no_record or options.quick or options.only)
     if with_record:
         clean_commit()
+    preload("deepspeed")
     started = time.monotonic()
     turns = [turn for turn in planned(options.quick) if options.only in turn.case.name]
     runs: dict[Case, list[list[dict[str, Any]]]] = {}

@@ -13,10 +13,17 @@ import torch
 from torch import multiprocessing
 
 # imported once, in the process that all ranks are forked from: starting a rank then takes a fraction of a second
-PRELOADED = ["torch.distributed", "mpmae.engine", "mpmae.models", "mpmae.loader", "deepspeed"]
+PRELOADED = ["torch.distributed", "mpmae.engine", "mpmae.models", "mpmae.loader"]
 
 
-def run_ranks(function: Callable[[Any], Any], num_ranks: int, argument: Any, timeout_s: float = 300.0) -> list[Any]:
+def preload(*modules: str) -> None:
+    """Import these installed modules too before the first rank starts; one that is absent is passed over."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as the engine does; deepspeed asks when it is imported
+    multiprocessing.get_context("forkserver").set_forkserver_preload([*PRELOADED, *modules])
+
+
+def run_ranks(function: Callable[[Any], Any], num_ranks: int, argument: Any, timeout_s: float = 600.0) -> list[Any]:
     """What `function(argument)` gave on each rank, as JSON can hold it.
 
     The function finds RANK, WORLD_SIZE and so on in its environment, and one thread. Raises TimeoutError after `timeout_s`
@@ -26,9 +33,6 @@ def run_ranks(function: Callable[[Any], Any], num_ranks: int, argument: Any, tim
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     deadline = time.monotonic() + timeout_s
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as the engine does; deepspeed asks when it is imported
-    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         arguments = (function, num_ranks, port, argument, folder)
         context = multiprocessing.start_processes(_rank, arguments, num_ranks, join=False, start_method="forkserver")

@@ -179,7 +179,8 @@ def section(record: dict[str, Any]) -> str:
         "efficiency (images/s a GPU, of those at the fewest GPUs that the model fits on), the simplest engine within 3 % of "
         "the fastest that fits, and what its step waits for most: compute, memory bandwidth (the optimizer's update "
         "included), gradient reduction, parameter gather, latency (of collectives, or of launching kernels), or the loader. "
-        "Reading from shared storage is not counted. Weak scaling says nothing on how well so large a global batch trains.",
+        "Efficiency passes 100 % where an engine splits the update. Reading from shared storage is not counted. Weak "
+        "scaling says nothing on how well so large a global batch trains.",
         "",
         *prediction_tables(results["predictions"]),
         *assumption_lines(given, results["loader"]),

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from engine_cases import Case, absent
-from ranks import run_ranks
+from ranks import preload, run_ranks
 from record import clean_commit, load_records, write_record
 from results_scaling import report
 from scaling_check import check, compute_summary, fabric_of, link_summary, workload_of
@@ -107,6 +107,7 @@ def main() -> None:
     with_record = not (options.no_record or options.quick)
     if with_record:
         clean_commit()
+    preload(*([] if options.quick else ["deepspeed"]))
     plan, started = QUICK if options.quick else FULL, time.monotonic()
     num_cores = len(os.sched_getaffinity(0))
     links = measure_links(plan, num_cores)
