@@ -237,8 +237,9 @@ class EngineSection(_Section):
     ds_config: TextPath | None = Field(None, description="DeepSpeed JSON (`--ds-config`); deepspeed only")
     shard_size: Int | None = Field(None, gt=0, description="fsdp: ranks that share a copy of the weights (HSDP); None: all")
     cpu_offload: bool = Field(False, description="fsdp: weights, gradients and moments in host memory")
+    nvme_path: TextPath | None = Field(None, description="deepspeed: folder on a local disk for offloads to nvme")
     activation_checkpointing: bool = Field(False, description="compute blocks again in the backward: less memory, more time")
-    compile: bool = Field(False, description="torch.compile")
+    compile: bool = Field(False, description="torch.compile of the blocks; not with ZeRO-3")
 
 
 class GuardSection(_Section):

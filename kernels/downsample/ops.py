@@ -99,8 +99,9 @@ def _setup(ctx, inputs, output):
 
 
 def _autograd(ctx, grad, *_):
-    *_, norm_weight, norm_bias, weight, _, _ = ctx.saved_tensors
-    grad_x, *grads = _backward(grad.contiguous(), *ctx.saved_tensors)
+    saved = ctx.saved_tensors  # once: activation checkpointing recomputes them at the first look and refuses a second
+    *_, norm_weight, norm_bias, weight, _, _ = saved
+    grad_x, *grads = _backward(grad.contiguous(), *saved)
     dtypes = (norm_weight.dtype, norm_bias.dtype, weight.dtype, ctx.bias_dtype)
     return grad_x, *(g.to(dtype) for g, dtype in zip(grads, dtypes, strict=True)), None, None, None
 

@@ -21,6 +21,7 @@ from torch import nn, optim
 
 from mpmae.engine.files import load_tensors, rng_state, save_tensors, set_rng_state
 from mpmae.engine.world import World
+from mpmae.engine.wrap import unwrap_blocks
 
 
 class Engine(ABC):
@@ -96,6 +97,7 @@ class Engine(ABC):
 
     def close(self) -> None:
         """Release what the engine holds; the World stays open. Not collective."""
+        unwrap_blocks(self._module)
         self._module = None
 
     def _is_last_micro_step(self) -> bool:

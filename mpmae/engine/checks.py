@@ -3,6 +3,7 @@
 from typing import Any
 
 from mpmae.config import RunConfig
+from mpmae.engine.ds_config import zero_stage
 from mpmae.errors import ConfigError
 
 
@@ -28,6 +29,17 @@ def check_engine(config: RunConfig, ds_config: dict[str, Any] | None, world_size
         problems.append(
             f"engine.shard_size = {engine.shard_size} does not divide the {world_size} ranks; expected a divisor, such as "
             f"the number of ranks per node"
+        )
+    if engine.name != "deepspeed" and engine.nvme_path is not None:
+        problems.append(f"engine.nvme_path = {engine.nvme_path}: only engine.name = deepspeed offloads to a disk; drop it")
+    if engine.name == "deepspeed" and engine.compile and ds_config is not None and zero_stage(ds_config) == 3:
+        problems.append(
+            "engine.compile = true at ZeRO stage 3: its hooks inside the blocks change weights under the compiler; use "
+            "engine.name=fsdp, or stage 1 or 2 (configs/ds/zero2.json)"
+        )
+    if engine.name == "deepspeed" and config.checkpoint.background:
+        problems.append(
+            "checkpoint.background = true: engine.name = deepspeed saves while the step waits; use engine.name=fsdp or ddp"
         )
     if problems:
         raise ConfigError(problems)

@@ -12,6 +12,7 @@ from mpmae.engine.base import Engine, as_float32, set_lr, skip_if_not_finite
 from mpmae.engine.files import load_tensors, save_tensors
 from mpmae.engine.optim import build_optimizer
 from mpmae.engine.world import World
+from mpmae.engine.wrap import wrap_blocks
 from mpmae.errors import CheckpointError
 
 _STATE_FILE = "ddp.pt"
@@ -27,6 +28,7 @@ class DDPEngine(Engine):
 
     def __init__(self, config: RunConfig, module: nn.Module, world: World, num_micro_steps: int):
         super().__init__(module.to(world.device), world, num_micro_steps)
+        wrap_blocks(module, config.engine)
         self._autocast_dtype = torch.bfloat16 if config.train.precision == "bf16" else None
         self._clip_grad_norm = config.optim.clip_grad_norm
         self._parameters = [p for p in module.parameters() if p.requires_grad]

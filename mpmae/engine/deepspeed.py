@@ -17,6 +17,7 @@ import functools
 import io
 import logging
 import os
+import socket
 import warnings
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ from torch import nn
 
 from mpmae.config import RunConfig
 from mpmae.engine.base import Engine, as_float32, set_lr, skip_if_not_finite
-from mpmae.engine.ds_config import zero_stage
+from mpmae.engine.ds_config import uses_nvme, zero_stage
 from mpmae.engine.files import save_tensors
 from mpmae.engine.optim import build_optimizer
 from mpmae.engine.world import World, hold_process_group
+from mpmae.engine.wrap import wrap_blocks
 from mpmae.errors import CheckpointError, ConfigError
 
 _TAG = "deepspeed"
@@ -51,7 +53,10 @@ class DeepSpeedEngine(Engine):
         deepspeed = _import_deepspeed()
         hold_process_group("deepspeed")
         self.zero_stage = zero_stage(ds_config)
+        if (folder := uses_nvme(ds_config)) is not None:
+            _check_nvme(folder)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
+        wrap_blocks(module, config.engine)
         if config.train.precision == "bf16":
             module.forward = _under_autocast(module.forward, world.device.type)
         module.to(world.device)
@@ -146,6 +151,24 @@ def _import_deepspeed() -> Any:
         ) from error
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _check_nvme(folder: Path) -> None:
+    """ConfigError where DeepSpeed could not reach the disk: it would say so in the middle of an import, or of a step."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    problems = []
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        problems.append(
+            "offloading to nvme needs libaio with its headers, and neither is found on this node: install libaio-dev "
+            "(libaio-devel), name them in CFLAGS and LDFLAGS, or offload to host memory (configs/ds/zero3_offload.json)"
+        )
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        problems.append(
+            f"engine.nvme_path = {folder} is no folder that this process can write to, on {socket.gethostname()}"
+        )
+    if problems:
+        raise ConfigError(problems)
 
 
 def _check_output(output: Any, module_name: str) -> None:

@@ -78,6 +78,8 @@ _REFUSED = {
     "nebula": "it writes in the background, and a checkpoint here is complete when save returns",
 }
 
+_OFFLOADS = ("offload_optimizer", "offload_param")
+
 _FIXED = {  # set otherwise, these break the engine's contract
     "gradient_allreduce_op": ("mean", "the engine scales the loss for an average over ranks"),
     "managed_gradient_accumulation": (True, "the engine counts micro steps with it"),
@@ -125,7 +127,8 @@ def resolve_ds_config(
     """A copy of `raw` in which nothing is left open; what DeepSpeed gets and what run.json records.
 
     Filled in, whether "auto" or absent: the three batch sizes, gradient_clipping (0.0 for none: DeepSpeed's own default is
-    to clip at 1.0), bf16.enabled, and float32 for gradient accumulation and communication. Resolving twice changes nothing.
+    to clip at 1.0), bf16.enabled, nvme_path of what is offloaded to nvme (from engine.nvme_path), and float32 for gradient
+    accumulation and communication. Resolving twice changes nothing.
 
     At stage 0 bf16 stays off in the JSON under train.precision=bf16: the engine's autocast over float32 weights does it,
     as DeepSpeed's own bf16 without ZeRO updates its first step wrongly.
@@ -154,6 +157,8 @@ def resolve_ds_config(
     for key, value in _defaults(raw).items():
         if _get(raw, key, AUTO) == AUTO:
             problems += _set(resolved, key, value)
+
+    problems += _fill_nvme_path(resolved, config.engine.nvme_path) + _offload_problems(resolved, stage)
 
     for path in _autos(resolved):
         known = [*_owned(config, 0, 1, 1, 1), *_defaults(raw)]
@@ -185,6 +190,48 @@ def _defaults(raw: dict[str, Any]) -> dict[str, Any]:
         # DeepSpeedCPUAdam would be compiled at start-up; torch's fused AdamW does the same on the CPU
         values["zero_force_ds_cpu_optimizer"] = False
     return values
+
+
+def _fill_nvme_path(resolved: dict[str, Any], folder: Path | None) -> list[str]:
+    """Sets the folder of what is offloaded to nvme; returns the problems."""
+    problems, num_used = [], 0
+    for part in _OFFLOADS:
+        section = f"zero_optimization.{part}"
+        if _get(resolved, f"{section}.device", None) != "nvme":
+            continue
+        given = _get(resolved, f"{section}.nvme_path", AUTO)
+        if given == AUTO and folder is None:
+            problems.append(f"{section} goes to nvme, but where to: set engine.nvme_path to a folder on a local NVMe disk")
+            _set(resolved, f"{section}.nvme_path", "(not set)")
+        elif given == AUTO:
+            _set(resolved, f"{section}.nvme_path", str(folder))
+        elif folder is not None and given != str(folder):
+            problems.append(f"{section}.nvme_path = {_show(given)}, but engine.nvme_path = {folder}: write {_show(AUTO)}")
+        num_used += 1
+    if folder is not None and not num_used:
+        problems.append(f"engine.nvme_path = {folder}, but nothing is offloaded to nvme; see configs/ds/zero3_nvme.json")
+    return problems
+
+
+def _offload_problems(resolved: dict[str, Any], stage: int) -> list[str]:
+    """What DeepSpeed would leave where it is, without a word."""
+    devices = {part: _get(resolved, f"zero_optimization.{part}.device", None) for part in _OFFLOADS}
+    problems = []
+    if devices["offload_optimizer"] == "cpu" and stage == 0:
+        problems.append("zero_optimization.offload_optimizer: expected stage 1, 2 or 3, stage 0 offloads nothing")
+    if devices["offload_optimizer"] == "nvme" and stage < 3:
+        problems.append(f"zero_optimization.offload_optimizer: stage {stage} cannot use nvme, expected 3, or device cpu")
+    if devices["offload_param"] in ("cpu", "nvme") and stage < 3:
+        problems.append(f"zero_optimization.offload_param: stage {stage} keeps whole weights, expected stage 3")
+    return problems
+
+
+def uses_nvme(ds_config: dict[str, Any]) -> Path | None:
+    """The folder that a resolved configuration offloads to, None if it does not."""
+    for part in _OFFLOADS:
+        if _get(ds_config, f"zero_optimization.{part}.device", None) == "nvme":
+            return Path(_get(ds_config, f"zero_optimization.{part}.nvme_path", ""))
+    return None
 
 
 def _explain_key(key: str) -> str:

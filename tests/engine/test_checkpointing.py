@@ -16,7 +16,7 @@ from mpmae.train.compatibility import check_compatible, checkpoint_meta
 from tests.engine.spawn import run_ranks
 from tests.engine.toy import Case, make_engine, run_config, train
 
-ENGINES = {"ddp": Case("ddp"), "zero1": Case("deepspeed", 1), "zero3": Case("deepspeed", 3)}
+ENGINES = {"ddp": Case("ddp"), "fsdp": Case("fsdp"), "zero1": Case("deepspeed", 1), "zero3": Case("deepspeed", 3)}
 
 
 def in_ranks(folder: str) -> dict[str, list]:

@@ -7,16 +7,16 @@ import pytest
 
 from mpmae.config import validate
 from mpmae.engine import create_engine, load_ds_config, resolve_ds_config
+from mpmae.engine.ds_config import uses_nvme
 from mpmae.engine.world import current_world
 from mpmae.errors import ConfigError
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "ds"
 
 
-def config_of(precision="fp32", clip=None):
-    return validate(
-        {"train": {"precision": precision}, "optim": {"clip_grad_norm": clip}, "engine": {"name": "deepspeed"}}, "test"
-    )
+def config_of(precision="fp32", clip=None, **engine):
+    train, optim = {"precision": precision}, {"clip_grad_norm": clip}
+    return validate({"train": train, "optim": optim, "engine": {"name": "deepspeed", **engine}}, "test")
 
 
 def resolve(raw, config=None, **arguments):
@@ -39,6 +39,35 @@ def test_shipped_files_resolve(stage, precision):
     assert "auto" not in json.dumps(resolved)
     assert raw["train_batch_size"] == "auto", "the file's content is left alone"
     assert resolve(resolved, config_of(precision, 3.0)) == resolved
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_shipped_offloads_resolve(precision):
+    resolved = resolve(load_ds_config(FOLDER / "zero3_offload.json"), config_of(precision))
+    assert resolved["zero_force_ds_cpu_optimizer"] is False
+    assert uses_nvme(resolved) is None
+    raw = load_ds_config(FOLDER / "zero3_nvme.json")
+    assert "auto" not in json.dumps(resolve(raw, config_of(precision, nvme_path="/scratch")))
+    assert uses_nvme(resolve(raw, config_of(precision, nvme_path="/scratch"))) == Path("/scratch")
+    with pytest.raises(ConfigError, match=r"offload_optimizer goes to nvme.* set engine\.nvme_path") as caught:
+        resolve(raw, config_of(precision))
+    assert len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "offload", "nvme_path", "message"),
+    [
+        (3, {"offload_param": {"device": "nvme", "nvme_path": "/a"}}, "/b", 'nvme_path = "/a", but engine.nvme_path = /b'),
+        (3, {"offload_param": {"device": "cpu"}}, "/b", "nothing is offloaded to nvme"),
+        (2, {"offload_param": {"device": "cpu"}}, None, "offload_param: stage 2 keeps whole weights"),
+        (2, {"offload_optimizer": {"device": "nvme"}}, "/b", "offload_optimizer: stage 2 cannot use nvme"),
+        (0, {"offload_optimizer": {"device": "cpu"}}, None, "stage 0 offloads nothing"),
+    ],
+)
+def test_offload_that_deepspeed_would_ignore(stage, offload, nvme_path, message):
+    with pytest.raises(ConfigError) as caught:
+        resolve({"zero_optimization": {"stage": stage, **offload}}, config_of(nvme_path=nvme_path))
+    assert message in str(caught.value)
 
 
 def test_what_is_left_out_is_written():

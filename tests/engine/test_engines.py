@@ -7,11 +7,13 @@ bf16: losses to 5e-3 of the float32 run, gradient norms to 2e-2. Resuming at the
 import dataclasses
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from mpmae.engine import init_world
+from mpmae.errors import ConfigError
 from tests.engine.spawn import run_ranks
 from tests.engine.toy import PEAK_LR, Case, Toy, make_engine, reference, run_cases, train
 
@@ -164,27 +166,36 @@ class OpaqueToy(Toy):
         return Opaque(super().forward(*args, **kwargs).loss)
 
 
-def opaque_output(case: Case) -> str:
+def deepspeeds_refusals(case: Case) -> tuple[str, str]:
+    """What is said of an output that it cannot look into, and of a disk that it cannot reach."""
     world = init_world("toy")
     engine = make_engine(case, world, OpaqueToy)
-    with pytest.raises(TypeError) as caught:
+    with pytest.raises(TypeError) as output:
         train(engine, case, 0, 1)
     engine.close()
+    to_disk = Case("deepspeed", 3, ds_file="zero3_nvme", options={"nvme_path": "absent/disk"})
+    without_libaio = mock.patch("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", return_value=False)
+    with without_libaio, pytest.raises(ConfigError) as disk:
+        make_engine(to_disk, world)
     world.close()
-    return str(caught.value)
+    return str(output.value), str(disk.value)
 
 
-def test_an_output_that_deepspeed_cannot_look_into_is_refused(tmp_path):
-    message = run_ranks(opaque_output, 1, Case("deepspeed", 1, precision="bf16"), tmp_path)[0]
-    assert all(words in message for words in ("OpaqueToy.forward returned a Opaque", "NamedTuple", "tuples"))
+def test_what_deepspeed_cannot_do_is_refused(tmp_path):
+    output, disk = run_ranks(deepspeeds_refusals, 1, Case("deepspeed", 1, precision="bf16"), tmp_path)[0]
+    assert all(words in output for words in ("OpaqueToy.forward returned a Opaque", "NamedTuple", "tuples"))
+    assert all(
+        words in disk for words in ("libaio-dev", "zero3_offload.json", "engine.nvme_path = absent/disk is no folder")
+    )
 
 
 def two_worlds(case: Case) -> list[dict[str, Any]]:
     return [run_cases([(case, None)])[0] for _ in range(2)]
 
 
-def test_one_process_can_run_twice(tmp_path):
-    first, second = run_ranks(two_worlds, 1, Case("deepspeed", 2, steps=2), tmp_path)[0]
+@pytest.mark.parametrize("case", [Case("deepspeed", 2, steps=2), Case("fsdp", steps=2)], ids=["zero2", "fsdp"])
+def test_one_process_can_run_twice(tmp_path, case):
+    first, second = run_ranks(two_worlds, 1, case, tmp_path)[0]
     assert first["loss"] == second["loss"]
 
 
@@ -198,9 +209,9 @@ def test_whole_matrix(tmp_path, num_ranks):
         for clip in (None, CLIP)
         for precision in ("fp32", "bf16")
     ]
-    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
-    cases.append(Case("deepspeed", 2, 2, CLIP, ds_extra=offload))
-    cases.append(Case("deepspeed", 3, 2, CLIP, ds_extra={"zero_optimization": {**offload["zero_optimization"], "stage": 3}}))
+    for stage in (1, 2, 3):
+        offload = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+        cases.append(Case("deepspeed", stage, 2, CLIP, ds_extra={"zero_optimization": offload}))
     by_rank = run_ranks(run_cases, num_ranks, [(case, None) for case in cases], tmp_path, timeout_s=500)
     for case, result in zip(cases, by_rank[0], strict=True):
         expected = reference(case.clip)

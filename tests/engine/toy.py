@@ -88,6 +88,7 @@ class Case:
     bad_step: int | None = None
     ds_extra: dict | None = None
     lr_scale: float | None = None  # of the group without weight decay
+    ds_file: str | None = None  # in configs/ds, without .json; by default the stage's
     options: dict | None = None  # more keys of the engine section
 
     @property
@@ -108,7 +109,7 @@ def make_engine(case: Case, world, module: type[nn.Module] = Toy) -> Engine:
     micro_batch = GLOBAL_BATCH // world.world_size // case.num_micro_steps
     ds_config = None
     if case.engine == "deepspeed":
-        ds_config = load_ds_config(DS_FOLDER / f"zero{case.stage}.json")
+        ds_config = load_ds_config(DS_FOLDER / f"{case.ds_file or f'zero{case.stage}'}.json")
         if case.stage == 3:  # so that small parameters are partitioned as well
             ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         ds_config |= case.ds_extra or {}
@@ -201,31 +202,33 @@ def clone(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def run_cases(cases: list[tuple[Case, str | None]]) -> list[dict[str, Any]]:
-    """Runs every case in one world; per case its record, full weights and what else was asked for."""
+    """`run_case` of each in one world."""
     world = init_world("toy")
-    results = []
-    for case, folder in cases:
-        engine = make_engine(case, world)
-        result: dict[str, Any] = {"initial": engine.full_state_dict()}
-        if case.load_from is not None:
-            engine.load(Path(case.load_from))
-        if case.save_at is not None and case.load_from is None:
-            result |= train(engine, case, 0, case.save_at)
-            if world.rank == 0:
-                Path(folder).mkdir(parents=True)
-            world.barrier()
-            engine.save(Path(folder))
-            rest = train(engine, case, case.save_at, case.steps)
-            result |= {"rest_" + key: value for key, value in rest.items()}
-        elif case.load_from is not None:
-            result |= train(engine, case, case.save_at, case.steps)
-        else:
-            result |= train(engine, case, 0, 1)
-            result["state_after_first"] = engine.full_state_dict()
-            for key, values in train(engine, case, 1, case.steps).items():
-                result[key] += values
-        result["state"] = engine.full_state_dict()
-        results.append(result)
-        engine.close()
+    results = [run_case(world, case, folder) for case, folder in cases]
     world.close()
     return results
+
+
+def run_case(world, case: Case, folder: str | None) -> dict[str, Any]:
+    """A case's record, full weights and what else was asked for; `folder` is where it saves."""
+    engine = make_engine(case, world)
+    result: dict[str, Any] = {"initial": engine.full_state_dict()}
+    if case.load_from is not None:
+        engine.load(Path(case.load_from))
+        result |= train(engine, case, case.save_at, case.steps)
+    elif case.save_at is not None:
+        result |= train(engine, case, 0, case.save_at)
+        if world.rank == 0:
+            Path(folder).mkdir(parents=True)
+        world.barrier()
+        engine.save(Path(folder))
+        rest = train(engine, case, case.save_at, case.steps)
+        result |= {"rest_" + key: value for key, value in rest.items()}
+    else:
+        result |= train(engine, case, 0, 1)
+        result["state_after_first"] = engine.full_state_dict()
+        for key, values in train(engine, case, 1, case.steps).items():
+            result[key] += values
+    result["state"] = engine.full_state_dict()
+    engine.close()
+    return result
