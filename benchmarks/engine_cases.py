@@ -44,7 +44,7 @@ def absent(case: Case) -> str | None:
         return "this version has no fsdp engine"
     if case.engine.startswith("zero") and not _has("deepspeed"):
         return "deepspeed is not installed"
-    if case.activation_checkpointing and not _has("mpmae.engine.fsdp"):
+    if case.activation_checkpointing and not _has("mpmae.engine.wrap"):
         return "this version has no activation checkpointing"
     return None
 
