@@ -11,11 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import results_engines
 import results_gpu_step
 import results_kernels
 import results_loader
 import results_order
 import results_reshard
+import results_scaling
 from matplotlib.ticker import LogLocator
 from page import Section, machine, plt, svg
 from record import RECORDS, load_records
@@ -225,6 +227,7 @@ def readme_figure(record: dict[str, Any]) -> str:
 gpu_loader_section = partial(results_loader.section, title="Loading tiles with a GPU", picture="loader-gpu")
 SECTIONS = (  # in the order of RESULTS.md
     Section("training step", step_section, "training-step", step_plot, "figure", readme_figure),
+    Section("engines", results_engines.section),
     Section("initial weights", init_section, "initial-weights", init_plot),
     Section("order", results_order.section, "order", results_order.plot),
     Section("data steps", data_section, readme_mark="disk", readme=readme_disk),
@@ -246,6 +249,7 @@ SECTIONS = (  # in the order of RESULTS.md
         unmeasured="images/s and memory of a training step beside the dense grid with masking, and from which mask ratio on "
         "the sparse encoder is faster",
     ),
+    Section("scaling model", results_scaling.section, "scaling", results_scaling.plot),
 )
 SUITE = "`MPMAE_COMMIT=$(python benchmarks/record.py) benchmarks/gpu_suite.sh`"
 
