@@ -105,12 +105,12 @@ def steps_of(case: dict) -> list[dict]:
                     loss = engine.forward(torch.ones(1, 3))
                 with meter.phase("backward"):
                     engine.backward(loss)
-                meter.add(loss, {"a": loss}, {"a": 1})
+                meter.add(loss, {"a": loss}, {}, {"a": 1})
             with meter.phase("optimizer"):
                 norm = engine.step(1e-3)
             meter.finish_step(step + 1, 0, 1e-3, norm)
             records = meter.ready()
-        found.append(records[-1])
+        found.append(records[-1].record)
     engine.close()
     world.close()
     return found
@@ -159,19 +159,19 @@ def test_on_a_gpu_nothing_waits_for_the_step_that_runs(monkeypatch):
     monkeypatch.setattr(Event, "clock", 0)
     engine = SimpleNamespace(device=torch.device("cpu"), rank=0, world_size=2, sum_over_ranks=lambda tensor: tensor.clone())
     meter = Meter(engine, ("a",), Speed(COST, BatchPlan(4, 2, 1, 2), None, 1, False), 9)
-    meter._on_gpu, meter._lag = True, 2
+    meter._on_gpu, meter.lag = True, 2
     steps, waited_for, forwards = [], [], []
     for step in range(1, 5):
         with meter.phase("forward"):
-            meter.add(torch.tensor(float(step)), {"a": torch.tensor(0.0)}, {"a": 1})
+            meter.add(torch.tensor(float(step)), {"a": torch.tensor(0.0)}, {}, {"a": 1})
         meter.finish_step(step, 0, 0.1, torch.tensor(1.0))
         forwards.append(meter._known_times[1])
-        steps += [(record["step"], record["loss"]) for record in meter.ready()]
+        steps += [(done.record["step"], done.record["loss"]) for done in meter.ready()]
         waited_for.append(Event.now)
     assert steps == [(1, 1.0), (2, 2.0)]  # two steps late
     assert waited_for == [0, 0, 3, 6]  # three events a step: around the forward, and after the copy of its numbers
     assert forwards == [0.0, 0.0, 0.0, 1.0]  # of the last step that is known to be over
-    assert [record["step"] for record in meter.ready(everything=True)] == [3, 4]
+    assert [done.record["step"] for done in meter.ready(everything=True)] == [3, 4]
 
 
 def judged(rows, elapsed_s=1.0, num=3):

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from mpmae.config import GuardSection
+from mpmae.cost import Cost
 from mpmae.engine import init_world
+from mpmae.loader import BatchPlan
 from mpmae.train.meter import Meter
 from mpmae.train.numerics import MIN_STEPS, NumericsGuard, RecentSamples, with_loud_gradient
+from mpmae.train.speed import Speed
 from tests.engine.spawn import run_ranks
 from tests.engine.toy import Case, global_batch, make_engine
 from tests.train.launches import launch, metrics
@@ -103,16 +106,17 @@ def test_samples_of_the_last_steps():
     assert samples.of(3) == [[30, 31], [32, 33]]
 
 
-CASES = (Case("ddp"), Case("deepspeed", 0), Case("deepspeed", 1), Case("deepspeed", 3))
+CASES = (Case("ddp"), Case("deepspeed", 0), Case("deepspeed", 1), Case("deepspeed", 3), Case("fsdp"))
 
 
 def on_two_ranks(_) -> list:
     """Per engine: whether weights outlive an infinite loss of rank 1 whose gradient is finite; the step's numbers."""
     world = init_world("toy")
+    speed = Speed(Cost({}, "fp32", 0), BatchPlan(16, 8, 1, world.world_size), None, 1, False)
     outcomes = []
     for case in CASES:
         engine = make_engine(case, world)
-        meter = Meter(engine, ("a", "b"), 16, num_choices=3)
+        meter = Meter(engine, ("a", "b"), speed, 1, num_choices=3)
         before = engine.full_state_dict()
         batch = {key: value[world.rank * 8 : world.rank * 8 + 8] for key, value in global_batch(0).items()}
         out = engine.forward(**batch, num_b=5)
