@@ -45,7 +45,8 @@ def section(record: dict[str, Any]) -> str:
         f"mpmae at {case['img_size']} px, patch {case['patch_size']}, {case['precision']}, synthetic batches, "
         f"{case['threads_per_rank']} thread a rank, gloo; {record['date'][:10]}, {machine(record)}. Made by "
         f"`python benchmarks/engines.py`: every case a fresh group of processes, in turns; p20 / median / p80 over its "
-        f"steps. Peak GB: of the timed steps, over the {before / 1e9:.1f} GB that a process holds before it makes a model. An activation-checkpointing row stands beside the same case without.",
+        f"steps. Peak GB: of the timed steps, over the {before / 1e9:.1f} GB that a process holds before it "
+        "makes a model. An activation-checkpointing row stands beside the same case without.",
         "",
         *table(results),
         "",
