@@ -5,6 +5,8 @@ gradient norms to 1e-6 relative, weights to 1e-6; bf16: 5e-3 and 2e-2). What was
 """
 
 import dataclasses
+import importlib
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from mpmae.engine import init_world
 from mpmae.train.checkpoint import Checkpoints
 from mpmae.train.engine_state import load_engine, write_engine
-from tests.engine.spawn import run_ranks
+from tests.engine.spawn import fork_ranks, run_ranks
 from tests.engine.test_engines import BF16_BOUND, BF16_GRAD_NORM_BOUND, CLIP, FP32_BOUND, assert_close, assert_states_close
 from tests.engine.toy import Case, make_engine, reference, train
 
@@ -27,7 +29,6 @@ ENGINES = {
     **{f"zero{stage}-bf16": Case("deepspeed", stage, precision="bf16") for stage in range(4)},
 }
 FP32 = [name for name in ENGINES if "bf16" not in name]
-BF16 = ["zero2-bf16", "fsdp-bf16", "zero1-bf16"]
 WORLD_SIZES = (1, 2, 3, 4)
 SAVED_AT, STEPS = 5, 10
 Source = tuple[str, int]  # engine and world size
@@ -68,8 +69,7 @@ def session(argument: tuple[str, list[tuple[str, Source]], list[str]]) -> tuple[
 def run(folder: Path, size: int, pairs: list[Pair], saved: dict[Source, dict], names: list[str] = ()) -> None:
     """Continue the pairs whose target has `size` ranks, and check them; save `names` there, which `saved` gets."""
     wanted = [(target, source) for source, (target, target_size) in pairs if target_size == size]
-    number = len(list(folder.glob("session*")))
-    by_rank = run_ranks(session, size, (str(folder), wanted, names), folder / f"session{number}", timeout_s=500)
+    by_rank = fork_ranks(session, size, (str(folder), wanted, names), timeout_s=900)
     for index, (target, source) in enumerate(wanted):
         try:
             check([rank[0][index] for rank in by_rank], saved[source], target, source, size)
@@ -78,8 +78,10 @@ def run(folder: Path, size: int, pairs: list[Pair], saved: dict[Source, dict], n
     saved |= {(name, size): by_rank[0][1][name] for name in names}
 
 
-def check_matrix(folder: Path, pairs: list[Pair]) -> None:
-    """Save every source, then continue every pair; processes are started twice per world size."""
+def matrix(argument: tuple[str, list[Pair]]) -> None:
+    """Save every source, then continue every pair."""
+    import_engines()
+    folder, pairs = Path(argument[0]), argument[1]
     saved: dict[Source, dict] = {}
     for size in WORLD_SIZES:
         run(folder, size, [], saved, sorted({name for (name, source_size), _ in pairs if source_size == size}))
@@ -104,16 +106,28 @@ def check(ranks: list[dict], saved: dict[str, torch.Tensor], target: str, source
     assert len(ranks[0]["notes"]) == (0 if freely or (target, size) == source else 1)
 
 
+def relay(folder: str) -> None:
+    import_engines()
+    sizes, saved = (2, 3, 4, 1, 2), {}
+    halves = (FP32[0::2], FP32[1::2])
+    bf16 = [(("zero2-bf16", 2), ("fsdp-bf16", 3)), (("zero3", 2), ("zero1-bf16", 3)), (("zero2-bf16", 2), ("ddp", 3))]
+    run(Path(folder), 2, [], saved, ["zero2-bf16", *halves[0]])
+    for hop, (before, size) in enumerate(itertools.pairwise(sizes)):
+        names = halves[hop % 2]
+        targets = [FP32[(FP32.index(name) + 2 * hop + 1) % len(FP32)] for name in names]
+        pairs = [((name, before), (target, size)) for name, target in zip(names, targets, strict=True)]
+        run(Path(folder), size, pairs + (bf16 if hop == 0 else []), saved, halves[(hop + 1) % 2] if hop < 3 else [])
+
+
+def import_engines() -> None:
+    """Once, before the ranks are forked."""
+    importlib.import_module("mpmae.engine.fsdp")
+    importlib.import_module("mpmae.engine.deepspeed")._import_deepspeed()
+
+
 def test_a_relay_over_engines_and_world_sizes(tmp_path):
     """2 -> 3 -> 4 -> 1 -> 2 ranks: every engine and world size is a source and a target, and every hop changes both."""
-    sizes, saved = (2, 3, 4, 1), {}
-    run(tmp_path, 2, [], saved, FP32 + BF16[:2])
-    for hop in range(1, 5):
-        before, size = sizes[hop - 1], sizes[hop % 4]
-        pairs = [((name, before), (FP32[(index + hop) % len(FP32)], size)) for index, name in enumerate(FP32)]
-        if hop == 1:
-            pairs += [((BF16[0], 2), (BF16[1], 3)), ((BF16[1], 2), ("zero2", 3)), (("zero3", 2), (BF16[2], 3))]
-        run(tmp_path, size, pairs, saved, FP32 if hop < 4 else [])
+    run_ranks(relay, 1, str(tmp_path), tmp_path / "relay")
 
 
 @pytest.mark.slow
@@ -121,10 +135,12 @@ def test_a_relay_over_engines_and_world_sizes(tmp_path):
 @pytest.mark.parametrize("source_size", WORLD_SIZES)
 def test_the_whole_matrix(tmp_path, source_size):
     targets = [(name, size) for name in FP32 for size in WORLD_SIZES]
-    check_matrix(tmp_path, [((name, source_size), target) for name in FP32 for target in targets])
+    pairs = [((name, source_size), target) for name in FP32 for target in targets]
+    run_ranks(matrix, 1, (str(tmp_path), pairs), tmp_path / "matrix", timeout_s=3000)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_bf16_and_between_precisions(tmp_path):
-    check_matrix(tmp_path, [((a, 2), (b, 3)) for a in ENGINES for b in ENGINES if "bf16" in a + b])
+    pairs = [((a, 2), (b, 3)) for a in ENGINES for b in ENGINES if "bf16" in a + b]
+    run_ranks(matrix, 1, (str(tmp_path), pairs), tmp_path / "matrix", timeout_s=3000)
