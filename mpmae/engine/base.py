@@ -53,6 +53,11 @@ class Engine(ABC):
         return self.world.world_size
 
     @property
+    def num_state_shards(self) -> int:
+        """Ranks that the optimizer's state is split over."""
+        return 1
+
+    @property
     def device(self) -> torch.device:
         """Where batches go."""
         return self.world.device

@@ -88,6 +88,11 @@ class DeepSpeedEngine(Engine):
         self._writer = _install_writer(self._ds)
         self._output_is_checked = False
 
+    @property
+    def num_state_shards(self) -> int:
+        """See Engine."""
+        return self.world_size if self.zero_stage else 1
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See Engine. Raises TypeError when the module returns something in which DeepSpeed finds no tensors."""
         output = self._ds(*args, **kwargs)

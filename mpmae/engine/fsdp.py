@@ -69,6 +69,11 @@ class FSDPEngine(Engine):
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
 
+    @property
+    def num_state_shards(self) -> int:
+        """See Engine."""
+        return self._shard_group.size()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See Engine."""
         if torch.is_grad_enabled():

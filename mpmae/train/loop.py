@@ -129,7 +129,7 @@ class Run:
                 self._note(note)
         self.saver = Saver(self.engine, self.checkpoints, config.checkpoint.background)
         peak = device_peak(device, config.train.precision)
-        self.speed = Speed(cost, batch, peak, self._num_optimizer_shards(), config.optim.clip_grad_norm is not None)
+        self.speed = Speed(cost, batch, peak, self.engine.num_state_shards, config.optim.clip_grad_norm is not None)
         self.validator = Validator(self.engine, setup.validation, setup.reference, config, self.watchdog.tick)
         self.meter = Meter(self.engine, self.model.modalities_out, self.speed, self.plan.total_steps, len(REASONS))
         self.numerics = NumericsGuard(config.guard, config.optim.clip_grad_norm, guard_state)
@@ -243,9 +243,6 @@ class Run:
         if self.world.rank == 0:
             write_bad_batch(self.config.run.dir, last.record, shares)
         return TrainingError(too_many_skipped(self.config.run.dir, last.record, shares))
-
-    def _num_optimizer_shards(self) -> int:
-        return self.world.world_size if self.engine.zero_stage else 1
 
     def _due(self, step: int, every: int | None) -> bool:
         return step == self.plan.total_steps or (every is not None and step % every == 0)

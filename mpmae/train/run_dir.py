@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mpmae.errors import ConfigError
 from mpmae.run_lock import LOCK_NAME
 from mpmae.train.checkpoint import Checkpoints
 
+PATIENCE_S = 1.0
 _LOG = logging.getLogger(__name__)
 
 
@@ -74,7 +76,7 @@ def _claim(config: RunConfig) -> int:
     except OSError as error:
         raise ConfigError(f"run.dir = {folder} cannot be written: {error.strerror}; give another run.dir") from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(lock)
     except BlockingIOError:
         os.close(lock)
         raise ConfigError(f"run.dir = {folder} is in use by another run; wait for it, or give another run.dir") from None
@@ -86,3 +88,15 @@ def _claim(config: RunConfig) -> int:
         os.close(lock)
         raise
     return lock
+
+
+def _lock(descriptor: int) -> None:
+    """Raises BlockingIOError when another run holds it: not for an instant, as `mpmae-runs list` does."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.05)
