@@ -250,9 +250,16 @@ def _holder(port: int) -> str:
     sockets = {f"socket:[{inode}]" for inode in inodes}
     for process in Path("/proc").glob("[0-9]*"):
         try:
-            if any(str(link.readlink()) in sockets for link in (process / "fd").iterdir()):
+            if any(_target(link) in sockets for link in (process / "fd").iterdir()):
                 command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
                 return f", held by process {process.name} ({command[:120]})"
         except OSError:  # another user's process, or one that has just ended
             continue
     return ""
+
+
+def _target(link: Path) -> str:
+    try:
+        return str(link.readlink())
+    except OSError:  # closed meanwhile
+        return ""
