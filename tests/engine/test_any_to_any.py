@@ -110,7 +110,7 @@ def relay(folder: str) -> None:
     import_engines()
     sizes, saved = (2, 3, 4, 1, 2), {}
     halves = (FP32[0::2], FP32[1::2])
-    bf16 = [(("zero2-bf16", 2), ("fsdp-bf16", 3)), (("zero3", 2), ("zero1-bf16", 3)), (("zero2-bf16", 2), ("ddp", 3))]
+    bf16 = [(("zero2-bf16", 2), ("fsdp-bf16", 3)), (("zero2", 2), ("zero1-bf16", 3)), (("zero2-bf16", 2), ("ddp", 3))]
     run(Path(folder), 2, [], saved, ["zero2-bf16", *halves[0]])
     for hop, (before, size) in enumerate(itertools.pairwise(sizes)):
         names = halves[hop % 2]
