@@ -73,7 +73,7 @@ def check_stacks(run_dir: Path, sleeper: int, function: str) -> None:
     ("fault", "doing", "function"),
     [
         ("sleep_in_loader 1 2", "waiting for its loader", "training"),
-        pytest.param("sleep_in_forward 0 2", "in the forward pass", "_visible", marks=pytest.mark.slow),
+        pytest.param("sleep_in_forward 0 2", "in the forward pass", "patched", marks=pytest.mark.slow),
         pytest.param("sleep_in_backward 0 2", "in the backward pass", "patched", marks=pytest.mark.slow),
     ],
 )
