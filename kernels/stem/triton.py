@@ -157,9 +157,7 @@ def _backward_kernel(
         sums = add_row(sums, 2, grad_pooled, True, DTYPE)
         for pixel in tl.range(num_pixels, disable_licm=True):
             columns, exists = columns_of(image, pixel_valid, sites, pixel, G, BANDS, T, STRIDES, K, THREADS, DTYPE)
-            x, unit, rstd, scale = conv_norm(
-                columns, weight, conv_norm_weight, conv_norm_bias, pixel // num_pixels, num_pixels, C, eps
-            )
+            x, unit, rstd, scale = conv_norm(columns, weight, conv_norm_weight, conv_norm_bias, pixel, num_pixels, C, eps)
             cdf, density = cdf_and_density(x)
             there = inside & (exists != 0)[:, None]
             sums = add_row(sums, 5 + pixel, tl.where(there, grad_pooled * x * cdf, 0.0), False, DTYPE)

@@ -185,17 +185,16 @@ def put(pointer, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STRIDE: tl.c
 
 
 @triton.jit
-def conv_norm(columns, weight, norm_weight, norm_bias, late, num_pixels, C: tl.constexpr, eps):
+def conv_norm(columns, weight, norm_weight, norm_bias, pixel, num_pixels, C: tl.constexpr, eps):
     """LayerNorm of the 3x3 convolution of the neighbourhoods `columns`, [sites, channels]; what it was before LayerNorm's
     weight and bias, the factor that took, and that weight.
-
-    late: 0, which the compiler can't know: it would hoist the loads of weight and bias into registers.
     """
     CHANNELS: tl.constexpr = weight.shape[1]
     conv = tl.zeros((columns.shape[0], CHANNELS), tl.float32)
     if num_pixels > 0:  # always: products in one region share how warps split them, which suits none of ours
         conv = product(columns, weight, conv)
     unit, rstd = norm(conv, tl.arange(0, CHANNELS)[None, :] < C, C, eps)
+    late = pixel // num_pixels  # 0, which the compiler can't know: it would hoist the loads into registers
     scale = values_at(norm_weight, late, 1, C, CHANNELS)
     return unit * scale + values_at(norm_bias, late, 1, C, CHANNELS), unit, rstd, scale
 
@@ -227,7 +226,7 @@ def pooled_sites(
     site_exists = tl.zeros((BLOCK,), tl.int32)
     for pixel in tl.range(num_pixels, disable_licm=True):
         columns, exists = columns_of(image, pixel_valid, sites, pixel, G, BANDS, T, STRIDES, K, THREADS, weight.dtype)
-        x, _, _, _ = conv_norm(columns, weight, norm_weight, norm_bias, pixel // num_pixels, num_pixels, C, eps)
+        x, _, _, _ = conv_norm(columns, weight, norm_weight, norm_bias, pixel, num_pixels, C, eps)
         cdf, _ = cdf_and_density(x)
         h = tl.where(inside & (exists != 0)[:, None], x * cdf, 0.0)
         pooled += h * values_at(pool_weight, pixel, T * T, C, CHANNELS)
