@@ -3,7 +3,7 @@
 from typing import Any
 
 from mpmae.config import RunConfig
-from mpmae.engine.ds_config import zero_stage
+from mpmae.engine.ds_config import uses_nvme, zero_stage
 from mpmae.errors import ConfigError
 
 
@@ -36,6 +36,11 @@ def check_engine(config: RunConfig, ds_config: dict[str, Any] | None, world_size
         problems.append(
             "engine.compile = true at ZeRO stage 3: its hooks inside the blocks change weights under the compiler; use "
             "engine.name=fsdp, or stage 1 or 2 (configs/ds/zero2.json)"
+        )
+    if ds_config is not None and uses_nvme(ds_config) is not None and config.checkpoint.resume != "never":
+        problems.append(
+            f"checkpoint.resume = {config.checkpoint.resume}: DeepSpeed does not restore what is offloaded to nvme, so "
+            f"such a run cannot be resumed; use configs/ds/zero3_offload.json or engine.name=fsdp"
         )
     if engine.name == "deepspeed" and config.checkpoint.background:
         problems.append(

@@ -7,6 +7,7 @@ Where DeepSpeed 0.19.8 needs care:
   and turns the division off, so that gradients are sums of shares.
 - Stage 0 knows no gradient norm and skips no bad step: both are done here. Stages 1-3 skip by themselves and then report
   an infinite norm, also for a NaN.
+- What is offloaded to nvme is not restored by its load: refused. float32 weights go to nvme as bfloat16: refused, too.
 - Its torch_autocast section would reduce the gradients of Linear and Conv in bf16 whatever communication_data_type says,
   and an autocast around its forward is switched off by it. The autocast of bf16 runs is therefore put inside, around the
   module's own forward. At stages 1-3 the weights themselves are bf16 too (masters are float32), at stage 0 float32.
@@ -70,8 +71,9 @@ class DeepSpeedEngine(Engine):
             "precision": config.train.precision,
             "zero_optimization": ds_config.get("zero_optimization"),
         }
-        if (folder := uses_nvme(ds_config)) is not None:
-            _check_nvme(folder)
+        self._nvme_folder = uses_nvme(ds_config)
+        if self._nvme_folder is not None:
+            _check_nvme(self._nvme_folder)
         self._parameters = [p for p in module.parameters() if p.requires_grad]
         wrap_blocks(module, config.engine)
         if config.train.precision == "bf16":
@@ -130,7 +132,12 @@ class DeepSpeedEngine(Engine):
         self._save_rng(folder)
 
     def load(self, folder: Path) -> None:
-        """See Engine."""
+        """See Engine. What is offloaded to nvme would stay as it is, so that is refused."""
+        if self._nvme_folder is not None:
+            raise CheckpointError(
+                "a run that offloads to nvme cannot be resumed: DeepSpeed does not restore what is there; start a new run "
+                "from model.safetensors"
+            )
         if not (folder / _TAG).is_dir():
             raise CheckpointError(f"{folder / _TAG} is absent: the checkpoint is of another engine, or incomplete")
         path, _ = self._ds.load_checkpoint(str(folder), tag=_TAG)

@@ -158,7 +158,7 @@ def resolve_ds_config(
         if _get(raw, key, AUTO) == AUTO:
             problems += _set(resolved, key, value)
 
-    problems += _fill_nvme_path(resolved, config.engine.nvme_path) + _offload_problems(resolved, stage)
+    problems += _fill_nvme_path(resolved, config.engine.nvme_path) + _offload_problems(resolved, stage, config)
 
     for path in _autos(resolved):
         known = [*_owned(config, 0, 1, 1, 1), *_defaults(raw)]
@@ -213,14 +213,19 @@ def _fill_nvme_path(resolved: dict[str, Any], folder: Path | None) -> list[str]:
     return problems
 
 
-def _offload_problems(resolved: dict[str, Any], stage: int) -> list[str]:
-    """What DeepSpeed would leave where it is, without a word."""
+def _offload_problems(resolved: dict[str, Any], stage: int, config: RunConfig) -> list[str]:
+    """What DeepSpeed would leave where it is, or round, without a word."""
     devices = {part: _get(resolved, f"zero_optimization.{part}.device", None) for part in _OFFLOADS}
     problems = []
     if devices["offload_optimizer"] == "cpu" and stage == 0:
         problems.append("zero_optimization.offload_optimizer: expected stage 1, 2 or 3, stage 0 offloads nothing")
     if devices["offload_optimizer"] == "nvme" and stage < 3:
         problems.append(f"zero_optimization.offload_optimizer: stage {stage} cannot use nvme, expected 3, or device cpu")
+    if devices["offload_param"] == "nvme" and config.train.precision == "fp32":
+        problems.append(
+            "zero_optimization.offload_param: DeepSpeed writes float32 weights to nvme as bfloat16; "
+            "set train.precision=bf16, or offload them to cpu"
+        )
     if devices["offload_param"] in ("cpu", "nvme") and stage < 3:
         problems.append(f"zero_optimization.offload_param: stage {stage} keeps whole weights, expected stage 3")
     return problems

@@ -41,16 +41,17 @@ def test_shipped_files_resolve(stage, precision):
     assert resolve(resolved, config_of(precision, 3.0)) == resolved
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_shipped_offloads_resolve(precision):
-    resolved = resolve(load_ds_config(FOLDER / "zero3_offload.json"), config_of(precision))
-    assert resolved["zero_force_ds_cpu_optimizer"] is False
-    assert uses_nvme(resolved) is None
+def test_shipped_offloads_resolve():
+    for precision in ("fp32", "bf16"):
+        resolved = resolve(load_ds_config(FOLDER / "zero3_offload.json"), config_of(precision))
+        assert resolved["zero_force_ds_cpu_optimizer"] is False
+        assert uses_nvme(resolved) is None
     raw = load_ds_config(FOLDER / "zero3_nvme.json")
-    assert "auto" not in json.dumps(resolve(raw, config_of(precision, nvme_path="/scratch")))
-    assert uses_nvme(resolve(raw, config_of(precision, nvme_path="/scratch"))) == Path("/scratch")
+    resolved = resolve(raw, config_of("bf16", nvme_path="/scratch"))
+    assert "auto" not in json.dumps(resolved)
+    assert uses_nvme(resolved) == Path("/scratch")
     with pytest.raises(ConfigError, match=r"offload_optimizer goes to nvme.* set engine\.nvme_path") as caught:
-        resolve(raw, config_of(precision))
+        resolve(raw, config_of("bf16"))
     assert len(caught.value.problems) == 2
 
 
@@ -58,6 +59,7 @@ def test_shipped_offloads_resolve(precision):
     ("stage", "offload", "nvme_path", "message"),
     [
         (3, {"offload_param": {"device": "nvme", "nvme_path": "/a"}}, "/b", 'nvme_path = "/a", but engine.nvme_path = /b'),
+        (3, {"offload_param": {"device": "nvme"}}, "/b", "writes float32 weights to nvme as bfloat16"),
         (3, {"offload_param": {"device": "cpu"}}, "/b", "nothing is offloaded to nvme"),
         (2, {"offload_param": {"device": "cpu"}}, None, "offload_param: stage 2 keeps whole weights"),
         (2, {"offload_optimizer": {"device": "nvme"}}, "/b", "offload_optimizer: stage 2 cannot use nvme"),

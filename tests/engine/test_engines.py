@@ -173,7 +173,7 @@ def deepspeeds_refusals(case: Case) -> tuple[str, str]:
     with pytest.raises(TypeError) as output:
         train(engine, case, 0, 1)
     engine.close()
-    to_disk = Case("deepspeed", 3, ds_file="zero3_nvme", options={"nvme_path": "absent/disk"})
+    to_disk = Case("deepspeed", 3, precision="bf16", ds_file="zero3_nvme", options={"nvme_path": "absent/disk"})
     without_libaio = mock.patch("deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible", return_value=False)
     with without_libaio, pytest.raises(ConfigError) as disk:
         make_engine(to_disk, world)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mpmae.engine import check_engine, load_ds_config
+from mpmae.engine import check_engine, load_ds_config, resolve_ds_config
 from mpmae.errors import CheckpointError, ConfigError
 from mpmae.train.compatibility import check_compatible, checkpoint_meta
 from tests.engine.spawn import REPO, run_ranks
@@ -96,13 +96,17 @@ def test_refused(row, column):
         with pytest.raises(CheckpointError, match="ZeRO partitions fit no other"):
             check_compatible(meta, run_config(case), "f" * 64, 1, case.stage)
         return
-    config = run_config(case)
-    if column == "background saving":
-        config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"background": True})})
-    key = {"compile": "engine.compile = true", "background saving": "checkpoint.background = true"}[column]
-    with pytest.raises(ConfigError, match=key) as caught:
-        check_engine(config, load_ds_config(DS_FOLDER / f"{row}.json"), 2)
-    assert "use engine.name=fsdp" in str(caught.value)
+    raw, config = load_ds_config(DS_FOLDER / f"{row}.json"), run_config(case)
+    if column == "fp32":
+        with pytest.raises(ConfigError, match=r"float32 weights .* set train\.precision=bf16"):
+            resolve_ds_config(raw, config, 2, 8, 1)
+        return
+    checkpoint = {"background saving": {"background": True}, "resume, same ranks": {"resume": "auto"}}.get(column, {})
+    config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update=checkpoint)})
+    key = {"compile": "engine.compile = true", "background saving": "checkpoint.background = true"}
+    with pytest.raises(ConfigError, match=key.get(column, "checkpoint.resume = auto")) as caught:
+        check_engine(config, raw, 2)
+    assert "engine.name=fsdp" in str(caught.value)
 
 
 def test_what_works(tmp_path):
