@@ -46,8 +46,10 @@ def forward(
     """
     wide = accumulator(x.dtype)
     normed, mean, rstd = torch.native_layer_norm(x.to(wide), x.shape[-1:], *_norm(weights, wide), eps)
-    rows = _kept(normed, valid_in).to(x.dtype).view(len(x), -1, 4 * x.shape[-1])
-    out = F.linear(rows, taps_of(weights.weight, x.dtype), weights.bias.to(x.dtype))
+    rows = _kept(normed, valid_in).to(x.dtype).view(-1, 4 * x.shape[-1])
+    flat_out = F.linear(rows, taps_of(weights.weight, x.dtype), weights.bias.to(x.dtype))
+    # no view: FSDP's hook on a block's output would not survive an operation in place on one
+    out = torch.ops.aten._unsafe_view(flat_out, (len(x), x.shape[1] // 4, flat_out.shape[-1]))
     return _kept(out, valid_out), mean.squeeze(-1), rstd.squeeze(-1)
 
 

@@ -162,11 +162,16 @@ def set_lr(optimizer: optim.Optimizer, lr: float) -> None:
 
 
 def skip_if_not_finite(optimizer: optim.Optimizer, grad_norm: torch.Tensor) -> None:
-    """Make the next step of a fused torch optimizer a no-op if `grad_norm` is not finite, without a host sync.
+    """Make the next step of a fused torch optimizer a no-op if `grad_norm` is not finite.
 
-    Uses the attribute by which torch.amp.GradScaler tells fused optimizers about an overflow.
+    Uses the attribute by which torch.amp.GradScaler tells fused optimizers about an overflow. The host waits for
+    `grad_norm` only where it makes the step itself, for weights in its memory.
     """
-    optimizer.found_inf = (~torch.isfinite(grad_norm)).to(torch.float32)
+    found_inf = (~torch.isfinite(grad_norm)).to(torch.float32)
+    if any(p.device.type == "cpu" for group in optimizer.param_groups for p in group["params"]):
+        # the optimizer's own copy to the host is not waited for: the step would read it before it is there (torch 2.13)
+        found_inf = found_inf.cpu()
+    optimizer.found_inf = found_inf
 
 
 def as_float32(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

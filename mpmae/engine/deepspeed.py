@@ -29,7 +29,7 @@ from torch import nn
 
 from mpmae.config import RunConfig
 from mpmae.engine.base import Engine, as_float32, set_lr, skip_if_not_finite
-from mpmae.engine.ds_config import uses_nvme, zero_stage
+from mpmae.engine.ds_config import uses_nvme, without_nvme_path, zero_stage
 from mpmae.engine.files import save_tensors
 from mpmae.engine.optim import build_optimizer
 from mpmae.engine.portable import (
@@ -55,7 +55,7 @@ class DeepSpeedEngine(Engine):
 
     The module's outputs are tensors, or tuples (named ones too), lists and dicts of them: DeepSpeed finds the tensors of
     nothing else, and would then accumulate wrong gradients in bf16. `forward` refuses others with a TypeError.
-    Checkpoints load at the same world size, stage and precision; others come in by `load_portable`.
+    `load` takes checkpoints of the same world size, stage and precision; others come in by `load_portable`.
     """
 
     name = "deepspeed"
@@ -69,7 +69,7 @@ class DeepSpeedEngine(Engine):
             "engine": self.name,
             "world_size": world.world_size,
             "precision": config.train.precision,
-            "zero_optimization": ds_config.get("zero_optimization"),
+            "zero_optimization": without_nvme_path(ds_config.get("zero_optimization") or {}),
         }
         self._nvme_folder = uses_nvme(ds_config)
         if self._nvme_folder is not None:

@@ -239,6 +239,15 @@ def uses_nvme(ds_config: dict[str, Any]) -> Path | None:
     return None
 
 
+def without_nvme_path(zero_optimization: dict[str, Any]) -> dict[str, Any]:
+    """The section without the folder that is offloaded to: another one on every node and in every job, and no matter."""
+    section = copy.deepcopy(zero_optimization)
+    for part in _OFFLOADS:
+        if isinstance(section.get(part), dict):
+            section[part].pop("nvme_path", None)
+    return section
+
+
 def _explain_key(key: str) -> str:
     if key in _REFUSED:
         return f"section {key} is refused: {_REFUSED[key]}"

@@ -167,7 +167,7 @@ class FSDPEngine(Engine):
             return
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
-        self._optimizer.found_inf = torch.ones((), device=self.device)
+        self._optimizer.found_inf = torch.ones(())
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 

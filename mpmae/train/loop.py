@@ -116,8 +116,6 @@ class Run:
             for note in check_compatible(meta, config, *facts):
                 self._note(note)
             self.start_step, guard_state = meta["step"], meta.get("guard")
-            if world.rank == 0:  # killed before its first save, the run must go on from here and not from a later one
-                self.checkpoints.set_aside_after(self.start_step)
             self.console.print(f"continuing from {start} at step {self.start_step}")
         batch = self.plan.batch
         self.engine: Engine = create_engine(
@@ -127,6 +125,8 @@ class Run:
         if start:
             for note in load_engine(self.engine, start):
                 self._note(note)
+            if world.rank == 0:  # killed before its first save, the run must go on from here and not from a later one
+                self.checkpoints.set_aside_after(self.start_step)
         self.saver = Saver(self.engine, self.checkpoints, config.checkpoint.background)
         peak = device_peak(device, config.train.precision)
         self.speed = Speed(cost, batch, peak, self.engine.num_state_shards, config.optim.clip_grad_norm is not None)

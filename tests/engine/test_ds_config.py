@@ -7,7 +7,7 @@ import pytest
 
 from mpmae.config import validate
 from mpmae.engine import create_engine, load_ds_config, resolve_ds_config
-from mpmae.engine.ds_config import uses_nvme
+from mpmae.engine.ds_config import uses_nvme, without_nvme_path
 from mpmae.engine.world import current_world
 from mpmae.errors import ConfigError
 
@@ -53,6 +53,14 @@ def test_shipped_offloads_resolve():
     with pytest.raises(ConfigError, match=r"offload_optimizer goes to nvme.* set engine\.nvme_path") as caught:
         resolve(raw, config_of("bf16"))
     assert len(caught.value.problems) == 2
+
+
+def test_the_folder_of_nvme_is_not_part_of_what_fits_a_checkpoint():
+    raw = load_ds_config(FOLDER / "zero3_nvme.json")
+    one, other = (resolve(raw, config_of(nvme_path=path))["zero_optimization"] for path in ("/job1", "/job2"))
+    assert one != other
+    assert without_nvme_path(one) == without_nvme_path(other)
+    assert one["offload_param"]["nvme_path"] == "/job1", "a copy is what is returned"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from torch import nn
 
 from mpmae.config import validate
 from mpmae.engine import LearningRate, peak_lr
+from mpmae.engine.base import skip_if_not_finite
 from mpmae.engine.optim import build_optimizer, layer_decay_groups, parameter_groups
 from mpmae.errors import ConfigError
 
@@ -99,6 +100,20 @@ def test_layer_decay(quirks, depths):
         assert scale == 0.5 ** (4 - depth), name
         exempt = name.endswith(("bias", "gamma", "beta", "log_variance", "norm.weight"))
         assert weight_decay == (0.0 if exempt else 0.3), name
+
+
+@pytest.mark.gpu
+def test_a_step_on_the_host_waits_for_the_verdict_of_the_gpu():
+    module = nn.Linear(64, 64)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, fused=True)
+    before = module.weight.detach().clone()
+    for _ in range(3):
+        for parameter in module.parameters():
+            parameter.grad = torch.full_like(parameter, float("nan"))
+        torch.cuda._sleep(100_000_000)  # the norm comes late
+        skip_if_not_finite(optimizer, torch.full((), float("nan"), device="cuda"))
+        optimizer.step()
+    assert torch.equal(module.weight, before)
 
 
 def test_layer_decay_needs_stages():

@@ -16,6 +16,8 @@ from mpmae.config import RunConfig, validate
 from mpmae.engine import LearningRate, create_engine, init_world, load_ds_config, resolve_ds_config
 from mpmae.engine.base import Engine
 from mpmae.engine.optim import parameter_groups
+from mpmae.train.checkpoint import Checkpoints
+from mpmae.train.engine_state import load_engine, snapshot_engine, write_engine
 
 GLOBAL_BATCH = 16
 PEAK_LR = 0.005
@@ -84,6 +86,7 @@ class Case:
     precision: str = "fp32"
     steps: int = 10
     save_at: int | None = None
+    in_background: bool = False  # what is saved is copied at once and written after all steps
     load_from: str | None = None
     bad_step: int | None = None
     ds_extra: dict | None = None
@@ -214,15 +217,18 @@ def run_case(world, case: Case, folder: str | None) -> dict[str, Any]:
     engine = make_engine(case, world)
     result: dict[str, Any] = {"initial": engine.full_state_dict()}
     if case.load_from is not None:
-        engine.load(Path(case.load_from))
+        load_engine(engine, Checkpoints(case.load_from, 1, world).latest())
         result |= train(engine, case, case.save_at, case.steps)
     elif case.save_at is not None:
         result |= train(engine, case, 0, case.save_at)
-        if world.rank == 0:
-            Path(folder).mkdir(parents=True)
-        world.barrier()
-        engine.save(Path(folder))
-        rest = train(engine, case, case.save_at, case.steps)
+        checkpoints = Checkpoints(folder, 1, world)
+        if case.in_background:
+            write = snapshot_engine(engine)
+            rest = train(engine, case, case.save_at, case.steps)
+            checkpoints.save(case.save_at, write, {})
+        else:
+            checkpoints.save(case.save_at, write_engine(engine), {})
+            rest = train(engine, case, case.save_at, case.steps)
         result |= {"rest_" + key: value for key, value in rest.items()}
     else:
         result |= train(engine, case, 0, 1)

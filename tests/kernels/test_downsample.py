@@ -52,6 +52,13 @@ def test_the_bit_pattern_of_what_does_not_exist_changes_nothing():
     assert grads[0][~valid[0]].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("gaps", GAPS)
+def test_the_output_is_no_view(gaps):
+    """A view that is changed in place loses its hooks, and with them FSDP the gather before the backward."""
+    x, weights, _, valid = draw(SIZES, torch.float32, gaps)
+    assert apply(x.requires_grad_(), weights, valid)._base is None
+
+
 def test_autocast_sets_the_dtype():
     x, weights, grad, valid = draw(SIZES, torch.float32, False)
     leaves = [t.requires_grad_() for t in (x, *weights)]
