@@ -17,13 +17,18 @@ def write_whole(path: Path, data: bytes | str) -> None:
     """Write a file (text as UTF-8) aside, onto the disk, then rename it into place. Raises OSError, leaving no rest."""
     temp = path.with_name(path.name + TEMP_SUFFIX)
     try:
-        with temp.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
+        write_synced(temp, data)
         temp.replace(path)
     finally:
         temp.unlink(missing_ok=True)
+
+
+def write_synced(path: Path, data: bytes | str) -> None:
+    """Write a file (text as UTF-8) onto the disk. Raises OSError."""
+    with path.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager

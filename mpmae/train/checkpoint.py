@@ -5,7 +5,6 @@ Written aside, fsync, checkpoint.json, fsync, rename: a folder without `.partial
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +26,7 @@ from mpmae.checkpoint_format import (
 )
 from mpmae.engine.world import World, current_world
 from mpmae.errors import CheckpointError
-from mpmae.files import sync
+from mpmae.files import sync, write_synced
 
 _LOG = logging.getLogger(__name__)
 
@@ -106,7 +105,7 @@ class Checkpoints:
                 files[path.relative_to(partial).as_posix()] = path.stat().st_size
             sync(path)
         content = {**meta, "format_version": FORMAT_VERSION, "step": step, "files": files}
-        _write(partial / META_NAME, json.dumps(content, indent=2))
+        write_synced(partial / META_NAME, json.dumps(content, indent=2))
         sync(partial)
         if final.exists():
             self._set_aside(final, step)
@@ -115,7 +114,7 @@ class Checkpoints:
 
     def _tidy(self, final: Path, step: int) -> None:
         self.set_aside_after(step)
-        _write(self.folder / (LATEST_NAME + PARTIAL), final.name + "\n")
+        write_synced(self.folder / (LATEST_NAME + PARTIAL), final.name + "\n")
         (self.folder / (LATEST_NAME + PARTIAL)).replace(self.folder / LATEST_NAME)
         sync(self.folder)
         for path in (*all_checkpoints(self.folder)[: -self.keep_last], *abandoned(self.folder)[: -self.keep_last]):
@@ -147,13 +146,6 @@ class Checkpoints:
                 f"{'; '.join(problems)}. "
                 f"Earlier checkpoints are untouched; make room or mend the cause"
             ) from error
-
-
-def _write(path: Path, content: str) -> None:
-    with path.open("wb") as file:
-        file.write(content.encode())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _free_bytes(folder: Path) -> int:

@@ -1,7 +1,6 @@
 """What of an engine goes into a checkpoint folder, and back: under its own layout, or out of any other engine's."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from mpmae.engine.base import Engine
 from mpmae.engine.portable import TrainingState
 from mpmae.engine.world import World
 from mpmae.errors import CheckpointError
+from mpmae.files import write_synced
 
 
 def write_engine(engine: Engine) -> Callable[[Path], None]:
@@ -74,12 +74,5 @@ def _open_on_all(checkpoint: Path, world: World) -> TrainingState:
 
 
 def _write_whole_model(folder: Path, state: dict[str, Tensor], layout: dict[str, Any]) -> None:
-    _write(folder / MODEL_NAME, serialize(state, {"format": "pt"}))
-    _write(folder / ENGINE_FOLDER / LAYOUT_NAME, json.dumps(layout, indent=1).encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(folder / MODEL_NAME, serialize(state, {"format": "pt"}))
+    write_synced(folder / ENGINE_FOLDER / LAYOUT_NAME, json.dumps(layout, indent=1))

@@ -136,7 +136,7 @@ class FailingAt:
             (Path, "rename"),
             (Path, "replace"),
             (module, "sync"),
-            (module, "_write"),
+            (module, "write_synced"),
         ]:
             monkeypatch.setattr(owner, name, self.wrap(getattr(owner, name), n, error))
 

@@ -43,7 +43,7 @@ def read_deepspeed(folder: Path) -> dict[str, Tensor]:
         if states.get("param_shapes"):
             raise CheckpointError(f"{folder}: the files *_optim_states.pt are absent, and with them the float32 weights")
         return dict(states["module"])
-    partitions = ZeroPartitions(folder, states.get("param_shapes") or [])
+    partitions = ZeroPartitions(folder, states.get("param_shapes"))
     weights = {name: partitions.read(name) for name in partitions.shapes}
     return weights | (states.get("frozen_param_fragments") or {})
 
