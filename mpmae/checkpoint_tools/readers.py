@@ -81,7 +81,7 @@ class _WholeState(_OwnModel):
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{path} lacks {error}: it was written by an early version of this project, or is no checkpoint of it; "
-                f"continue it under the engine and ranks that wrote it, and save once"
+                f"continue it with engine.name=ddp if that wrote it, and save once, or start anew from {model}"
             ) from error
         self.num_updates = _one_count(counts, self.source)
 

@@ -121,6 +121,7 @@ def init_world(engine_name: str = "ddp", rendezvous_timeout_s: float = 300.0, co
     if not dist.is_initialized():
         store = meet(rank, world_size, rendezvous_timeout_s)
         timeout = timedelta(seconds=collective_timeout_s)
+        store.set_timeout(timeout)  # until here what was left of the rendezvous's, which is next to nothing for a late rank
         # what a group gets that DeepSpeed or a device mesh makes without a word about it; half an hour otherwise
         dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)

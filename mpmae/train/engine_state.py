@@ -8,7 +8,7 @@ from typing import Any
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from mpmae.checkpoint_format import ENGINE_FOLDER, LAYOUT_NAME, MODEL_NAME
+from mpmae.checkpoint_format import ENGINE_FOLDER, LAYOUT_NAME, MODEL_NAME, load_meta
 from mpmae.checkpoint_tools.readers import open_state, read_layout, shown_layout
 from mpmae.engine.base import Engine
 from mpmae.engine.portable import TrainingState
@@ -51,7 +51,9 @@ def load_engine(engine: Engine, checkpoint: str | Path) -> list[str]:
     moments and step count are still those that were saved, and the note that is returned says so. Raises CheckpointError.
     """
     checkpoint = Path(checkpoint)
-    saved, wanted = read_layout(checkpoint), json.loads(json.dumps(engine.layout))
+    # an early version wrote no layout.json
+    saved = read_layout(checkpoint) or {"engine": load_meta(checkpoint)["engine"]}
+    wanted = json.loads(json.dumps(engine.layout))
     if saved == wanted:
         engine.load(checkpoint / ENGINE_FOLDER)
         return []

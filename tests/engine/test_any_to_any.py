@@ -7,18 +7,21 @@ gradient norms to 1e-6 relative, weights to 1e-6; bf16: 5e-3 and 2e-2). What was
 import dataclasses
 import importlib
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from mpmae.checkpoint_tools.convert import convert
 from mpmae.engine import init_world
 from mpmae.train.checkpoint import Checkpoints
+from mpmae.train.compatibility import checkpoint_meta
 from mpmae.train.engine_state import load_engine, write_engine
 from tests.engine.spawn import fork_ranks, run_ranks
 from tests.engine.test_engines import BF16_BOUND, BF16_GRAD_NORM_BOUND, CLIP, FP32_BOUND, assert_close, assert_states_close
-from tests.engine.toy import Case, make_engine, reference, train
+from tests.engine.toy import DS_FOLDER, Case, make_engine, reference, run_config, train
 
 ENGINES = {
     "ddp": Case("ddp"),
@@ -128,6 +131,37 @@ def import_engines() -> None:
 def test_a_relay_over_engines_and_world_sizes(tmp_path):
     """2 -> 3 -> 4 -> 1 -> 2 ranks: every engine and world size is a source and a target, and every hop changes both."""
     run_ranks(relay, 1, str(tmp_path), tmp_path / "relay")
+
+
+def resume_portable(folder: str) -> dict[str, tuple[dict, dict, dict]]:
+    """Per engine the weights that were converted, those that were read and what `train` gave."""
+    world, found = init_world("toy"), {}
+    engine = make_engine(case_of("ddp"), world)
+    train(engine, case_of("ddp"), 0, SAVED_AT)
+    meta = checkpoint_meta(run_config(case_of("ddp")), 0, SAVED_AT, "f" * 64, world.world_size, None)
+    checkpoint = Checkpoints(Path(folder) / "ddp", 1, world).save(SAVED_AT, write_engine(engine), meta)
+    saved = engine.full_state_dict()
+    engine.close()
+    portable = Path(folder) / "portable"
+    if world.rank == 0:
+        convert(checkpoint, "portable", portable)
+    world.barrier()
+    shipped = json.loads((DS_FOLDER / "zero3.json").read_text())["zero_optimization"]  # which keeps small weights whole
+    targets = {"fsdp": {}, "zero2": {}, "zero3": {"ds_extra": {"zero_optimization": shipped}}}
+    for name, change in targets.items():
+        case = dataclasses.replace(case_of(name), **change)
+        engine = make_engine(case, world)
+        load_engine(engine, portable)
+        found[name] = saved, engine.full_state_dict(), train(engine, case, SAVED_AT, STEPS)
+        engine.close()
+    world.close()
+    return found
+
+
+def test_a_portable_checkpoint_is_resumed_from(tmp_path):
+    for name, (saved, read, record) in run_ranks(resume_portable, 2, str(tmp_path), tmp_path / "processes")[0].items():
+        assert all(torch.equal(read[key], value) for key, value in saved.items()), name
+        assert_close(record["loss"], reference(CLIP)["loss"][SAVED_AT:], FP32_BOUND)
 
 
 @pytest.mark.slow

@@ -41,9 +41,10 @@ def test_plain_python_is_a_world_of_one():
 
 
 def test_every_group_has_the_bound_of_a_collective():
-    """Also those that a library makes for itself."""
+    """Also those that a library makes for itself, and the store by which NCCL sets up a group."""
     world = init_world(collective_timeout_s=77.0)
     try:
+        assert torch.distributed.distributed_c10d._get_default_store().timeout.total_seconds() == 77.0
         for group in (torch.distributed.group.WORLD, torch.distributed.new_group([0])):
             assert group._get_backend(torch.device("cpu")).options._timeout.total_seconds() == 77.0
     finally:

@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from mpmae.checkpoint_format import find_problems, load_meta
 from mpmae.config import validate
 from mpmae.errors import CheckpointError
 from mpmae.train import checkpoint as module
+from mpmae.train import engine_state
 from mpmae.train.checkpoint import Checkpoints
 from mpmae.train.compatibility import check_compatible, checkpoint_meta
 
@@ -245,6 +247,16 @@ def test_error_in_the_writer_is_not_hidden(tmp_path):
         Checkpoints(tmp_path, 3).save(20, write, {})
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(("by", "is_alike"), [("ddp", True), ("deepspeed", False)])
+def test_a_checkpoint_of_before_layouts_is_loaded_by_its_own_engine(tmp_path, monkeypatch, by, is_alike):
+    path = Checkpoints(tmp_path, 1).save(10, writer("early"), {"engine": by})
+    engine = mock.Mock(layout={"engine": "ddp"})
+    monkeypatch.setattr(engine_state, "_open_on_all", lambda *_: "state")
+    notes = engine_state.load_engine(engine, path)
+    assert bool(engine.load.called) == is_alike == (notes == [])
+    assert bool(engine.load_portable.called) == (not is_alike)
 
 
 def config_of(**changes):
