@@ -24,7 +24,7 @@ from mpmae.engine.dcp import apply_state, collect_state, read_state, write_state
 from mpmae.engine.files import rng_state, save_tensors
 from mpmae.engine.optim import build_optimizer
 from mpmae.engine.portable import TrainingState, load_state
-from mpmae.engine.world import World
+from mpmae.engine.world import BESIDE_TRAINING, World
 from mpmae.engine.wrap import blocks_of, wrap_blocks
 
 DCP_FOLDER = "dcp"
@@ -143,7 +143,7 @@ class FSDPEngine(Engine):
     def deferred_save(self) -> Callable[[Path], None]:
         """See Engine. The ranks agree on who writes what over a process group of their own, beside the training's."""
         if self._writing_group is None:
-            self._writing_group = dist.new_group(backend="gloo")
+            self._writing_group = dist.new_group(backend="gloo", group_desc=BESIDE_TRAINING)
         state, rng = self.snapshot(on_cpu=True), rng_state(self.device)
 
         def write(folder: Path) -> None:

@@ -32,6 +32,9 @@ _CUT_OFF_WORDS = ("connection timed out", "no route to host", "host is unreachab
 # what gloo and NCCL say when a rank is silent
 _SILENT_PEER = re.compile(r"timed out waiting (\d+)ms|timeout\(ms\)=(\d+)\) ran for")
 
+# describes a process group whose collectives are no part of a step: a thread's, which each rank runs when it gets to it
+BESIDE_TRAINING = "beside the training"
+
 _SETTLE_S = 0.1
 _held: list[str] = []
 

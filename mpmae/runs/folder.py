@@ -11,10 +11,12 @@ from typing import Any
 
 from mpmae.errors import ReportError
 from mpmae.files import read_jsonl
+from mpmae.run_lock import LOCK_NAME
 
-RUN_JSON, METRICS, VALIDATION, LOCK, STOPPED = "run.json", "metrics.jsonl", "validation.jsonl", ".lock", "stopped.json"
+RUN_JSON, METRICS, VALIDATION, STOPPED = "run.json", "metrics.jsonl", "validation.jsonl", "stopped.json"
 _TAIL_BYTES = 1 << 16
 _DEFAULT_STALL_S = 600.0
+_TRACES = {"bad_batch.json": "no finite loss or gradient", "stacks/rank-*.txt": "stalled"}
 
 
 @dataclass(frozen=True)
@@ -106,25 +108,31 @@ def find_runs(folders: Iterable[Path]) -> list[RunFolder]:
 def state_of(run: RunFolder, now: float) -> State:
     """What became of a run by `now`, in seconds since 1970."""
     last_step = next((line["step"] for line in reversed(run.last_lines(METRICS)) if "step" in line), 0)
-    is_held = is_locked(run.path / LOCK)
+    is_held = is_locked(run.path / LOCK_NAME)
     idle_s = now - run.active_at()
     stall_s = run.config.get("guard", {}).get("stall_s", _DEFAULT_STALL_S)
     if is_held or (is_held is None and idle_s < stall_s):
         return State("running") if idle_s < stall_s else State("stalled", f"no step for {idle_s:.0f} s")
     if run.total_steps is not None and last_step >= run.total_steps:
         return State("complete")
-    stopped = run.path / STOPPED
-    if stopped.exists() and stopped.stat().st_mtime >= (run.path / RUN_JSON).stat().st_mtime:
-        told = _parsed(stopped.read_bytes())
+    if _is_of_this_launch(run, STOPPED):
+        told = _parsed((run.path / STOPPED).read_bytes())
         told = told if isinstance(told, dict) else {}
         return State("preempted" if told.get("requeue") else "failed", str(told.get("reason", "")))
-    return State("failed", "ended without a word")
+    traces = (why for pattern, why in _TRACES.items() if _is_of_this_launch(run, pattern))
+    return State("failed", next(traces, "ended without a word"))
+
+
+def _is_of_this_launch(run: RunFolder, pattern: str) -> bool:
+    """Whether the run has left such a file since it was last launched."""
+    launched_at = (run.path / RUN_JSON).stat().st_mtime
+    return any(path.stat().st_mtime >= launched_at for path in run.path.glob(pattern))
 
 
 def is_locked(path: Path) -> bool | None:
     """Whether a run holds its lock file; None where the file system has no locks.
 
-    The lock is tried and given back at once: a run that starts in this very moment would be refused.
+    The lock is tried and given back at once; a run that starts in this very moment waits for it.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY)

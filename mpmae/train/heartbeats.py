@@ -12,6 +12,7 @@ from collections.abc import Callable
 from torch.distributed import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store, _world
 
+from mpmae.engine.world import BESIDE_TRAINING
 from mpmae.train.stalls import FAILED, LEFT, Beat, Heard, Verdict, judge
 
 _lives = itertools.count()  # a process may live through several runs, with the same store
@@ -103,8 +104,9 @@ class Heartbeats:
 
 
 def num_collectives() -> int:
-    """Collectives that this process has begun so far, in all its groups. From any thread."""
-    return sum(group._get_sequence_number_for_group() for group in list(_world.pg_map))
+    """Collectives that this process has begun so far, in all groups that train. From any thread."""
+    groups = [group for group in list(_world.pg_map) if group.group_desc != BESIDE_TRAINING]
+    return sum(group._get_sequence_number_for_group() for group in groups)
 
 
 def _read(store: Store, ranks: list[int]) -> dict[int, Beat]:

@@ -1,7 +1,6 @@
 """A pretraining run from configuration to last checkpoint."""
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
 
@@ -127,7 +126,6 @@ class Run:
                 self._note(note)
             if world.rank == 0:  # killed before its first save, the run must go on from here and not from a later one
                 self.checkpoints.set_aside_after(self.start_step)
-        self.saver = Saver(self.engine, self.checkpoints, config.checkpoint.background)
         peak = device_peak(device, config.train.precision)
         self.speed = Speed(cost, batch, peak, self.engine.num_state_shards, config.optim.clip_grad_norm is not None)
         self.validator = Validator(self.engine, setup.validation, setup.reference, config, self.watchdog.tick)
@@ -135,6 +133,7 @@ class Run:
         self.numerics = NumericsGuard(config.guard, config.optim.clip_grad_norm, guard_state)
         self.recent_samples = RecentSamples(num_steps=self.meter.lag + 1)
         self.time_limit = TimeLimit(requests.time_limit_s, num_laps=self.meter.lag + 2)
+        self.saver = Saver(self.engine, self.checkpoints, config.checkpoint.background, self.time_limit.saved)
         self.trackers = None
         if world.rank == 0:
             forget_stop(config.run.dir)
@@ -166,18 +165,19 @@ class Run:
                 self.saver.poll()
                 if profile.step_done():
                     self.meter.restart_clock()
-                # trackers take steps in order, so no record may lag behind a validation
+                # no record may lag behind a validation, as trackers take steps in order, nor a request to stop behind a save
                 validates = self._due(step + 1, self.config.train.validate_every_steps)
-                reason = self._publish(progress, everything=validates)
+                saves = self._due(step + 1, self.config.checkpoint.every_steps)
+                reason = self._publish(progress, everything=validates or saves)
                 stops = reason is not None and step + 1 < total
-                if not stops and validates:
+                if validates and not stops:
                     self._validate(step + 1)
-                if stops or self._due(step + 1, self.config.checkpoint.every_steps):
+                if saves or stops:
                     self._publish(progress, everything=True)
                     self._save(step + 1, is_last=stops or step + 1 == total)
                 if stops:
-                    return self._stopped(Stop(reason, step + 1))
-        return None
+                    return self._leave(Stop(reason, step + 1))
+        return self._leave(None)
 
     def _micro_batches(self) -> Iterator[tuple[int, Batch]]:
         return self.loader.training(self.plan.order, self.plan.batch, self.world.rank, self.start_step)
@@ -214,7 +214,8 @@ class Run:
 
     def _votes(self) -> list[int]:
         """Why this rank wants to stop, as numbers in REASONS."""
-        return self.requests.votes() + [REASONS.index(TIME_LIMIT)] * self.time_limit.is_up()
+        is_up = self.time_limit.is_up(num_saves=1 + self.saver.is_saving)
+        return self.requests.votes() + [REASONS.index(TIME_LIMIT)] * is_up
 
     def _publish(self, progress: ProgressLine, everything: bool) -> str | None:
         """Write out the records that are ready; why the ranks stop, once any of them has asked for it.
@@ -256,7 +257,6 @@ class Run:
 
     def _save(self, step: int, *, is_last: bool) -> None:
         self.watchdog.note("save")
-        started = time.monotonic()
         epoch, batch_index = divmod(step, self.plan.order.steps_per_epoch)
         facts = (self.manifest.fingerprint, self.world.world_size, self.engine.zero_stage)
         bands = self.model.bands_in
@@ -264,14 +264,18 @@ class Run:
         inputs["shards"] = shard_hashes(self.manifest)
         meta = checkpoint_meta(self.config, epoch, batch_index, *facts, **inputs, guard=self.numerics.state())
         self.saver.save(step, meta, is_last=is_last)
-        self.time_limit.saved(time.monotonic() - started)
         self.meter.restart_clock()
 
-    def _stopped(self, stop: Stop) -> Stop:
-        """`stop`, once stopped.json says it; all ranks leave together, as a launcher ends the others with the first."""
-        self.requests.over()
-        if self.world.rank == 0:
-            stop.write(self.config.run.dir)
+    def _leave(self, stop: Stop | None) -> Stop | None:
+        """`stop`, once stopped.json says it and all is sent; all ranks leave together.
+
+        A launcher ends the others soon after the first has left (srun: 30 s), and wandb may take longer than that.
+        """
+        if stop:
+            self.requests.over()
+            if self.world.rank == 0:
+                stop.write(self.config.run.dir)
+        self._close_trackers()
         self.world.barrier()
         return stop
 
@@ -280,7 +284,11 @@ class Run:
 
     def close(self) -> None:
         """Release files and processes."""
-        if self.trackers:
-            self.trackers.close()
+        self._close_trackers()
         self.saver.close()
         self.engine.close()
+
+    def _close_trackers(self) -> None:
+        trackers, self.trackers = self.trackers, None
+        if trackers:
+            trackers.close()

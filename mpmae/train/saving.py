@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,22 @@ class Saver:
     """Saves an engine's state into checkpoints. A save that fails is told, and the run goes on to the next one.
 
     in_background: `save` returns when the state is copied to host memory, and a thread writes it; `poll` completes the
-    checkpoint at a step boundary. num_failed: saves so far that have not made a checkpoint.
+    checkpoint at a step boundary. num_failed: saves so far that have not made a checkpoint. took: told the seconds of each
+    save, from its beginning to the end of its writing.
     Methods but `close` are collective.
     """
 
-    def __init__(self, engine: Engine, checkpoints: Checkpoints, in_background: bool):
-        self._engine, self._checkpoints, self._in_background = engine, checkpoints, in_background
+    def __init__(
+        self, engine: Engine, checkpoints: Checkpoints, in_background: bool, took: Callable[[float], None] = lambda _: None
+    ):
+        self._engine, self._checkpoints, self._in_background, self._took = engine, checkpoints, in_background, took
         self._pending: _Pending | None = None
         self.num_failed = 0
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is pending, which the next one will wait for. Not collective."""
+        return self._pending is not None
 
     def save(self, step: int, meta: dict[str, Any], *, is_last: bool) -> None:
         """Save the state of `step`, once a pending save is done.
@@ -36,12 +45,14 @@ class Saver:
         Raises CheckpointError if it fails and `is_last`: then there is no other one to make up for it.
         """
         self._finish()
+        started = time.monotonic()
         try:
             if not self._in_background:
                 self._checkpoints.save(step, write_engine(self._engine), meta)
+                self._took(time.monotonic() - started)
                 return
             folder = self._checkpoints.begin(step)
-            self._pending = _Pending(step, meta, snapshot_engine(self._engine), folder)
+            self._pending = _Pending(step, meta, snapshot_engine(self._engine), folder, started)
         except CheckpointError as error:
             self._failed(step, error, is_last)
         if is_last:
@@ -63,6 +74,7 @@ class Saver:
             return
         try:
             self._checkpoints.complete(pending.step, pending.wait, pending.meta)
+            self._took(pending.took_s)
         except CheckpointError as error:
             self._failed(pending.step, error, is_last)
 
@@ -77,10 +89,10 @@ class Saver:
 
 
 class _Pending:
-    """A save that a thread writes."""
+    """A save that a thread writes. took_s: once it is written, seconds since it began at `started`."""
 
-    def __init__(self, step: int, meta: dict[str, Any], write: Callable[[Path], None], folder: Path):
-        self.step, self.meta = step, meta
+    def __init__(self, step: int, meta: dict[str, Any], write: Callable[[Path], None], folder: Path, started: float):
+        self.step, self.meta, self.took_s = step, meta, 0.0
         self._error: BaseException | None = None
         self._vote: _Vote | None = None
 
@@ -89,6 +101,7 @@ class _Pending:
                 write(folder)
             except BaseException as error:  # raised where it is waited for
                 self._error = error
+            self.took_s = time.monotonic() - started
 
         self.thread = threading.Thread(target=run, name=f"checkpoint-{step}", daemon=True)
         self.thread.start()

@@ -53,6 +53,9 @@ def stop_before_restart(run_dir: Path) -> Stop | None:
     path = run_dir / STOPPED_NAME
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or not path.exists():
         return None
+    # older than the job: left by the one before, and not yet removed as this one's ranks failed at their start
+    if 0 < job_age_s() < time.time() - path.stat().st_mtime:
+        return None
     record = json.loads(path.read_text())
     return Stop(record["signal"] or record["reason"], record["step"])
 
@@ -65,14 +68,15 @@ def forget_stop(run_dir: Path) -> None:
 class TimeLimit:
     """Whether it is time to save and stop, so that both are over when `limit_s` (None: never) is.
 
-    Left for it: one and a half times the longest save so far, the longest lap (from one question to the next: a step, with
-    a validation or a save if one fell into it; the first, which compiles, left out) times `num_laps`, and a margin of 5 % of
-    the limit, at most a minute. The clock starts with the process. Before the first save only laps and margin count.
+    Left for it: one and a half times the longest save so far for each that is to come, the longest lap (from one question to
+    the next: a step, with a validation or a save if one fell into it; the first, which compiles, left out) times `num_laps`,
+    and a margin of 5 % of the limit, at most a minute. Before the first save only laps and margin count. The clock starts
+    with the job (see `job_age_s`).
     """
 
     def __init__(self, limit_s: float | None, num_laps: int, clock=time.monotonic, age_s: float | None = None):
         self._limit_s, self._num_laps, self._clock = limit_s, num_laps, clock
-        self._started = clock() - (process_age_s() if age_s is None else age_s)
+        self._started = clock() - (job_age_s() if age_s is None else age_s)
         self._asked_at: float | None = None
         self._laps, self._longest_lap_s, self._longest_save_s = 0, 0.0, 0.0
 
@@ -80,8 +84,8 @@ class TimeLimit:
         """Note how long a save took."""
         self._longest_save_s = max(self._longest_save_s, duration_s)
 
-    def is_up(self) -> bool:
-        """To be asked once a step."""
+    def is_up(self, num_saves: int = 1) -> bool:
+        """To be asked once a step. num_saves: how many there are to wait for, with one that a thread is writing."""
         now = self._clock()
         if self._asked_at is not None:
             self._laps += 1
@@ -91,7 +95,7 @@ class TimeLimit:
         if self._limit_s is None:
             return False
         margin_s = min(MAX_MARGIN_S, 0.05 * self._limit_s)
-        needed_s = 1.5 * self._longest_save_s + self._num_laps * self._longest_lap_s + margin_s
+        needed_s = 1.5 * num_saves * self._longest_save_s + self._num_laps * self._longest_lap_s + margin_s
         return now - self._started + needed_s >= self._limit_s
 
 
@@ -150,9 +154,12 @@ class StopRequests:
         self._asked.setdefault(number, now)
 
 
-def process_age_s() -> float:
-    """Seconds since this process began, where /proc tells (Linux); else 0."""
-    path = Path("/proc/self/stat")
+def job_age_s() -> float:
+    """Seconds since the job began, where /proc tells (Linux); else 0.
+
+    That is this process, or torchrun's agent, which starts ranks again within the same job.
+    """
+    path = Path(f"/proc/{os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ else 'self'}/stat")
     if not path.exists():
         return 0.0
     started_ticks = int(path.read_text().rpartition(")")[2].split()[19])

@@ -50,6 +50,12 @@ def test_states_of_a_run_that_has_ended(tmp_path):
     assert state(folder) == ("preempted", "SIGTERM")
     touched(folder / "stopped.json", json.dumps({"reason": "the loss is nan", "requeue": False}))
     assert state(folder) == ("failed", "the loss is nan")
+    (folder / "stopped.json").unlink()
+    (folder / "stacks").mkdir()
+    touched(folder / "stacks" / "rank-1.txt")
+    assert state(folder) == ("failed", "stalled")
+    touched(folder / "bad_batch.json")
+    assert state(folder) == ("failed", "no finite loss or gradient")
     os.utime(folder / "run.json", (NOW + 1, NOW + 1))  # launched again since
     assert state(folder) == ("failed", "ended without a word")
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import time
 from pathlib import Path
 from unittest import mock
 
@@ -15,9 +16,10 @@ from mpmae.config import load_config
 from mpmae.engine import init_world
 from mpmae.engine.world import hold_process_group
 from mpmae.errors import CheckpointError, ConfigError
-from mpmae.train import pretrain
+from mpmae.train import pretrain, saving
 from mpmae.train.checkpoint import Checkpoints
 from mpmae.train.engine_state import load_engine, snapshot_engine
+from mpmae.train.saving import Saver
 from mpmae.train.setup import set_up
 from tests.engine.spawn import REPO, run_ranks
 from tests.engine.toy import Case, make_engine, train
@@ -157,6 +159,21 @@ def test_training_on_does_not_change_what_is_written(outcome, name):
     before, read, expected, losses = ranks[0][1][name]
     assert all(torch.equal(before[key], read[key]) for key in before)
     assert losses == expected
+
+
+def test_a_save_in_the_background_takes_until_it_is_written(tmp_path):
+    """Not as long as the loop waits for it: a time limit has to leave room for all of it."""
+    took = []
+    saver = Saver(mock.Mock(rank=0, world_size=1), Checkpoints(tmp_path, 2), True, took.append)
+    with mock.patch.object(saving, "snapshot_engine", return_value=lambda folder: time.sleep(0.2)):
+        saver.save(2, {}, is_last=False)
+        assert saver.is_saving
+        assert took == []
+        saver.save(4, {}, is_last=True)
+    assert not saver.is_saving
+    assert len(took) == 2
+    assert min(took) >= 0.2
+    assert len(all_checkpoints(tmp_path)) == 2
 
 
 def test_deepspeed_in_the_background_is_refused(shards_dir):

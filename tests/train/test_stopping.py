@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from mpmae.config import load_config
 from mpmae.durations import seconds_of
 from mpmae.errors import ConfigError
+from mpmae.train import loop
 from mpmae.train.stopping import (
     EXIT_REQUEUE,
     REASONS,
@@ -22,8 +24,10 @@ from mpmae.train.stopping import (
     StopRequests,
     TimeLimit,
     forget_stop,
+    job_age_s,
     stop_before_restart,
 )
+from tests.engine.spawn import run_ranks
 from tests.train.launches import REPO, command, descendants, launch, launch_ok, metrics, output_of, ranks_of, running
 
 SHORT = (
@@ -80,8 +84,11 @@ def test_the_limit_leaves_room_for_step_and_save():
     assert not asked_at(420)
     limit.saved(100.0)
     assert not asked_at(430)
-    times = [time_s for time_s in range(440, 900, 10) if asked_at(time_s)]
-    assert times[0] == 680, "from 900 - 50 - 1.5 * 100 - 2 * 10 on"
+    by_num_saves = {1: 680, 2: 530}  # from 900 - 50 - 1.5 * 100 * num_saves - 2 * 10 on
+    for time_s in range(440, 900, 10):
+        now[0] = time_s
+        found = {num_saves: limit.is_up(num_saves) for num_saves in by_num_saves}
+        assert found == {num_saves: time_s >= first for num_saves, first in by_num_saves.items()}
 
 
 def test_no_limit_is_never_up():
@@ -154,8 +161,47 @@ def test_a_restarted_rank_of_a_stopped_run_stays_stopped(tmp_path, monkeypatch):
     assert stop_before_restart(tmp_path) is None
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert stop_before_restart(tmp_path) == Stop("SIGTERM", 7)
+    os.utime(tmp_path / STOPPED_NAME, (0, 0))
+    assert stop_before_restart(tmp_path) is None, "that of the job before: this one's ranks came too late the first time"
     forget_stop(tmp_path)
     assert stop_before_restart(tmp_path) is None
+
+
+def test_a_job_is_as_old_as_its_launcher(monkeypatch):
+    """Ranks that torchrun starts again have no more time than the job has left."""
+    own = job_age_s()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+    code = "import time; from mpmae.train.stopping import job_age_s; print(job_age_s())"
+    child = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert float(child.stdout) >= own > 0
+
+
+def stopped_late(arguments: tuple[str, list[str]]) -> list:
+    """A run whose numbers come two steps late, as on a GPU, and that is asked to stop during step 2."""
+    run_dir, settings = arguments
+
+    class LateMeter(loop.Meter):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.lag = 2
+
+    class Asked(StopRequests):
+        def votes(self) -> list[int]:
+            self.num_steps = getattr(self, "num_steps", 0) + 1
+            return [0] if self.num_steps >= 2 else []
+
+    with mock.patch.object(loop, "Meter", LateMeter), mock.patch.object(loop, "StopRequests", Asked):
+        return list(loop.pretrain(load_config(None, [f"run.dir={run_dir}", *settings])))
+
+
+def test_a_request_is_heard_before_a_save_though_numbers_come_late(shards_dir, tmp_path):
+    """Else the run would save twice, for which a time limit leaves no room."""
+    run_dir = tmp_path / "run"
+    settings = [f"data.shards={shards_dir}", *SHORT, "train.max_steps=20", "checkpoint.every_steps=3"]
+    settings.append("train.validate_every_steps=null")
+    assert run_ranks(stopped_late, 1, (str(run_dir), settings), tmp_path / "processes") == [["SIGTERM", 3]]
+    assert [path.name for path in (run_dir / "checkpoints").glob("step-*")] == ["step-00000003"]
+    assert [line["step"] for line in metrics(run_dir)] == [1, 2, 3]
 
 
 def stopped_by(send: Callable[[subprocess.Popen], None], full: list[str], run_dir: Path) -> tuple[int, dict]:

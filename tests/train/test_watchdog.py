@@ -7,9 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from mpmae.engine import init_world
+from mpmae.engine.world import BESIDE_TRAINING
+from mpmae.train.heartbeats import num_collectives
 from mpmae.train.stalls import FAILED, LEFT, Beat, Heard, judge
 from mpmae.train.watchdog import EXIT_STALLED
+from tests.engine.spawn import run_ranks
 from tests.train.launches import command, launch, output_of, ranks_of, running
 
 STALL_S = 4
@@ -60,6 +66,22 @@ def test_a_thousand_ranks_fit_a_message():
     assert "rank 501" in text
     assert "and 491 more" in text
     assert len(text) < 2000
+
+
+def counted(_) -> list[int]:
+    """Collectives counted after one in the run's group, and after one more in a group beside it."""
+    world = init_world()
+    beside = dist.new_group(group_desc=BESIDE_TRAINING)
+    before, counts = num_collectives(), []
+    for group in (None, beside):
+        dist.all_reduce(torch.ones(1), group=group)
+        counts.append(num_collectives() - before)
+    world.close()
+    return counts
+
+
+def test_what_a_thread_writes_beside_a_step_puts_no_rank_ahead(tmp_path):
+    assert run_ranks(counted, 2, None, tmp_path) == [[1, 1], [1, 1]]
 
 
 def check_stacks(run_dir: Path, sleeper: int, function: str) -> None:
