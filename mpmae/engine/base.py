@@ -174,6 +174,21 @@ def skip_if_not_finite(optimizer: optim.Optimizer, grad_norm: torch.Tensor) -> N
     optimizer.found_inf = found_inf
 
 
+def update(
+    optimizer: optim.Optimizer, parameters: list[nn.Parameter], grad_norm: torch.Tensor, clip: float | None, lr: float
+) -> None:
+    """One update by the parameters' gradients, clipped to a norm of `clip` (None: not), which are dropped then.
+
+    grad_norm: theirs, over all ranks; where it is not finite, weights and moments stay as they are.
+    """
+    if clip is not None:
+        nn.utils.clip_grads_with_norm_(parameters, clip, grad_norm)
+    set_lr(optimizer, lr)
+    skip_if_not_finite(optimizer, grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 def as_float32(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Copies on the CPU, contiguous, floating-point ones as float32."""
     copies = {}

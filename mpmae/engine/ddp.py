@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mpmae.config import RunConfig
-from mpmae.engine.base import Engine, as_float32, set_lr, skip_if_not_finite
+from mpmae.engine.base import Engine, as_float32, update
 from mpmae.engine.files import copied_to_host, load_tensors, rng_state, save_tensors
 from mpmae.engine.optim import build_optimizer
 from mpmae.engine.portable import TrainingState, load_state, parameter_names
@@ -61,12 +61,7 @@ class DDPEngine(Engine):
         self._check_all_micro_steps_done()
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         grad_norm = nn.utils.get_total_norm(gradients)
-        if self._clip_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self._parameters, self._clip_grad_norm, grad_norm)
-        set_lr(self._optimizer, lr)
-        skip_if_not_finite(self._optimizer, grad_norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        update(self._optimizer, self._parameters, grad_norm, self._clip_grad_norm, lr)
         self._micro_step = 0
         return grad_norm.detach().float()
 

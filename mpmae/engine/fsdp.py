@@ -19,7 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mpmae.config import RunConfig
-from mpmae.engine.base import Engine, as_float32, set_lr, skip_if_not_finite
+from mpmae.engine.base import Engine, as_float32, update
 from mpmae.engine.dcp import apply_state, collect_state, read_state, write_state
 from mpmae.engine.files import rng_state, save_tensors
 from mpmae.engine.optim import build_optimizer
@@ -94,12 +94,7 @@ class FSDPEngine(Engine):
         """See Engine."""
         self._check_all_micro_steps_done()
         grad_norm = self._reduced_grad_norm()
-        if self._clip_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self._parameters, self._clip_grad_norm, grad_norm)
-        set_lr(self._optimizer, lr)
-        skip_if_not_finite(self._optimizer, grad_norm)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        update(self._optimizer, self._parameters, grad_norm, self._clip_grad_norm, lr)
         self._micro_step = 0
         return grad_norm
 

@@ -12,21 +12,16 @@ from launch.netns.cluster import Cluster
 from launch.netns.job import Job
 from launch.netns.namespaces import NoNamespaces
 from tests.train.launches import REPO, metrics
+from tests.train.test_parity import COMMON
 
 SCRIPT = "launch/pretrain.py"
 STEPS = 10
 TIMEOUT_S = 240
 SETTINGS = (
-    "model.name=mpmae_atto",
+    *COMMON,
     "model.img_size=32",
     "model.modalities_out=[sentinel2,biome]",
-    "train.global_batch_size=12",
     f"train.max_steps={STEPS}",
-    "train.seed=7",
-    "train.val_samples=2",
-    "optim.lr=1e-3",
-    "optim.warmup_steps=5",
-    "data.num_workers=1",
     "checkpoint.every_steps=3",
 )
 
