@@ -140,15 +140,18 @@ class Checkpoints:
             problem = f"rank {world.rank}: {type(caught).__name__}: {caught}"
         problems = [p for p in world.gather_objects(problem) if p]
         if problems:
-            free = _free_bytes(self.folder)
             raise CheckpointError(
-                f"checkpoint of step {step} not saved in {self.folder} ({free / 2**30:.2f} GiB free): "
+                f"checkpoint of step {step} not saved in {self.folder} ({_free_space(self.folder)}): "
                 f"{'; '.join(problems)}. "
                 f"Earlier checkpoints are untouched; make room or mend the cause"
             ) from error
 
 
-def _free_bytes(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+def _free_space(folder: Path) -> str:
+    """In words: a mount that is lost must not hide the error that it caused."""
+    try:
+        while not folder.exists():
+            folder = folder.parent
+        return f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB free"
+    except OSError as error:
+        return f"its free space cannot be asked for: {error.strerror}"

@@ -239,6 +239,19 @@ def test_real_full_disk(tmp_path):
     assert names(tmp_path) == ["latest", "step-00000010"]
 
 
+def test_a_lost_mount_is_an_error_of_the_checkpoint(tmp_path, monkeypatch):
+    def lost(*_, **__):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    save(tmp_path, 10)
+    for owner, name in ((os, "stat"), (os, "statvfs"), (shutil, "disk_usage")):
+        monkeypatch.setattr(owner, name, lost)
+    with pytest.raises(CheckpointError, match=r"not saved .*Stale file handle.*: rank 0: OSError"):
+        Checkpoints(tmp_path, 3).save(20, lambda folder: lost(), {})
+    monkeypatch.undo()
+    assert Checkpoints(tmp_path, 3).latest().name == "step-00000010"
+
+
 def test_error_in_the_writer_is_not_hidden(tmp_path):
     def write(folder: Path) -> None:
         raise ZeroDivisionError("a bug")
