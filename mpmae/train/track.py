@@ -1,5 +1,6 @@
 """Where numbers go: metrics.jsonl always, TensorBoard and wandb on request, all behind one interface."""
 
+import errno
 import json
 import logging
 import math
@@ -13,6 +14,8 @@ from mpmae.errors import ConfigError, TrainingError
 from mpmae.files import read_jsonl, write_whole
 
 _LOG = logging.getLogger(__name__)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_MAX_WAITING_BYTES = 2**26
 
 
 class Tracker(Protocol):
@@ -26,14 +29,14 @@ class Tracker(Protocol):
 
 
 class JsonLines:
-    """`KIND.jsonl` in the run folder, one object a line, flushed at once.
+    """`KIND.jsonl` in the run folder, one object a line, written at once; on a full disk when there is room again.
 
     Opening at `start_step` moves the lines of later steps to `KIND.dropped.jsonl`: a resumed run writes them again.
     A number that is not finite is written as null, since JSON has no word for it.
     """
 
     def __init__(self, folder: Path, start_step: int):
-        self._folder, self._files = folder, {}
+        self._files: dict[str, _Lines] = {}
         for kind in ("metrics", "validation"):
             path = folder / f"{kind}.jsonl"
             lines = [line for line in read_jsonl(path) if isinstance(line.get("step"), int)]
@@ -42,20 +45,50 @@ class JsonLines:
                 with path.with_suffix(".dropped.jsonl").open("a") as file:
                     file.writelines(json.dumps(line) + "\n" for line in dropped)
             write_whole(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start_step))
-            self._files[kind] = path.open("a", buffering=1)
+            self._files[kind] = _Lines(path)
 
     def log(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Append a line. Raises TrainingError, naming the file, when it cannot be written."""
-        try:
-            self._files[kind].write(json.dumps(_finite(record), allow_nan=False) + "\n")
-        except OSError as error:
-            path = self._folder / f"{kind}.jsonl"
-            raise TrainingError(f"cannot write {path}: {error.strerror}; make room, then --resume auto") from error
+        """Append a line. Raises TrainingError, naming the file, when it cannot be written for another reason than space."""
+        self._files[kind].append(json.dumps(_finite(record), allow_nan=False) + "\n")
 
     def close(self) -> None:
         """Close the files."""
         for file in self._files.values():
             file.close()
+
+
+class _Lines:
+    """A file that is only added to. What a full disk does not take waits in memory for the next line.
+
+    A line that is written in part goes on where it stopped, so only a killed run leaves a torn one.
+    """
+
+    def __init__(self, path: Path):
+        self._path, self._file, self._waiting, self._is_full = path, path.open("ab", buffering=0), bytearray(), False
+
+    def append(self, line: str) -> None:
+        """Write the line, or keep it. Raises TrainingError."""
+        self._waiting += line.encode()
+        try:
+            while self._waiting:
+                del self._waiting[: self._file.write(self._waiting)]
+            self._is_full = False
+        except OSError as error:
+            if error.errno not in _FULL or len(self._waiting) > _MAX_WAITING_BYTES:
+                raise TrainingError(
+                    f"cannot write {self._path}: {error.strerror}; mend the cause, then --resume auto"
+                ) from error
+            if not self._is_full:
+                _LOG.error("cannot write %s: %s; the run goes on, and its lines wait for room", self._path, error.strerror)
+            self._is_full = True
+
+    def close(self) -> None:
+        """Try a last time, and close the file."""
+        if self._waiting:
+            self.append("")
+        if self._waiting:
+            _LOG.error("%s: the last %d bytes are lost, as there was no room for them", self._path, len(self._waiting))
+        self._file.close()
 
 
 def _finite(value: Any) -> Any:

@@ -15,7 +15,7 @@ from tests.launch.runs import SETTINGS, STEPS, Run, clean_environment, is_runnin
 from tests.train.launches import launch_ok, metrics
 
 pytestmark = pytest.mark.timeout(600)
-STALL = "guard.stall_s=30"  # a collective gives up after 1.5 times that
+STALL = "guard.stall_s=30"
 RESTARTS = ("--max-restarts", "2", "--monitor-interval", "0.5")
 ZERO = ("--ds-config", "configs/ds/zero2.json")
 
@@ -128,6 +128,7 @@ def test_an_elastic_run_goes_on_without_a_node(cluster, settings, expected, tmp_
         print(f"\nkilled node, elastic: {statuses} after {took_s:.1f} s")
         assert statuses == [0, -signal.SIGKILL], run.output(0)
         assert "2 ranks" in run.output(0)
+        assert "on node1) silent for " in run.job.log(0).read_text()
         assert_same(losses(run.dir), expected)
 
 
@@ -153,7 +154,7 @@ def test_a_cut_link_ends_both_nodes_within_the_stated_time(launcher, arguments, 
         statuses, took_s = run.ends(within_s=180)
         print(f"\ncut link, {launcher}: {statuses} after {took_s:.1f} s")
         assert all(statuses), run.output()
-        assert "another rank has not answered for 45 s" in run.output() or "another rank cannot be reached" in run.output()
+        assert "stalled: " in run.output() or "another rank cannot be reached" in run.output()
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ The fault happens on rank RANK (-1: on all) in every step from STEP (counted fro
 
 import os
 import runpy
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -44,10 +43,6 @@ def sleep_in_backward(first: int) -> None:
     before(loop, "with_loud_gradient", first, lambda: time.sleep(FOREVER_S))
 
 
-def stop_process(first: int) -> None:
-    before(loop.Run, "_visible", first, lambda: os.kill(os.getpid(), signal.SIGSTOP))
-
-
 def out_of_memory(first: int) -> None:
     before(loop.Run, "_visible", first, lambda: torch.empty(2**50))
 
@@ -61,11 +56,22 @@ def raise_an_error(first: int) -> None:
 
 def infinite_loss(first: int) -> None:
     """On this rank; its gradient stays finite."""
-    change_output(lambda step: step >= first)
+    original = loop.create_engine
 
+    def create_engine(*arguments):
+        engine = original(*arguments)
+        forward = engine.forward
 
-def one_infinite_loss(first: int) -> None:
-    change_output(lambda step: step == first)
+        def changed(*inputs) -> MPMAEOutput:
+            out = forward(*inputs)
+            if not torch.is_grad_enabled() or running["step"] < first:
+                return out
+            return out._replace(loss=out.loss + torch.inf, losses=out.losses | {"biome": out.losses["biome"] + torch.inf})
+
+        engine.forward = changed
+        return engine
+
+    loop.create_engine = create_engine
 
 
 def other_code(first: int) -> None:
@@ -82,25 +88,6 @@ def before(owner: Any, name: str, first: int, action: Callable[[], Any]) -> None
         return original(*arguments)
 
     setattr(owner, name, patched)
-
-
-def change_output(is_bad: Callable[[int], bool]) -> None:
-    original = loop.create_engine
-
-    def create_engine(*arguments):
-        engine = original(*arguments)
-        forward = engine.forward
-
-        def changed(*inputs) -> MPMAEOutput:
-            out = forward(*inputs)
-            if not (torch.is_grad_enabled() and is_bad(running["step"])):
-                return out
-            return out._replace(loss=out.loss + torch.inf, losses=out.losses | {"biome": out.losses["biome"] + torch.inf})
-
-        engine.forward = changed
-        return engine
-
-    loop.create_engine = create_engine
 
 
 def keep_count() -> None:

@@ -17,7 +17,7 @@ from mpmae.train.determinism import deterministic
 from mpmae.train.out_of_memory import advice_on_out_of_memory
 from mpmae.train.start_checks import check_same, differences, facts_of, source_digest
 from tests.engine.spawn import run_ranks
-from tests.train.launches import metrics
+from tests.train.launches import launch, metrics
 
 
 def test_what_differs_is_named_with_its_ranks():
@@ -138,3 +138,21 @@ def test_other_errors_pass():
     arguments = RunConfig(), plan_batches(8, 8, 1), torch.nn.Linear(1, 1), None, current_world()
     with pytest.raises(RuntimeError, match="shapes"), advice_on_out_of_memory(*arguments):
         raise RuntimeError("shapes cannot be multiplied")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fault", "num_tell", "words"),
+    [
+        ("other_code 1 0", 2, "the code of mpmae differs: "),
+        ("out_of_memory 1 1", 1, "rank 1 (cpu): out of memory at 2 samples a micro step"),
+        ("raise_an_error 1 1", 1, "ValueError: a bug of this rank alone"),
+    ],
+)
+def test_what_one_rank_alone_finds_ends_both(shards_dir, tmp_path, fault, num_tell, words):
+    settings = ("train.global_batch_size=4", "train.max_steps=3", "optim.warmup_steps=1", "data.num_workers=1")
+    settings += (f"run.dir={tmp_path / 'run'}", f"data.shards={shards_dir}", "model.modalities_out=[biome]")
+    done = launch("torchrun", 2, *settings, fault=fault)
+    assert done.returncode == 1, "torchrun's own"
+    assert done.stdout.count(words) == num_tell, done.stdout[-3000:]
+    assert len(metrics(tmp_path / "run")) == int(fault.split()[2])

@@ -1,5 +1,7 @@
 """Trackers: what is written, what a resumed run keeps, what a full disk says."""
 
+import errno
+import io
 import json
 import os
 import subprocess
@@ -32,11 +34,43 @@ def test_a_resumed_run_drops_the_lines_it_writes_again(tmp_path):
     assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
-def test_a_full_disk_names_the_file(tmp_path):
+class Disk(io.FileIO):
+    """A file that takes `room` more bytes, and then says `number`."""
+
+    room, number = 30, errno.ENOSPC
+
+    def write(self, data) -> int:
+        taken = min(len(data), self.room)
+        if not taken:
+            raise OSError(self.number, os.strerror(self.number))
+        self.room -= taken
+        return super().write(data[:taken])
+
+
+def test_a_full_disk_ends_nothing_and_loses_nothing(tmp_path, caplog):
+    """Saves that fail do not end a run, so its lines must not either."""
     lines = JsonLines(tmp_path, 0)
-    lines._files["metrics"].close()
-    lines._files["metrics"] = open("/dev/full", "w", buffering=1)  # noqa: PTH123, SIM115
-    with pytest.raises(TrainingError, match=r"metrics.jsonl.*No space left.*--resume auto"):
+    lines._files["metrics"]._file = disk = Disk(tmp_path / "metrics.jsonl", "a")
+    for step in range(1, 6):
+        lines.log("metrics", {"step": step, "loss": 0.25})
+    assert len(read_jsonl(tmp_path / "metrics.jsonl")) == 1, "and a torn one"
+    (said,) = caplog.messages
+    assert "metrics.jsonl: No space left on device; the run goes on" in said
+    disk.room = 1000
+    lines.log("metrics", {"step": 6})
+    assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    disk.room = 0
+    lines.log("metrics", {"step": 7})
+    disk.room = 1000
+    lines.close()
+    assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")][-1] == 7
+
+
+def test_another_fault_of_the_disk_names_the_file(tmp_path):
+    lines = JsonLines(tmp_path, 0)
+    lines._files["metrics"]._file = disk = Disk(tmp_path / "metrics.jsonl", "a")
+    disk.room, disk.number = 0, errno.EIO
+    with pytest.raises(TrainingError, match=r"metrics.jsonl.*Input/output error.*--resume auto"):
         lines.log("metrics", RECORD)
 
 
