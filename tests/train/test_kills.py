@@ -5,6 +5,7 @@ is before each call of either rank, which is what a kill there leaves.
 """
 
 import functools
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -24,7 +25,7 @@ from tests.engine.toy import Case, make_engine, run_config, train
 from tests.train.write_calls import Tree, dies_at, restore, states_during, tree_of
 
 OLD, NEW = "step-00000002", "step-00000004"
-CASES = {"ddp": Case("ddp"), "zero2": Case("deepspeed", 2), "zero3": Case("deepspeed", 3), "fsdp": Case("fsdp")}
+CASES = {"ddp": Case("ddp"), "fsdp": Case("fsdp"), **{f"zero{n}": Case("deepspeed", n) for n in (1, 2, 3)}}
 
 
 def meta_of(case: Case, step: int, world_size: int) -> dict:
@@ -108,21 +109,16 @@ def watch_two_ranks(argument: tuple[str, list[tuple[str, bool]]]) -> list[list[T
     return trees
 
 
-TWO_RANKS = [("ddp", True), ("zero2", False), ("fsdp", False), ("fsdp", True)]
+MORE = [("ddp", True), ("zero1", False), ("zero3", False), ("fsdp", False)]
 
 
-@pytest.fixture(scope="module")
-def double(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("double")
-    return run_ranks(watch_two_ranks, 2, (str(folder), TWO_RANKS), folder / "processes")
-
-
-@pytest.mark.parametrize("case", range(len(TWO_RANKS)), ids=[f"{name}-{late}" for name, late in TWO_RANKS])
-def test_two_ranks_killed_at_every_call_of_a_save(double, case, tmp_path):
-    for rank, by_case in enumerate(double):
+@pytest.mark.parametrize("cases", [[("zero2", False), ("fsdp", True)], pytest.param(MORE, marks=pytest.mark.slow)])
+def test_two_ranks_killed_at_every_call_of_a_save(cases, tmp_path):
+    by_rank = run_ranks(watch_two_ranks, 2, (str(tmp_path / "watched"), cases), tmp_path / "processes")
+    for (rank, by_case), case in itertools.product(enumerate(by_rank), range(len(cases))):
         found = []
         for index, tree in enumerate(by_case[case]):
-            folder = tmp_path / f"{rank}-{index}"
+            folder = tmp_path / f"{rank}-{case}-{index}"
             restore(tree, folder)
             found.append(newest_after(folder))
             shutil.rmtree(folder)
