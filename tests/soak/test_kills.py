@@ -20,8 +20,9 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(7200)]
 
 NUM_KILLS = int(os.environ.get("MPMAE_SOAK_KILLS", "200"))
 SEED = int(os.environ.get("MPMAE_SOAK_SEED", "0"))
-STEPS_PER_KILL = 6  # more than a life of the run gets done, so that it never completes before its time
+STEPS_PER_KILL = 6  # more than a life of the run gets done, so that it does not complete before its time
 MAX_START_S = 6.0
+COMPLETE = "complete"
 COMMON = (
     "model.name=mpmae_atto",
     "model.modalities_out=[sentinel2, biome]",
@@ -70,10 +71,14 @@ def live_and_die(draw: random.Random, arguments: list[str], run_dir: Path) -> st
     try:
         deadline = time.monotonic() + TIMEOUT_S
         while not while_starting and not (launched_at(run_dir) != before and last_step(run_dir) >= wanted):
+            if process.poll() == 0:
+                return COMPLETE
             assert process.poll() is None, (run_dir.parent / "killed.log").read_text()[-4000:]
             assert time.monotonic() < deadline, (run_dir.parent / "killed.log").read_text()[-4000:]
             time.sleep(0.01)
         time.sleep(delay_s)
+        if process.poll() == 0:
+            return COMPLETE
         ranks = descendants(process.pid)
         if ranks and draw.random() < 0.3:
             victim = draw.choice(ranks)
@@ -98,6 +103,9 @@ def test_killed_again_and_again(engine, shards_dir, tmp_path):
     for kill in range(num_kills):
         arguments = command(launcher, 2, f"run.dir={run_dir}", *settings, "--resume", "auto")
         how = live_and_die(draw, arguments, run_dir)
+        if how == COMPLETE:
+            assert kill >= 0.8 * num_kills, "the run is over before its time: raise STEPS_PER_KILL"
+            break
         now = newest_step(run_dir)
         print(f"{engine}: kill {kill + 1} of {num_kills} ({how}), checkpoint of step {now}", flush=True)
         assert now >= kept, "a checkpoint was lost"
