@@ -38,6 +38,7 @@ def test_case_holds(name, dtype):
     assert check(GOLDEN, name, dtype, trajectory).failures == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", further_cases())
 def test_further_case_holds(name):
     assert check(SHARED, name, torch.float64, trajectory=False).failures == []

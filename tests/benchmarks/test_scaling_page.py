@@ -244,7 +244,7 @@ def sleep_long(_):
     ("script", "expected"),
     [
         ("scaling.py", ("| atto, ddp, 2 ranks | ", "**A model**: 8 x H200")),
-        ("engines.py", ("| atto | zero2 | 4 | - | - | - | ",)),
+        pytest.param("engines.py", ("| atto | zero2 | 4 | - | - | - | ",), marks=pytest.mark.slow),
     ],
 )
 def test_the_commands_run(repo, script, expected):

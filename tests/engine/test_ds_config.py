@@ -57,7 +57,7 @@ def test_shipped_offloads_resolve():
 
 def test_the_folder_of_nvme_is_not_part_of_what_fits_a_checkpoint():
     raw = load_ds_config(FOLDER / "zero3_nvme.json")
-    one, other = (resolve(raw, config_of(nvme_path=path))["zero_optimization"] for path in ("/job1", "/job2"))
+    one, other = (resolve(raw, config_of("bf16", nvme_path=path))["zero_optimization"] for path in ("/job1", "/job2"))
     assert one != other
     assert without_nvme_path(one) == without_nvme_path(other)
     assert one["offload_param"]["nvme_path"] == "/job1", "a copy is what is returned"

@@ -26,7 +26,7 @@ BF16_GRAD_NORM_BOUND = 2e-2
 BAD_STEP = 4
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["1rank", "2ranks"])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 2], ids=["1rank", "2ranks"])
 def results(request, tmp_path_factory) -> dict[tuple, list[dict[str, Any]]]:
     """Per (engine, kind of case) what each rank returned; all cases in one start of the processes."""
     folder = tmp_path_factory.mktemp("ranks")

@@ -19,7 +19,6 @@ STEPS = 10
 TIMEOUT_S = 240
 SETTINGS = (
     *COMMON,
-    "model.img_size=32",
     "model.modalities_out=[sentinel2,biome]",
     f"train.max_steps={STEPS}",
     "checkpoint.every_steps=3",

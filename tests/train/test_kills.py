@@ -109,10 +109,10 @@ def watch_two_ranks(argument: tuple[str, list[tuple[str, bool]]]) -> list[list[T
     return trees
 
 
-MORE = [("ddp", True), ("zero1", False), ("zero3", False), ("fsdp", False)]
+MORE = [("ddp", True), ("zero1", False), ("zero3", False), ("fsdp", False), ("fsdp", True)]
 
 
-@pytest.mark.parametrize("cases", [[("zero2", False), ("fsdp", True)], pytest.param(MORE, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cases", [[("zero2", False)], pytest.param(MORE, marks=pytest.mark.slow)])
 def test_two_ranks_killed_at_every_call_of_a_save(cases, tmp_path):
     by_rank = run_ranks(watch_two_ranks, 2, (str(tmp_path / "watched"), cases), tmp_path / "processes")
     for (rank, by_case), case in itertools.product(enumerate(by_rank), range(len(cases))):

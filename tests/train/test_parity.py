@@ -9,6 +9,7 @@ pytestmark = pytest.mark.timeout(900)
 STEPS = 20
 COMMON = (
     "model.name=mpmae_atto",
+    "model.img_size=32",
     "train.global_batch_size=12",
     f"train.max_steps={STEPS}",
     "train.seed=7",

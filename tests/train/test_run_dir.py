@@ -8,7 +8,13 @@ import pytest
 
 from tests.train.launches import REPO, environment, launch, launch_ok, metrics
 
-SHORT = ("train.global_batch_size=8", "optim.warmup_steps=1", "data.num_workers=1", "checkpoint.every_steps=1")
+SHORT = (
+    "model.img_size=32",
+    "train.global_batch_size=8",
+    "optim.warmup_steps=1",
+    "data.num_workers=1",
+    "checkpoint.every_steps=1",
+)
 CHEAP = ("model.modalities_out=[sentinel2, biome]", "train.val_samples=1", "train.max_steps=3")
 
 
