@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def lock_if_free(run_dir: Path) -> Iterator[bool]:
     descriptor = os.open(run_dir / LOCK_NAME, os.O_RDWR)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(descriptor)
         except BlockingIOError:
             yield False
             return
@@ -30,3 +31,15 @@ def lock_if_free(run_dir: Path) -> Iterator[bool]:
         yield True
     finally:
         os.close(descriptor)
+
+
+def lock_file(descriptor: int, patience_s: float = 0.0) -> None:
+    """Lock an open file. Raises BlockingIOError when another process holds it all that time, OSError without locks."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.05)

@@ -1,20 +1,18 @@
 """The run folder: one run at a time, never another run's, writable from the first moment on."""
 
 import contextlib
-import fcntl
 import logging
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from mpmae.config import RunConfig
 from mpmae.engine import World
 from mpmae.errors import ConfigError
-from mpmae.run_lock import LOCK_NAME
+from mpmae.run_lock import LOCK_NAME, lock_file
 from mpmae.train.checkpoint import Checkpoints
 
-PATIENCE_S = 1.0
+PATIENCE_S = 1.0  # `mpmae-runs list` and `mpmae-checkpoint prune` hold the lock for an instant
 _LOG = logging.getLogger(__name__)
 
 
@@ -76,7 +74,7 @@ def _claim(config: RunConfig) -> int:
     except OSError as error:
         raise ConfigError(f"run.dir = {folder} cannot be written: {error.strerror}; give another run.dir") from error
     try:
-        _lock(lock)
+        lock_file(lock, PATIENCE_S)
     except BlockingIOError:
         os.close(lock)
         raise ConfigError(f"run.dir = {folder} is in use by another run; wait for it, or give another run.dir") from None
@@ -88,15 +86,3 @@ def _claim(config: RunConfig) -> int:
         os.close(lock)
         raise
     return lock
-
-
-def _lock(descriptor: int) -> None:
-    """Raises BlockingIOError when another run holds it: not for an instant, as `mpmae-runs list` does."""
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.05)

@@ -6,10 +6,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import mpmae
-from mpmae.loader.batch import Batch
 from tests.engine.spawn import run_ranks
+from tests.models.small_batch import TARGETS, small_batch
 
-TARGETS = ("sentinel2", "esa_worldcover", "biome")
 SIZE = 24
 
 
@@ -21,15 +20,7 @@ def build():
 
 def step(model):
     """Loss of a forward and backward pass over a fixed batch."""
-    generator = torch.Generator().manual_seed(1)
-    values = {
-        "sentinel2": torch.randn(2, 13, SIZE, SIZE, generator=generator),
-        "esa_worldcover": torch.randint(0, 11, (2, 1, SIZE, SIZE), generator=generator),
-        "biome": torch.randint(0, 14, (2,), generator=generator),
-    }
-    valid = {name: torch.ones_like(value, dtype=torch.bool) for name, value in values.items()}
-    batch = Batch(values, valid, torch.arange(2), dict.fromkeys(values, 2), 2)
-    out = model(batch, torch.tensor([[0, 3, 4], [2, 5, 8]]))
+    out = model(small_batch(SIZE), torch.tensor([[0, 3, 4], [2, 5, 8]]))
     out.loss.backward()
     return out.loss.item()
 

@@ -5,22 +5,15 @@ import torch
 
 import mpmae
 from mpmae.kernels import backends
-from mpmae.loader.batch import Batch
+from tests.models.small_batch import TARGETS, small_batch
 
 SIZE = 16
-TARGETS = ("sentinel2", "esa_worldcover", "biome")
 
 
 def batch():
-    generator = torch.Generator().manual_seed(1)
-    values = {
-        "sentinel2": torch.randn(2, 13, SIZE, SIZE, generator=generator),
-        "esa_worldcover": torch.randint(0, 11, (2, 1, SIZE, SIZE), generator=generator),
-        "biome": torch.randint(0, 14, (2,), generator=generator),
-    }
-    valid = {name: torch.ones_like(value, dtype=torch.bool) for name, value in values.items()}
-    valid["sentinel2"][0, :, :5, 3:] = False
-    return Batch(values, valid, torch.arange(2), dict.fromkeys(values, 2), 2)
+    batch = small_batch(SIZE)
+    batch.valid["sentinel2"][0, :, :5, 3:] = False
+    return batch
 
 
 @pytest.mark.slow
