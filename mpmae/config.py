@@ -5,55 +5,18 @@ for the initial weights (`model.init`), which were measured: see `mpmae.models.i
 Everything that the DeepSpeed JSON owns (ZeRO stage, buckets, offload, communication) is not here.
 """
 
-import datetime
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    WrapValidator,
-    field_serializer,
-    field_validator,
-)
+from pydantic import Field, ValidationError, ValidationInfo, WrapValidator, field_serializer, field_validator
 from pydantic_core import PydanticCustomError
 
+from mpmae.config_tree import Beta, Float, Int, Location, Section, Text, TextPath, keys_of, load_tree, validate_tree
 from mpmae.durations import seconds_of
-from mpmae.errors import ConfigError
 from mpmae.modalities import TARGETS
 from mpmae.remote_store import shown
-
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise PydanticCustomError("bool_for_number", "expected a number, not true or false")
-    return value
-
-
-def _as_text(value: Any) -> Any:
-    """A number or date, which YAML makes of a text such as 2024, as text again."""
-    if isinstance(value, (int, float, datetime.date)) and not isinstance(value, bool):
-        return str(value)
-    return value
-
-
-def _as_location(value: Any) -> Any:
-    """A text as a path, unless it is a URL of something else than a local file: that stays a text."""
-    text = _as_text(value)
-    if isinstance(text, str):
-        text = text.removeprefix("file://")
-        return text if "://" in text else Path(text)
-    if not isinstance(text, Path):
-        raise PydanticCustomError("no_location", "expected a folder, or a URL such as s3://bucket/folder")
-    return text
 
 
 def _names_or_bands(value: Any, validate_union: Any) -> Any:
@@ -67,12 +30,6 @@ def _names_or_bands(value: Any, validate_union: Any) -> Any:
         ) from None
 
 
-Int = Annotated[int, BeforeValidator(_no_bool)]
-Float = Annotated[float, BeforeValidator(_no_bool)]
-Beta = Annotated[Float, Field(ge=0, lt=1)]
-Text = Annotated[str, BeforeValidator(_as_text)]
-TextPath = Annotated[Path, BeforeValidator(_as_text)]
-Location = Annotated[Path | str, BeforeValidator(_as_location)]
 Targets = Annotated[dict[str, tuple[str, ...] | None] | tuple[str, ...], WrapValidator(_names_or_bands)]
 
 
@@ -82,18 +39,14 @@ _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of account_key, accountKe
 _PUBLIC_TOKENS = ("anon", "cloud", "google_default")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class RunSection(_Section):
+class RunSection(Section):
     """Where the run writes and how it is called."""
 
     dir: TextPath = Path("runs/pretrain")
     name: Text | None = Field(None, description="name in wandb and the report; the folder's name if absent")
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """Which samples, in which order and form, and how they are read."""
 
     shards: Location = Field(Path("build/demo/shards"), description="a folder, or a URL such as s3://bucket/folder")
@@ -165,7 +118,7 @@ def _secrets(options: Mapping[str, Any], above: str = "") -> set[str]:
     return found
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """What is trained; names and meanings as in `mpmae.create_model`."""
 
     name: Text = "mpmae_atto"
@@ -186,7 +139,7 @@ class ModelSection(_Section):
     reference_quirks: bool = False
 
 
-class TrainSection(_Section):
+class TrainSection(Section):
     """How long, how much at once, in which precision."""
 
     epochs: Int = Field(200, gt=0)
@@ -200,7 +153,7 @@ class TrainSection(_Section):
     deterministic: bool = Field(False, description="the same bits every time on the same ranks; slower on a GPU")
 
 
-class OptimSection(_Section):
+class OptimSection(Section):
     """AdamW with warm-up and half-cycle cosine, per step."""
 
     blr: Float = Field(1.5e-4, gt=0, description="lr = blr * global batch / 256")
@@ -222,7 +175,7 @@ class OptimSection(_Section):
         return min_lr
 
 
-class CheckpointSection(_Section):
+class CheckpointSection(Section):
     """When to save and what to continue from."""
 
     every_steps: Int = Field(1000, gt=0)
@@ -231,7 +184,7 @@ class CheckpointSection(_Section):
     background: bool = Field(False, description="write while training goes on; ddp and fsdp only")
 
 
-class EngineSection(_Section):
+class EngineSection(Section):
     """What runs the step."""
 
     name: Literal["ddp", "deepspeed", "fsdp"] = "ddp"
@@ -243,7 +196,7 @@ class EngineSection(_Section):
     compile: bool = Field(False, description="torch.compile of the blocks; not with ZeRO-3")
 
 
-class GuardSection(_Section):
+class GuardSection(Section):
     """What ends a run early, and what is watched."""
 
     time_limit: Text | None = Field(None, description="such as 3:50:00 (h:m:s): then save and ask to be queued again")
@@ -266,7 +219,7 @@ class GuardSection(_Section):
         return time_limit
 
 
-class LogSection(_Section):
+class LogSection(Section):
     """Where metrics go besides metrics.jsonl and the terminal."""
 
     wandb: Literal["disabled", "offline", "online"] = "disabled"
@@ -282,7 +235,7 @@ class LogSection(_Section):
         return steps
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """The whole tree."""
 
     run: RunSection = RunSection()
@@ -297,99 +250,15 @@ class RunConfig(_Section):
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> RunConfig:
-    """Defaults, then the YAML file at `path`, then `overrides` such as `train.max_steps=20`.
-
-    Raises ConfigError with every problem at once: file absent or not YAML, unknown key (with the closest match), bad value.
-    """
-    tree = _read_yaml(Path(path)) if path else {}
-    problems: list[str] = []
-    origins: dict[str, str] = {}
-    for text in overrides:
-        key, separator, value = text.partition("=")
-        key, value = key.strip(), value.strip()
-        if not separator or not key:
-            problems.append(f"override {text!r} is not of the form key=value, such as train.max_steps=20")
-            continue
-        try:
-            parsed = yaml.safe_load(value) if value else None
-        except yaml.YAMLError as error:
-            problems.append(f"override {text!r}: the value is not YAML ({error})")
-            continue
-        if key in _text_keys() and not isinstance(parsed, str | None):
-            parsed = value  # as typed: YAML reads 2024_01 as the number 202401
-        origins[key] = f"override {key}={value}"
-        if not _set(tree, key.split("."), parsed):
-            problems.append(f"override {text!r}: {key!r} goes through a value that is not a section")
-    if problems:
-        raise ConfigError(problems)
-    return validate(tree, str(path) if path else "the configuration", origins)
+    """Defaults, then the YAML file at `path`, then `overrides` such as `train.max_steps=20`. Raises ConfigError."""
+    return load_tree(RunConfig, path, overrides)
 
 
 def validate(tree: dict[str, Any], where: str, origins: Mapping[str, str] | None = None) -> RunConfig:
-    """RunConfig of a plain tree; ConfigError listing every problem.
-
-    `where` names the source in messages; `origins` has what to show instead for dotted keys that came from elsewhere.
-    """
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError([_explain(e, where, origins or {}) for e in error.errors()]) from error
+    """RunConfig of a plain tree that `where` names in messages. Raises ConfigError."""
+    return validate_tree(RunConfig, tree, where, origins)
 
 
 def known_keys() -> list[str]:
     """All keys, dotted."""
-    return [f"{section}.{key}" for section, f in RunConfig.model_fields.items() for key in f.annotation.model_fields]
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"no configuration file {path}; see configs/run/")
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {error}") from error
-    if tree is not None and not isinstance(tree, dict):
-        raise ConfigError(f"{path}: the top level is a {type(tree).__name__}, expected sections such as `train:`")
-    return tree or {}
-
-
-def _set(tree: dict[str, Any], keys: list[str], value: Any) -> bool:
-    for key in keys[:-1]:
-        if tree.get(key) is None:
-            tree[key] = {}
-        tree = tree[key]
-        if not isinstance(tree, dict):
-            return False
-    tree[keys[-1]] = value
-    return True
-
-
-def _text_keys() -> set[str]:
-    """Dotted keys whose value is a text or a path."""
-    return {
-        f"{section}.{key}"
-        for section, f in RunConfig.model_fields.items()
-        for key, field in f.annotation.model_fields.items()
-        if get_origin(field.annotation) is not dict
-        and {field.annotation, *get_args(field.annotation)} & {str, Path, Text, TextPath}
-    }
-
-
-def _explain(error: dict[str, Any], where: str, origins: Mapping[str, str]) -> str:
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).removeprefix(".")
-    origin = [text for given, text in origins.items() if _is_within(key, given) or _is_within(given, key)]
-    if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(key, [*known_keys(), *RunConfig.model_fields], n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else f"; known sections: {', '.join(RunConfig.model_fields)}"
-        return f"{origin[-1] if origin else where}: unknown key {key}{hint}"
-    message = error["msg"][0].lower() + error["msg"][1:]
-    if error["type"] == "secret_in_options":  # the values must not reach a log
-        return f"{'override' if origin else where}: {key}: {message}"
-    if not origin:
-        return f"{where}: {key} = {error['input']!r}: {message}"
-    part = f" at {key}" if key not in origins else ""
-    return f"{origin[-1]}{part}: {message}"
-
-
-def _is_within(key: str, outer: str) -> bool:
-    return key == outer or key.startswith((f"{outer}.", f"{outer}["))
+    return keys_of(RunConfig)
