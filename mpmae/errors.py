@@ -38,5 +38,9 @@ class TrainingError(MpmaeError):
     """A run that cannot go on."""
 
 
+class DatasetError(MpmaeError):
+    """A labelled set (GEO-Bench folder, HDF5 file, GeoTIFFs with a table) that is absent, inconsistent or not plain data."""
+
+
 class ReportError(MpmaeError):
     """Report data whose parts do not fit together: shapes, units or names."""

@@ -1,0 +1,1 @@
+"""What pretrained features are good for: labelled sets, probes, fine-tuning, segmentation, embeddings."""

@@ -1,0 +1,55 @@
+"""What evaluations have in common in their configurations: the labelled set, the encoder, the images, the output."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from mpmae.config_tree import Float, Int, Section, Text, TextPath
+
+
+class DatasetSection(Section):
+    """The labelled set and how much of it."""
+
+    path: TextPath = Field(Path("data"), description="a GEO-Bench task's folder, an HDF5 file, or a CSV beside GeoTIFFs")
+    format: Literal["auto", "geobench", "h5", "geotiff"] = Field("auto", description="auto: told by what lies at path")
+    partition: Text = Field("default", description="geobench: NAME_partition.json")
+    band_names: Literal["corrected", "published"] = Field(
+        "corrected", description="published: as GEO-Bench's files say, also where they are known to be wrong"
+    )
+    label_fractions: tuple[Float, ...] = Field((1.0,), description="of the training split, stratified by class")
+    num_folds: Int | None = Field(
+        None, ge=2, description="cross-validation over all samples instead of the set's own splits"
+    )
+
+
+class EncoderSection(Section):
+    """The encoder that gives the features."""
+
+    checkpoint: TextPath | None = Field(
+        None, description="anything mpmae reads: a run, a checkpoint, an export; None: random"
+    )
+    name: Text = Field("convnextv2_atto", description="as in `mpmae.create_encoder`; a checkpoint must agree")
+    patch_size: Int | None = Field(None, gt=0, description="None: the checkpoint's, else 8")
+    bands_in: tuple[str, ...] | None = Field(None, description="Sentinel-2 bands; None: the checkpoint's, else all but B10")
+
+
+class ImageSection(Section):
+    """How a stored image becomes the encoder's input."""
+
+    normalise: Literal["auto", "pretraining", "dataset"] = Field(
+        "auto", description="statistics; auto: the checkpoint's for the set's product level where both are known"
+    )
+    size: Int | None = Field(None, gt=0, description="side in pixels that the encoder sees; None: the stored one")
+    fit: Literal["resize", "tile", "crop"] = Field(
+        "resize", description="what makes an image of another size fit: scaling, windows side by side, or its centre"
+    )
+
+
+class OutputSection(Section):
+    """Where results go, and on what they are computed."""
+
+    dir: TextPath = Path("runs/eval")
+    device: Text = Field("auto", description="auto, cpu, cuda or cuda:N")
+    num_workers: Int = Field(2, ge=0, description="threads that read images")
+    seeds: tuple[Int, ...] = Field((0, 1, 2), min_length=1, description="one whole evaluation each")
