@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import mpmae
-from tests.cpu_torchvision import let_it_import
+from mpmae.eval.torchvision_import import let_torchvision_import
 
 
 @pytest.fixture(scope="session")
@@ -32,5 +32,5 @@ def make_source(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def timm():
-    let_it_import()
+    let_torchvision_import()
     return pytest.importorskip("timm", reason="needs timm: pip install -e '.[test]'")

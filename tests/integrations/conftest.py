@@ -1,5 +1,5 @@
 """The toolkits import torchvision when they are imported, which the test modules do at their top."""
 
-from tests.cpu_torchvision import let_it_import
+from mpmae.eval.torchvision_import import let_torchvision_import
 
-let_it_import()
+let_torchvision_import()

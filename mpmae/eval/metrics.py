@@ -1,0 +1,80 @@
+"""Metrics by name, from torchmetrics: the one door to it.
+
+Shapes: N images, K classes, H x W pixels.
+"""
+
+import torch
+from torch import Tensor
+
+from mpmae.errors import ConfigError
+from mpmae.eval.dataset import IGNORED
+from mpmae.eval.torchvision_import import let_torchvision_import
+
+let_torchvision_import()
+
+import torchmetrics.classification as tm  # noqa: E402
+from torchmetrics import MetricCollection  # noqa: E402
+
+
+def metric_names(kind: str) -> tuple[str, ...]:
+    """The metrics that a task of this kind is reported in."""
+    return tuple(_metrics(kind, 2))
+
+
+class Metrics:
+    """Collects predictions batch by batch and gives every metric of the task's kind, as fractions in [0, 1].
+
+    Classes that neither appear nor are predicted do not count in macro averages. map_* rank by score; the others decide:
+    the best class, or for several labels each score above 0.5.
+    """
+
+    def __init__(self, kind: str, num_classes: int, device: torch.device | str = "cpu"):
+        self._kind = kind
+        self._metrics = MetricCollection(_metrics(kind, num_classes), compute_groups=True).to(device)
+
+    def update(self, scores: Tensor, target: Tensor) -> None:
+        """Add a batch.
+
+        multiclass: scores [N, K] (logits, probabilities or votes), target [N]. multilabel: scores [N, K] as probabilities,
+        target [N, K] bool. segmentation: scores [N, K, H, W], or classes [N, H, W]; target [N, H, W], IGNORED where there is
+        no label.
+        """
+        target = target.long()
+        self._metrics.update(scores.float() if scores.is_floating_point() else scores, target)
+
+    def compute(self) -> dict[str, float]:
+        """Each metric of all that was added."""
+        return {name: float(value) for name, value in self._metrics.compute().items()}
+
+
+def evaluate(kind: str, num_classes: int, scores: Tensor, target: Tensor) -> dict[str, float]:
+    """Every metric of one set of predictions; shapes as for `Metrics.update`."""
+    metrics = Metrics(kind, num_classes, scores.device)
+    metrics.update(scores, target)
+    return metrics.compute()
+
+
+def _metrics(kind: str, num_classes: int) -> dict[str, tm.MulticlassAccuracy]:
+    if kind == "multiclass":
+        options = {"num_classes": num_classes, "validate_args": False}
+        return {
+            "accuracy": tm.MulticlassAccuracy(average="micro", **options),
+            "accuracy_macro": tm.MulticlassAccuracy(average="macro", **options),
+            "f1_macro": tm.MulticlassF1Score(average="macro", **options),
+        }
+    if kind == "multilabel":
+        options = {"num_labels": num_classes, "validate_args": False}
+        return {
+            "f1_micro": tm.MultilabelF1Score(average="micro", **options),
+            "f1_macro": tm.MultilabelF1Score(average="macro", **options),
+            "map_micro": tm.MultilabelAveragePrecision(average="micro", **options),
+            "map_macro": tm.MultilabelAveragePrecision(average="macro", **options),
+        }
+    if kind == "segmentation":
+        options = {"num_classes": num_classes, "validate_args": False, "ignore_index": IGNORED}
+        return {
+            "miou": tm.MulticlassJaccardIndex(average="macro", **options),
+            "accuracy": tm.MulticlassAccuracy(average="micro", **options),
+            "f1_macro": tm.MulticlassF1Score(average="macro", **options),
+        }
+    raise ConfigError(f"no metrics for a task of kind {kind!r}")
