@@ -31,7 +31,7 @@ SENTINEL2_UM = {
     "B12": 2.19,
 }
 _COLOURS_UM = {"red": 0.665, "green": 0.56, "blue": 0.49, "nir": 0.842}
-_NUMBER = re.compile(r"b?0?(\d{1,2})(a?)(?: - .*)?", re.IGNORECASE)
+_NUMBER = re.compile(r"(?=b|.* - )b?0?(\d{1,2})(a?)(?: - .*)?", re.IGNORECASE)  # a bare number may count channels
 _FAR_UM = 0.3  # a band this far off shows something else: worth a warning
 
 
@@ -75,7 +75,7 @@ class BandMatch:
 
 
 def sentinel2_name(text: str) -> str | None:
-    """Sentinel-2's name of a band ("B4", "B8A") that is written "B04", "b4", "4", "04 - Red" or "08A - ..."; else None."""
+    """Sentinel-2's name of a band ("B4", "B8A") that is written "B04", "b4", "04 - Red" or "08A - ..."; else None."""
     found = _NUMBER.fullmatch(text.strip())
     if found is None:
         return None
@@ -110,8 +110,8 @@ def match_bands(task: Task, wanted: Sequence[str]) -> BandMatch:
     spectral = [(position, band) for position, band in enumerate(task.bands) if band.wavelength_um is not None]
     if missing and not spectral:
         raise DatasetError(
-            f"{task.name}: no stored band can stand for {', '.join(missing)}: none of {', '.join(names)} has a wavelength. Name "
-            "the bands as Sentinel-2's (B2, B8A) or red, green, blue, nir, or evaluate an encoder of these bands"
+            f"{task.name}: no stored band can stand for {', '.join(missing)}: none of {', '.join(names)} has a wavelength. "
+            "Name the bands as Sentinel-2's (B2, B8A) or red, green, blue, nir, or evaluate an encoder of these bands"
         )
     match = BandMatch(tuple(_row(name, names, task.bands, spectral) for name in wanted))
     _LOG.info("%s: bands of the encoder, and what is stored\n%s", task.name, match.table())

@@ -27,7 +27,7 @@ def checked_class(value: object, task: Task, where: str) -> np.ndarray:
     if label.shape != () or label.dtype.kind not in "iub" or not 0 <= label < task.num_classes:
         raise DatasetError(
             f"{where}: label {value!r}; expected one of the classes 0..{task.num_classes - 1} of {task.name} "
-            f"({_few(task.class_names)})"
+            f"({few(task.class_names)})"
         )
     return label.astype(np.int64)
 
@@ -37,8 +37,8 @@ def checked_classes(value: object, task: Task, where: str) -> np.ndarray:
     label = np.asarray(value)
     if label.shape != (task.num_classes,) or label.dtype.kind not in "iubf" or not np.isin(label, (0, 1)).all():
         raise DatasetError(
-            f"{where}: labels of shape {list(label.shape)} with values {_few(np.unique(label))}; expected 0 or 1 for each of "
-            f"the {task.num_classes} classes of {task.name}"
+            f"{where}: labels of shape {list(label.shape)} with values {few(np.unique(label))}; expected 0 or 1 for each "
+            f"of the {task.num_classes} classes of {task.name}"
         )
     return label.astype(bool)
 
@@ -53,7 +53,7 @@ def checked_map(value: np.ndarray, task: Task, where: str) -> np.ndarray:
     wrong = np.unique(value[(label != value) | (((label < 0) | (label >= task.num_classes)) & (label != IGNORED))])
     if wrong.size:
         raise DatasetError(
-            f"{where}: the label map holds {_few(wrong)}; expected the classes 0..{task.num_classes - 1} of {task.name}, or "
+            f"{where}: the label map holds {few(wrong)}; expected the classes 0..{task.num_classes - 1} of {task.name}, or "
             f"{IGNORED} where there is no label"
         )
     return label
@@ -81,7 +81,7 @@ def checked_splits(named: Mapping[str, Sequence[int]], num_samples: int, where: 
             continue
         outside = array[(array < 0) | (array >= num_samples)]
         if outside.size:
-            problems.append(f"{where}: split {name} names {_few(outside)}; the set has the samples 0..{num_samples - 1}")
+            problems.append(f"{where}: split {name} names {few(outside)}; the set has the samples 0..{num_samples - 1}")
         shared = {owner[i] for i in array.tolist() if i in owner} | (
             {split} if len(set(array.tolist())) < len(array) else set()
         )
@@ -123,6 +123,7 @@ def with_statistics(labelled: LabelledSet, indices: np.ndarray, progress: bool =
     return replace(labelled.task, bands=tuple(bands))
 
 
-def _few(values: Sequence[object], most: int = 5) -> str:
+def few(values: Sequence[object], most: int = 5) -> str:
+    """The first values as text, and how many there are in all."""
     shown = [str(value) for value in list(values)[:most]]
     return ", ".join(shown) + (f", ... ({len(values)} in all)" if len(values) > most else "")
