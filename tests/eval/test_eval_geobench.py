@@ -142,7 +142,7 @@ def test_the_table_of_tasks():
 
 
 def test_true_bands_of_brick_kiln(tmp_path):
-    folder, samples = build(tmp_path, "m-brick-kiln", per_split=2)
+    folder, _ = build(tmp_path, "m-brick-kiln", per_split=2)
     found = GeoBenchSet(folder)
     assert found.task.band_names == (
         *("B1", "B2", "B3", "B4", "B5", "B7", "B8A", "B8", "B11", "B12", "TCI_R", "TCI_G", "TCI_B"),
