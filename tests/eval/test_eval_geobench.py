@@ -10,8 +10,10 @@ import pytest
 
 from mpmae.errors import DatasetError
 from mpmae.eval.bands import match_bands
+from mpmae.eval.config import DatasetSection
 from mpmae.eval.geobench import GeoBenchSet
 from mpmae.eval.geobench_tasks import CLASSIFICATION, SEGMENTATION, TASKS
+from mpmae.eval.open_set import open_set
 from mpmae.modalities import spec_of
 from tests.eval.geobench_files import CLOUD, LANDSAT, NEON, RGB, S2_12, S2_13, SO2SAT, TWELVE, UTM, label_of, write_task
 
@@ -322,3 +324,45 @@ def test_cloud_masks_never_stand_in(tmp_path):
     assert task.band_names[-1] == CLOUD[0][1]
     assert {row.stored for row in match_bands(task, ["B10"]).rows} == {"B11"}
     assert len(S2_12) == 12
+
+
+def test_open_set_checks_the_classes_of_a_task(tmp_path, caplog):
+    folder, samples = build(tmp_path, "m-pv4ger", per_split=2)
+    section = DatasetSection(path=folder)
+    assert open_set(section, progress=False).task.name == "m-pv4ger"
+    assert not caplog.text
+    train = {name: [s for s in samples if s.startswith("train")] for name in ("0",)}
+    others = [s for s in samples if not s.startswith("train")]
+    (folder / "label_map.json").write_text(json.dumps({"0": train["0"] + others[:1], "1": others[1:]}))
+    with pytest.raises(DatasetError, match="m-pv4ger: split train has no sample of class 1"):
+        open_set(section, progress=False)
+    (folder / "label_map.json").write_text(json.dumps({"0": train["0"]}))  # of other samples: the files are read
+    open_set(section, progress=False)
+    (folder / "label_map.json").write_text(json.dumps({"0": train["0"], "2": others}))
+    with pytest.raises(DatasetError, match=r"label_map.json: label 2; expected one of the classes 0..1"):
+        open_set(section, progress=False)
+
+
+def test_classes_of_label_maps_are_known_from_the_statistics(tmp_path, caplog):
+    folder, samples = build(tmp_path, "m-nz-cattle", per_split=1)
+    (folder / "label_stats.json").write_text(json.dumps({name: [1.0, 0.0] for name in samples}))
+    found = open_set(DatasetSection(path=folder), progress=False)
+    assert found.task.kind == "segmentation"
+    assert "split test has no sample of class 1" in caplog.text
+    (folder / "label_stats.json").unlink()
+    caplog.clear()
+    open_set(DatasetSection(path=folder, product_level="l2a"), progress=False)
+    assert "no sample" not in caplog.text
+
+
+def test_a_folder_of_tasks_names_them(tmp_path):
+    build(tmp_path, "m-pv4ger", per_split=1)
+    build(tmp_path, "m-eurosat", per_split=1)
+    with pytest.raises(DatasetError, match="holds GEO-Bench tasks; name one of them: m-eurosat, m-pv4ger"):
+        open_set(DatasetSection(path=tmp_path / CLASSIFICATION))
+
+
+def test_the_product_level_can_be_told(tmp_path):
+    folder, _ = build(tmp_path, "m-eurosat", per_split=1)
+    levels = {level: GeoBenchSet(folder, product_level=level).task.product_level for level in ("auto", "l2a", "none")}
+    assert levels == {"auto": "l1c", "l2a": "l2a", "none": None}
