@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 
+import h5py
 import numpy as np
 import pytest
 
@@ -103,6 +104,14 @@ def test_h5_files_that_do_not_fit(tmp_path, change, message):
     arguments = {"image": images(), "label": THIRDS} | change
     with pytest.raises(DatasetError, match=message):
         LabelledH5(write_h5(tmp_path / "mine.h5", **arguments), progress=False)
+
+
+def test_names_of_an_h5_file_are_unique(tmp_path):
+    path = write_h5(tmp_path / "mine.h5", images(), THIRDS)
+    with h5py.File(path, "r+") as file:
+        file["name"] = np.array([b"a"] * 2 + [b"b"] * 10)
+    with pytest.raises(DatasetError, match="2 different names of 12 samples"):
+        LabelledH5(path, progress=False)
 
 
 @pytest.mark.parametrize("kind", ["multiclass", "segmentation"])
