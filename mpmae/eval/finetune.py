@@ -3,28 +3,24 @@
 import copy
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from mpmae.engine.world import World, init_world
 from mpmae.errors import ConfigError
 from mpmae.eval.classification import classification_setup
-from mpmae.eval.config import DatasetSection
-from mpmae.eval.dataset import IGNORED, LabelledSet
+from mpmae.eval.dataset import LabelledSet
 from mpmae.eval.encoders import ImageEncoder, build_encoder, random_twin
 from mpmae.eval.finetune_config import FinetuneConfig
-from mpmae.eval.folds import folds, fraction
 from mpmae.eval.open_set import open_set
+from mpmae.eval.plan import Run, class_labels, plan_runs
 from mpmae.eval.prepare import Preparation
 from mpmae.eval.scores import Score, summarise, write_scores
 from mpmae.eval.training import Fitted, Setup, fit
 from mpmae.eval.training_data import Examples
 from mpmae.eval.tuned import write_tuned_config
-from mpmae.in_order import in_order
 from mpmae.models.interop import Weights, as_weights
 from mpmae.provenance import commit, environment
 
@@ -40,22 +36,6 @@ _FREE_KEYS = (
     "finetune.save_interval_s",
 )
 SetupBuilder = Callable[[FinetuneConfig, Any, ImageEncoder, Preparation, int], Setup]
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training. fold: None without cross-validation. splits: indices into the set."""
-
-    seed: int
-    label_fraction: float
-    fold: int | None
-    splits: Mapping[str, np.ndarray]
-
-    @property
-    def name(self) -> str:
-        """For folders."""
-        fold = "" if self.fold is None else f"-fold{self.fold}"
-        return f"labels{100 * self.label_fraction:g}{fold}-seed{self.seed}"
 
 
 def finetune(config: FinetuneConfig, *, resume: bool = False, labelled: LabelledSet | None = None) -> list[Score]:
@@ -76,9 +56,10 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, labelled: Labelled
     examples = Examples(labelled, config.output.num_workers, cache_bytes)
     ids = _ids_hash(labelled)
     scores: list[Score] = []
-    for run in plan_runs(labelled, config.dataset, config.output.seeds):
+    labels = class_labels(labelled, config.output.num_workers)
+    for run in plan_runs(labelled, labels, config.dataset, config.output.seeds):
         for kind, encoder in _encoders(config, weights, like, run.seed):
-            folder = config.output.dir / "runs" / f"{kind}-{run.name}"
+            folder = config.output.dir / "runs" / f"{kind}-{_name(run)}"
             identity = {**_settings(config), "encoder": encoder.fingerprint(), "set": labelled.task.name, "samples": ids}
             setup = build(config, labelled.task, encoder, preparation, run.seed)
             kept = examples if setup.prepares_alike else Examples(labelled, config.output.num_workers, cache_bytes)
@@ -92,7 +73,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, labelled: Labelled
                 seed=run.seed,
                 resume=resume,
                 identity={**identity, "label_fraction": run.label_fraction, "fold": run.fold},
-                title=f"{kind} {run.name}",
+                title=f"{kind} {_name(run)}",
             )
             scores.append(_score(setup, encoder.label, run, fitted))
             if world.rank == 0:
@@ -123,30 +104,6 @@ def open_world(device: str) -> World:
     return World(0, 0, 1, 1, found, "none")
 
 
-def plan_runs(labelled: LabelledSet, section: DatasetSection, seeds: Sequence[int]) -> Iterator[Run]:
-    """The runs of one encoder: folds within seeds within label fractions. Each seed draws its own folds and fractions."""
-    labels = _labels(labelled) if section.num_folds or min(section.label_fractions) < 1 else None
-    for share in section.label_fractions:
-        for seed in seeds:
-            cuts = [labelled.splits] if section.num_folds is None else folds(labels, section.num_folds, seed)
-            for number, cut in enumerate(cuts):
-                fold = None if section.num_folds is None else number
-                train = cut["train"] if share == 1 else fraction(labels, cut["train"], share, seed)
-                yield Run(seed, share, fold, {**cut, "train": train})
-
-
-def _labels(labelled: LabelledSet) -> np.ndarray:
-    """Classes [N], or which classes each sample has, bool [N, K]."""
-    labels = list(in_order(labelled.label, range(len(labelled))))
-    if labelled.task.kind != "segmentation":
-        return np.stack(labels)
-    present = np.zeros((len(labels), labelled.task.num_classes), bool)
-    for row, label in zip(present, labels, strict=True):
-        classes = np.unique(label)
-        row[classes[classes != IGNORED]] = True
-    return present
-
-
 def _encoders(
     config: FinetuneConfig, weights: Weights | None, like: ImageEncoder, seed: int
 ) -> Iterator[tuple[str, ImageEncoder]]:
@@ -155,6 +112,12 @@ def _encoders(
         yield "pretrained", copy.deepcopy(like)
     if weights is None or config.finetune.baseline:
         yield "scratch", random_twin(config.encoder, seed, config.finetune.drop_path)
+
+
+def _name(run: Run) -> str:
+    """For folders."""
+    fold = "" if run.fold is None else f"-fold{run.fold}"
+    return f"labels{100 * run.label_fraction:g}{fold}-seed{run.seed}"
 
 
 def _setup_builder(kind: str) -> SetupBuilder:

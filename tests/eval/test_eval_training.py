@@ -14,7 +14,7 @@ from mpmae.errors import ConfigError, TrainingError
 from mpmae.eval.training_data import Examples, shuffled, split_steps, stack
 from mpmae.files import read_jsonl
 from tests.engine.spawn import run_ranks
-from tests.eval.memory_set import bright_bands
+from tests.eval.bright_bands import bright_bands
 from tests.eval.tuning import ALL_CHANGES, ALONE, ScriptedSetup, run, section, small_setup
 
 
