@@ -4,9 +4,11 @@ import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from mpmae.engine.world import World, init_world
 from mpmae.errors import ConfigError
@@ -21,6 +23,7 @@ from mpmae.eval.scores import Score, summarise, write_scores
 from mpmae.eval.training import Fitted, Setup, fit
 from mpmae.eval.training_data import Examples
 from mpmae.eval.tuned import write_tuned_config
+from mpmae.export.config import WEIGHTS_NAME
 from mpmae.models.interop import Weights, as_weights
 from mpmae.provenance import commit, environment
 
@@ -46,21 +49,27 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, labelled: Labelled
     model.safetensors with config.json, which `create_encoder` and `mpmae-export` read. resume: continue what output.dir
     holds. labelled: the set, if it is open already. Raises ConfigError, DatasetError, CheckpointError and TrainingError.
     """
-    world = open_world(config.output.device)
+    with opened_world(config.output.device) as world:
+        return _finetune(config, resume, labelled, world)
+
+
+def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None, world: World) -> list[Score]:
     labelled = open_set(config.dataset, progress=world.rank == 0) if labelled is None else labelled
+    labels = class_labels(labelled, config.output.num_workers)
+    runs = list(plan_runs(labelled, labels, config.dataset, config.output.seeds))
     weights = None if config.encoder.checkpoint is None else as_weights(config.encoder.checkpoint)
     like = build_encoder(config.encoder, weights, drop_path_rate=config.finetune.drop_path)
     preparation = Preparation(labelled.task, like.input, config.image)
+    preparation(labelled.image(int(runs[0].splits["train"][0])))  # settles the sizes before anything is trained
     build = _setup_builder(labelled.task.kind)
     cache_bytes = config.finetune.cache_bytes
     examples = Examples(labelled, config.output.num_workers, cache_bytes)
-    ids = _ids_hash(labelled)
+    fixed = {**_settings(config), "set": labelled.task.name, "samples": _ids_hash(labelled)}
     scores: list[Score] = []
-    labels = class_labels(labelled, config.output.num_workers)
-    for run in plan_runs(labelled, labels, config.dataset, config.output.seeds):
+    for run in runs:
         for kind, encoder in _encoders(config, weights, like, run.seed):
             folder = config.output.dir / "runs" / f"{kind}-{_name(run)}"
-            identity = {**_settings(config), "encoder": encoder.fingerprint(), "set": labelled.task.name, "samples": ids}
+            own = {"encoder": encoder.fingerprint(), "label_fraction": run.label_fraction, "fold": run.fold}
             setup = build(config, labelled.task, encoder, preparation, run.seed)
             kept = examples if setup.prepares_alike else Examples(labelled, config.output.num_workers, cache_bytes)
             fitted = fit(
@@ -72,12 +81,12 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, labelled: Labelled
                 folder,
                 seed=run.seed,
                 resume=resume,
-                identity={**identity, "label_fraction": run.label_fraction, "fold": run.fold},
+                identity={**fixed, **own},
                 title=f"{kind} {_name(run)}",
             )
             scores.append(_score(setup, encoder.label, run, fitted))
             if world.rank == 0:
-                if config.finetune.keep_weights:
+                if (folder / WEIGHTS_NAME).is_file():
                     source = weights if kind == "pretrained" else None
                     write_tuned_config(folder, setup.model, encoder, source, labelled.task, preparation.facts)
                 facts = _facts(config, labelled) | {"preparation": preparation.facts}
@@ -87,21 +96,33 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, labelled: Labelled
     return scores
 
 
-def open_world(device: str) -> World:
-    """The ranks of the launcher that started this process, or a world of this process alone on `device`.
+@contextmanager
+def opened_world(device: str) -> Iterator[World]:
+    """The ranks of the launcher that started this process, or a world of this process alone on `device`; left at the end.
 
     device: "auto", "cpu", "cuda" or "cuda:N"; with several ranks each has the device of its local rank. Raises ConfigError.
     """
-    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
-        return init_world()
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) == 1:
+        yield World(0, 0, 1, 1, find_device(device), "none")
+        return
+    is_ours = not dist.is_initialized()
+    world = init_world()
     try:
-        found = torch.device(name)
+        yield world
+    finally:
+        if is_ours:
+            world.close()
+
+
+def find_device(name: str) -> torch.device:
+    """The device of "auto", "cpu", "cuda" or "cuda:N". Raises ConfigError for one that is not there."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError as error:
-        raise ConfigError(f"output.device = {device}: {error}; expected auto, cpu, cuda or cuda:N") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"output.device = {device}: this process sees {torch.cuda.device_count()} GPUs; use auto or cpu")
-    return World(0, 0, 1, 1, found, "none")
+        raise ConfigError(f"output.device = {name}: {error}; expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"output.device = {name}: this process sees {torch.cuda.device_count()} GPUs; use auto or cpu")
+    return device
 
 
 def _encoders(

@@ -4,13 +4,14 @@ import json
 import logging
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from mpmae.errors import ConfigError
-from mpmae.eval.finetune import finetune, open_world
+from mpmae.eval.finetune import find_device, finetune
 from mpmae.eval.finetune_config import FinetuneConfig, load_config
 from mpmae.eval.launcher import launch
 from mpmae.eval.scores import read_scores
@@ -98,8 +99,11 @@ def test_an_evaluation_goes_on_where_it_ended(evaluation):
     with pytest.raises(ConfigError, match="holds a run already; pass --resume auto"):
         finetune(config, labelled=labelled)
     labelled.reads.clear()
+    _, facts = read_scores(config.output.dir / "scores.json")
     assert finetune(config, resume=True, labelled=labelled) == scores
-    assert not labelled.reads
+    assert set(labelled.reads) <= set(labelled.splits["train"]), "nothing is tested again"
+    assert sum(labelled.reads.values()) == 1
+    assert read_scores(config.output.dir / "scores.json")[1] == facts
     other = config.model_copy(update={"finetune": config.finetune.model_copy(update={"weight_decay": 0.5})})
     with pytest.raises(ConfigError, match=r"finetune.weight_decay was 0.05, now 0.5"):
         finetune(other, resume=True, labelled=labelled)
@@ -122,7 +126,7 @@ def test_settings_that_exclude_each_other(pretrained, tmp_path):
     with pytest.raises(ConfigError, match="a frozen encoder skips no blocks"):
         finetune(config, labelled=bright_bands(sizes=(4, 4, 4)))
     with pytest.raises(ConfigError, match=r"output.device = cuda:99"):
-        open_world("cuda:99")
+        find_device("cuda:99")
     with pytest.raises(ConfigError, match=r"did you mean finetune.weight_decay"):
         load_config(None, ["finetune.wight_decay=1"])
 
@@ -161,6 +165,35 @@ def test_a_wrong_key_ends_the_command(capsys):
     assert launch("", FinetuneConfig, run, ["finetune.epochs=0", "--resume", "auto", "dataset.path=x"]) == 2
     assert capsys.readouterr().err.startswith("error: override finetune.epochs=0")
     logging.getLogger("mpmae").setLevel(level)
+
+
+@pytest.mark.slow
+def test_a_killed_command_ends_as_one_left_alone(repo, tmp_path):
+    labelled = bright_bands(sizes=(24, 6, 6))
+    images = (1000 + 100 * np.stack([labelled.image(i) for i in range(36)])).astype(np.uint16)
+    labels = np.array([int(labelled.label(i)) for i in range(36)])
+    splits = {name: indices.tolist() for name, indices in labelled.splits.items()}
+    path = write_h5(tmp_path / "bright.h5", images, labels, splits=splits, bands=list(BANDS), classes=["a", "b", "c"])
+    keys = [f"dataset.path={path}", "output.seeds=[0]", "encoder.bands_in=[B2,B3,B4,B8]", "finetune.epochs=12"]
+    keys += ["finetune.save_interval_s=0", "finetune.drop_path=0.2", "augment.mixup_alpha=0.8"]
+    whole, parts = (tmp_path / name for name in ("whole", "parts"))
+    command = [sys.executable, str(repo / "launch" / "finetune.py"), "--resume", "auto", *QUICK, *keys]
+    subprocess.run([*command, f"output.dir={whole}"], check=True, timeout=240, cwd=tmp_path)
+    curve = parts / "runs" / "scratch-labels100-seed0" / "metrics.jsonl"
+    for num_lines in (2, 6):
+        process = subprocess.Popen([*command, f"output.dir={parts}"], cwd=tmp_path)
+        deadline = time.monotonic() + 120
+        while len(read_jsonl(curve)) < num_lines and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        assert len(read_jsonl(curve)) >= num_lines
+    assert not (parts / "scores.json").exists()
+    subprocess.run([*command, f"output.dir={parts}"], check=True, timeout=240, cwd=tmp_path)
+    assert read_scores(parts / "scores.json")[0] == read_scores(whole / "scores.json")[0]
+    weights = [folder / "runs" / "scratch-labels100-seed0" / "model.safetensors" for folder in (whole, parts)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert [line["epoch"] for line in read_jsonl(curve)] == list(range(12))
 
 
 def test_defaults_are_those_of_the_published_code():

@@ -13,7 +13,7 @@ from mpmae.engine.world import init_world
 from mpmae.errors import ConfigError, TrainingError
 from mpmae.eval.training_data import Examples, shuffled, split_steps, stack
 from mpmae.files import read_jsonl
-from tests.engine.spawn import run_ranks
+from tests.engine.spawn import fork_ranks
 from tests.eval.bright_bands import bright_bands
 from tests.eval.tuning import ALL_CHANGES, ALONE, ScriptedSetup, run, section, small_setup
 
@@ -212,33 +212,38 @@ def test_splits_that_do_not_do(tmp_path):
     labelled.splits = {"train": np.arange(8), "test": np.arange(8, 9)}
     world = training.World(0, 0, 2, 2, torch.device("cpu"), "gloo")
     with pytest.raises(ConfigError) as error:
-        run(small_setup(labelled), labelled, tmp_path, world=world)
-    assert len(error.value.problems) == 2
+        run(small_setup(labelled, warmup_epochs=4), labelled, tmp_path, world=world)
+    assert len(error.value.problems) == 3
+    assert "finetune.warmup_epochs = 4 of 4 epochs" in str(error.value)
     assert "split val has no samples" in str(error.value)
     assert "split test has 1 samples for 2 ranks" in str(error.value)
 
 
-def on_a_rank(argument):
-    """A run in float64, where the order of a sum shows in the last digits alone."""
-    folder, micro_batch_size = argument
-    world = init_world()
-    labelled = bright_bands(sizes=(17, 9, 9))
-    setup = small_setup(labelled, dtype=torch.float64, augment={"crop_min_area": 0.5}, micro_batch_size=micro_batch_size)
+def in_float64(kind, folder, **options):
+    """A run in which the order of a sum shows in the last digits alone, and what has become of it."""
+    labelled = bright_bands(kind, sizes=(17, 9, 9))
+    world = options.pop("world", ALONE)
+    setup = small_setup(labelled, dtype=torch.float64, augment={"crop_min_area": 0.5}, **options)
     fitted = run(setup, labelled, folder, world=world, num_workers=1)
-    return fitted, {name: value.numpy() for name, value in setup.model.state_dict().items()}, dict(labelled.reads)
+    return fitted, {name: value.numpy() for name, value in setup.model.state_dict().items()}, labelled
 
 
-def test_two_ranks_train_as_one(tmp_path):
-    labelled = bright_bands(sizes=(17, 9, 9))
-    setup = small_setup(labelled, dtype=torch.float64, augment={"crop_min_area": 0.5})
-    expected = run(setup, labelled, tmp_path / "one")
-    ranks = run_ranks(on_a_rank, 2, (tmp_path / "two", 3), tmp_path / "ranks", timeout_s=120)
+def on_a_rank(argument):
+    kind, folder = argument
+    fitted, state, labelled = in_float64(kind, folder, world=init_world(), micro_batch_size=3)
+    return fitted, state, dict(labelled.reads)
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
+def test_two_ranks_train_as_one(tmp_path, kind):
+    expected, expected_state, labelled = in_float64(kind, tmp_path / "one")
+    ranks = fork_ranks(on_a_rank, 2, (kind, tmp_path / "two"), timeout_s=120)
     for fitted, state, _ in ranks:
         assert fitted.test.metrics == expected.test.metrics
         assert fitted.test.per_sample == expected.test.per_sample
         assert fitted.test.loss == pytest.approx(expected.test.loss, rel=1e-6)
-        for name, value in setup.model.state_dict().items():
-            np.testing.assert_allclose(state[name], value.numpy(), rtol=1e-9, atol=1e-12)
+        for name, value in expected_state.items():
+            np.testing.assert_allclose(state[name], value, rtol=1e-9, atol=1e-12)
     reads = sum((Counter(reads) for _, _, reads in ranks), Counter())
     assert {reads[int(index)] for index in labelled.splits["test"]} == {1}
     assert {reads[int(index)] for index in labelled.splits["train"]} == {4}
