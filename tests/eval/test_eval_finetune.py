@@ -196,6 +196,11 @@ def test_a_killed_command_ends_as_one_left_alone(repo, tmp_path):
     assert [line["epoch"] for line in read_jsonl(curve)] == list(range(12))
 
 
+def test_the_shown_configuration_loads(repo):
+    config = load_config(repo / "configs" / "eval" / "eurosat_finetune.yaml")
+    assert (config.dataset.num_folds, config.finetune.warmup_epochs) == (5, 5)
+
+
 def test_defaults_are_those_of_the_published_code():
     config = FinetuneConfig()
     section = config.finetune
