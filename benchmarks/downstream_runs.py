@@ -10,7 +10,7 @@ from mpmae.shard_tools import build
 from mpmae.train import pretrain
 
 REPO = Path(__file__).resolve().parents[1]
-STEPS, BATCH_SIZE, PEAK_LR = 400, 32, 1e-3
+STEPS, BATCH_SIZE, PEAK_LR = 300, 32, 1e-3
 VARIANTS = {"Sentinel-2 only": "modalities_out=[sentinel2]", "all modalities": None}
 
 
