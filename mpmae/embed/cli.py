@@ -12,7 +12,7 @@ from mpmae.embed.embed import Done, embed
 from mpmae.embed.open_source import open_source
 from mpmae.embed.storage import STORED_DTYPES
 from mpmae.errors import ConfigError, MpmaeError
-from mpmae.eval.config import EncoderSection, ImageSection
+from mpmae.eval.config import DatasetSection, EncoderSection, ImageSection
 from mpmae.eval.encoders import ImageEncoder, build_encoder
 from mpmae.models.interop import Weights, as_weights
 from mpmae.shard_tools.progress import say
@@ -50,12 +50,18 @@ def _parser() -> argparse.ArgumentParser:
     image = parser.add_argument_group("image")
     fields = ImageSection.model_fields
     image.add_argument("--size", type=_count, metavar="PX", help="side that the encoder sees (default: the stored one)")
-    image.add_argument("--fit", choices=("resize", "crop"), default="resize", help="what makes --size of another size")
+    image.add_argument("--fit", choices=("resize", "crop", "tile"), default="resize", help="what makes images fit --size")
     image.add_argument(
         "--normalise", choices=("auto", "pretraining", "dataset"), default="auto", help=fields["normalise"].description
     )
     image.add_argument(
         "--bands", type=_names, metavar="B2,B3,...", help="what the encoder reads, if its checkpoint does not say"
+    )
+
+    labelled = parser.add_argument_group("labelled sets")
+    labelled.add_argument("--partition", default="default", metavar="NAME", help="of a GEO-Bench task (default: default)")
+    labelled.add_argument(
+        "--product-level", choices=("auto", "l1c", "l2a", "none"), default="auto", help="auto: what the set says"
     )
 
     running = parser.add_argument_group("running")
@@ -68,7 +74,14 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> None:
     encoder, weights = _encoder(options)
     image = ImageSection(normalise=options.normalise, size=options.size, fit=options.fit)
-    source = open_source(options.source, encoder.input, image, options.split, options.max_samples)
+    source = open_source(
+        options.source,
+        encoder.input,
+        image,
+        dataset=DatasetSection(partition=options.partition, product_level=options.product_level),
+        splits=options.split,
+        max_samples=options.max_samples,
+    )
     say(f"{source.title}: {', '.join(f'{num:,} tiles {split}' for split, num in source.num_tiles.items())}")
     for what, fact in source.facts.items():
         say(f"{what}: {_told(fact)}")

@@ -1,6 +1,6 @@
 """From tiles to a folder of vectors: read and prepared in threads, encoded on the device, written in parts.
 
-Shapes: N tiles, B bands, S image side in pixels, D features.
+Shapes: N tiles, T windows of an image, B bands, S image side in pixels, D features.
 """
 
 import importlib.metadata
@@ -117,7 +117,7 @@ def _fill(
     tiles: list[Tiles] = []
     vectors: list[np.ndarray] = []
     for (number, positions), read in zip(batches, in_order(source.read, requested(), max(num_workers, 1)), strict=True):
-        vectors.append(encode_images(encoder, read.images, device))
+        vectors.append(encode_images(encoder, read.images, device, batch_size))
         tiles.append(replace(read, images=()))
         if positions[-1] == out.positions(number)[-1]:
             _write(out, number, tiles, vectors, dtype, source)
@@ -133,12 +133,17 @@ def _batches(out: EmbeddingFolder, todo: Sequence[int], batch_size: int) -> Iter
             yield number, positions[first : first + batch_size]
 
 
-def encode_images(encoder: ImageEncoder, images: Tensor | Sequence[Tensor], device: torch.device) -> np.ndarray:
-    """The vectors float32 [N, D] of images [B, S, S]; neighbours of one size go through the encoder together."""
+def encode_images(
+    encoder: ImageEncoder, images: Tensor | Sequence[Tensor], device: torch.device, batch_size: int
+) -> np.ndarray:
+    """The vectors float32 [N, D] of images [T, B, S, S] each; neighbours of one size go through the encoder together."""
+    if not torch.is_tensor(images):
+        groups = [torch.stack(group) for group in _of_one_size(images)]
+        return np.concatenate([encode_images(encoder, group, device, batch_size) for group in groups])
     with torch.inference_mode():
-        if not torch.is_tensor(images):
-            return np.concatenate([encode_images(encoder, torch.stack(group), device) for group in _of_one_size(images)])
-        return encoder(images.to(device, non_blocking=True)).float().cpu().numpy()
+        windows = images.flatten(0, 1).split(batch_size)
+        vectors = torch.cat([encoder(part.to(device, non_blocking=True)).float().cpu() for part in windows])
+        return vectors.unflatten(0, images.shape[:2]).mean(1).numpy()
 
 
 def _of_one_size(images: Sequence[Tensor]) -> Iterator[list[Tensor]]:

@@ -122,7 +122,7 @@ class ShardTiles:
             splits=[split] * num,
             product_levels=[level.decode(errors="replace") for level in records["product_level"].tolist()],
             locations=np.stack([_degrees(reader.manifest, records, name) for name in ("lat", "lon")], axis=1),
-            images=images,
+            images=images[:, None],
             valid_fraction=valid.float().mean((1, 2, 3)).numpy(),
             classes=classes,
         )

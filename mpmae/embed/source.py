@@ -1,6 +1,6 @@
 """Where the tiles to embed come from: one protocol, whatever their files.
 
-Shapes: N tiles, B bands of the encoder, S image side in pixels, K classes.
+Shapes: N tiles, T windows of an image, B bands of the encoder, S image side in pixels, K classes.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,8 @@ class ClassColumn:
 class Tiles:
     """Some tiles, ready for the encoder.
 
-    images: float32 [B, S, S] each, normalised, 0 where there is no data; one tensor [N, B, S, S] where all have one size.
+    images: float32 [T, B, S, S] each, normalised, 0 where there is no data; a tile's vector is the mean of its windows'. One
+    tensor [N, T, B, S, S] where all have one size.
     ids, splits: N texts. product_levels: "l1c", "l2a", None where it is not known. locations: float64 [N, 2], latitude and
     longitude of the centre in degrees, NaN where unknown. valid_fraction: float32 [N], the fraction of an image's values
     that is data. classes: by column, ids int64 [N] with UNKNOWN where there is none, or bool [N, K] for several.
