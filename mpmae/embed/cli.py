@@ -10,6 +10,7 @@ import torch
 
 from mpmae.embed.embed import Done, embed
 from mpmae.embed.open_source import open_source
+from mpmae.embed.picture import draw_map
 from mpmae.embed.storage import STORED_DTYPES
 from mpmae.errors import ConfigError, MpmaeError
 from mpmae.eval.config import DatasetSection, EncoderSection, ImageSection
@@ -101,6 +102,9 @@ def _run(options: argparse.Namespace) -> None:
     finally:
         source.close()
     _tell(done, options.output, time.monotonic() - started_s)
+    if options.map != "none":
+        for path in draw_map(options.output, options.map):
+            say(f"picture: {path}")
 
 
 def _encoder(options: argparse.Namespace) -> tuple[ImageEncoder, Weights]:

@@ -86,7 +86,12 @@ def _facts(
         "num_features": encoder.num_features,
         "num_tiles_per_part": tiles_per_part,
         "classes": {
-            column.name: {"title": column.title, "names": list(column.class_names), "colours": list(column.colours)}
+            column.name: {
+                "title": column.title,
+                "names": list(column.class_names),
+                "colours": list(column.colours),
+                "several": column.several,
+            }
             for column in source.columns
         },
     }

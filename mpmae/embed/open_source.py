@@ -23,8 +23,8 @@ def open_source(
 ) -> TileSource:
     """The tiles of a shard set (folder or URL) or of a labelled set, prepared for an encoder with this input.
 
-    dataset: how to read a labelled set, its path aside. splits: names, or empty for all. max_samples: so many tiles, evenly spread.
-    Raises ShardError, DatasetError and ConfigError.
+    dataset: how to read a labelled set, its path aside. splits: names, or empty for all. max_samples: so many tiles, evenly
+    spread. Raises ShardError, DatasetError and ConfigError.
     """
     image = image or ImageSection()
     if not is_shard_set(where):
