@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -25,9 +25,6 @@ from mpmae.embed import parquet
 from mpmae.errors import EmbeddingError
 from mpmae.files import TEMP_SUFFIX, write_whole
 from mpmae.run_lock import LOCK_NAME, lock_file
-
-if TYPE_CHECKING:
-    import pyarrow
 
 FORMAT_NAME, FORMAT_VERSION = "mpmae-embeddings", 1
 MANIFEST_NAME = "manifest.json"
@@ -213,7 +210,7 @@ def _is_whole(path: Path, part: Mapping[str, Any]) -> bool:
         return False
 
 
-def iterate_parts(folder: str | Path) -> Iterator[tuple["pyarrow.Table", np.ndarray]]:
+def iterate_parts(folder: str | Path) -> Iterator[tuple["parquet.Table", np.ndarray]]:
     """As `read_embeddings`, a part at a time, for sets that memory does not hold."""
     parquet.require_pyarrow()
     folder = Path(folder)
@@ -235,7 +232,7 @@ def iterate_parts(folder: str | Path) -> Iterator[tuple["pyarrow.Table", np.ndar
         yield parquet.read_part(folder / part["name"])
 
 
-def read_embeddings(folder: str | Path) -> tuple["pyarrow.Table", np.ndarray]:
+def read_embeddings(folder: str | Path) -> tuple["parquet.Table", np.ndarray]:
     """What `mpmae-embed` wrote: a table of everything but the vectors [N rows], and these as float32 [N, D].
 
     Raises EmbeddingError when the folder is no such thing, unfinished or changed, ConfigError without pyarrow.

@@ -17,7 +17,7 @@ from mpmae.embed.storage import StoredDtype, decode, encode
 from mpmae.errors import ConfigError, EmbeddingError
 
 if TYPE_CHECKING:
-    import pyarrow
+    from pyarrow import Array, Table
 
 EMBEDDING, SCALE, OWN_METADATA = "embedding", "scale", "mpmae"
 
@@ -57,7 +57,7 @@ def part_bytes(
     if scale is not None:
         arrays[SCALE] = pa.array(scale, pa.float32())
     numbers = pa.array(np.ascontiguousarray(stored).reshape(-1))
-    item = pa.field("item", numbers.type, nullable=False)
+    item = pa.field("element", numbers.type, nullable=False)
     arrays[EMBEDDING] = pa.FixedSizeListArray.from_arrays(numbers, type=pa.list_(item, vectors.shape[1]))
     table = pa.table(arrays).replace_schema_metadata(
         {"geo": json.dumps(geo_metadata(tiles.locations)), OWN_METADATA: json.dumps(metadata)}
@@ -68,7 +68,7 @@ def part_bytes(
     return sink.getvalue()
 
 
-def _class_array(column: ClassColumn, classes: np.ndarray) -> "pyarrow.Array":
+def _class_array(column: ClassColumn, classes: np.ndarray) -> "Array":
     """Names of the classes: text, null where unknown, or lists of texts."""
     import pyarrow as pa
 
@@ -78,7 +78,7 @@ def _class_array(column: ClassColumn, classes: np.ndarray) -> "pyarrow.Array":
     return pa.array([None if k == UNKNOWN else names[k] for k in classes.tolist()], pa.string())
 
 
-def read_part(path: Path) -> tuple["pyarrow.Table", np.ndarray]:
+def read_part(path: Path) -> tuple["Table", np.ndarray]:
     """All columns of a part but the vectors, and these float32 [N, D]. Raises EmbeddingError naming the file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -96,13 +96,13 @@ def read_part(path: Path) -> tuple["pyarrow.Table", np.ndarray]:
     return table.drop_columns([EMBEDDING, *([SCALE] if has_scale else [])]), decode(stored, scale)
 
 
-def joined(tables: Sequence["pyarrow.Table"]) -> "pyarrow.Table":
+def joined(tables: Sequence["Table"]) -> "Table":
     """The rows of all tables, with the metadata of the first."""
     import pyarrow as pa
 
     return pa.concat_tables(tables)
 
 
-def own_metadata(table: "pyarrow.Table") -> dict[str, Any]:
+def own_metadata(table: "Table") -> dict[str, Any]:
     """What `part_bytes` was given as metadata."""
     return json.loads(table.schema.metadata[OWN_METADATA.encode()])

@@ -6,19 +6,17 @@ Shapes: N tiles, n of them drawn, D features, K classes.
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from mpmae.embed import parquet
 from mpmae.embed.folder import iterate_parts, load_manifest
 from mpmae.embed.projection import as_colours, principal_components, umap_positions
 from mpmae.errors import EmbeddingError
 from mpmae.files import write_whole
 from mpmae.report.embedding_charts import embedding_charts, standalone
 from mpmae.report.embedding_map import UNKNOWN, EmbeddingMap, Grouping
-
-if TYPE_CHECKING:
-    import pyarrow
 
 MAX_DRAWN = 4000
 MAX_CLASSES = 16
@@ -82,7 +80,7 @@ def _write(folder: Path, data: EmbeddingMap) -> list[Path]:
     return list(pictures)
 
 
-def _places(table: "pyarrow.Table", rows: np.ndarray) -> list[tuple[float, float] | None]:
+def _places(table: "parquet.Table", rows: np.ndarray) -> list[tuple[float, float] | None]:
     columns = (table.column(name).to_pylist() for name in ("latitude", "longitude"))
     pairs = list(zip(*columns, strict=True))
     return [None if None in pairs[row] else (round(pairs[row][0], 4), round(pairs[row][1], 4)) for row in rows.tolist()]

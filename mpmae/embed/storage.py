@@ -17,14 +17,15 @@ from mpmae.errors import EmbeddingError
 StoredDtype = Literal["float16", "int8"]
 STORED_DTYPES: tuple[StoredDtype, ...] = get_args(StoredDtype)
 MAX_CODE = 127
+_LIMITS = {"float16": 65504.0, "int8": 1.7e38}
 
 
 def encode(vectors: np.ndarray, dtype: StoredDtype, ids: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
     """float32 [N, D] as they are stored, [N, D] of `dtype`, and for int8 the scales float32 [N].
 
-    Raises EmbeddingError naming tiles (`ids`, N) whose vector is not finite or too large for float16.
+    Raises EmbeddingError naming tiles (`ids`, N) whose vector is not finite or too large.
     """
-    limit = float(np.finfo(np.float16).max) if dtype == "float16" else np.inf
+    limit = _LIMITS[dtype]
     with np.errstate(invalid="ignore"):
         broken = ~(np.isfinite(vectors) & (np.abs(vectors) <= limit)).all(axis=1)
     if broken.any():
@@ -32,12 +33,12 @@ def encode(vectors: np.ndarray, dtype: StoredDtype, ids: Sequence[str]) -> tuple
         worst = vectors[np.flatnonzero(broken)[0]]
         hint = (
             "store them with --dtype int8"
-            if np.isfinite(vectors).all()
+            if dtype == "float16" and np.isfinite(vectors).all()
             else "look at these tiles' values and at the checkpoint: its encoder overflows"
         )
         raise EmbeddingError(
             f"{int(broken.sum())} vectors cannot be stored as {dtype}: tiles {named} (magnitude {np.abs(worst).max():g}, "
-            f"expected a finite number{f' up to {limit:g}' if dtype == 'float16' else ''}); {hint}"
+            f"expected finite numbers up to {limit:g}); {hint}"
         )
     if dtype == "float16":
         return vectors.astype(np.float16), None
