@@ -6,8 +6,8 @@ __all__ = ["TileSource", "Tiles", "embed", "open_source", "read_embeddings"]
 _HOME_OF = {
     "TileSource": "mpmae.embed.source",
     "Tiles": "mpmae.embed.source",
-    "embed": "mpmae.embed.embed",
-    "open_source": "mpmae.embed.open_source",
+    "embed": "mpmae.embed.run",
+    "open_source": "mpmae.embed.opening",
     "read_embeddings": "mpmae.embed.folder",
 }
 __getattr__, __dir__ = lazy_exports(__name__, _HOME_OF)

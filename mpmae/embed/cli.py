@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from mpmae.embed.embed import Done, embed
-from mpmae.embed.open_source import open_source
+from mpmae.embed.opening import open_source
 from mpmae.embed.picture import draw_map
+from mpmae.embed.run import Done, embed
 from mpmae.embed.storage import STORED_DTYPES
 from mpmae.errors import ConfigError, MpmaeError
 from mpmae.eval.config import DatasetSection, EncoderSection, ImageSection

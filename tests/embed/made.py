@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mpmae.embed.embed import Done, embed
+from mpmae.embed.run import Done, embed
 from mpmae.embed.source import UNKNOWN, ClassColumn, Tiles
 from mpmae.eval.encoder_input import EncoderInput
 from mpmae.eval.encoders import ImageEncoder
