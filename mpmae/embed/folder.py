@@ -131,11 +131,16 @@ def _resume(folder: EmbeddingFolder) -> None:
 
 def _differences(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
     for key in _IDENTITY:
-        if there.get(key) != here[key]:
+        if _identity(there.get(key)) != _identity(here[key]):
             yield (
                 f"{path} holds embeddings of another kind: its {key} is {_brief(there.get(key))}, now it is "
                 f"{_brief(here[key])}; give another --output, or the same checkpoint, source and options as then"
             )
+
+
+def _identity(value: Any) -> str:
+    """What has to be equal: of something with a fingerprint that alone, else all of it with the order of its keys."""
+    return json.dumps(value["fingerprint"] if isinstance(value, Mapping) and "fingerprint" in value else value)
 
 
 def _brief(value: Any) -> str:

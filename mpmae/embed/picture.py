@@ -53,7 +53,7 @@ def draw_map(folder: Path, method: Literal["pca", "umap"]) -> list[Path]:
     data = EmbeddingMap(
         method=method,
         explained_percent=tuple(round(float(p), 2) for p in percent),
-        checkpoint=str(manifest["origin"].get("checkpoint", manifest["encoder"]["title"])),
+        checkpoint=manifest["encoder"]["title"],
         step=manifest["origin"].get("step"),
         source=manifest["source"]["title"],
         num_tiles=num_tiles,

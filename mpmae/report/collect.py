@@ -56,6 +56,9 @@ def collect(run_dir: str | Path, num_tiles: int = 6) -> ReportData:
     model = build_model(config, reader.manifest)
     model.load_state_dict(load_file(checkpoint / MODEL_NAME))
     step = load_meta(checkpoint)["step"]
+    embeddings, notes = load_map(run_dir / EMBEDDINGS), []
+    if embeddings is None and (run_dir / EMBEDDINGS).is_dir():
+        notes.append(f"{EMBEDDINGS}/ has no map yet: mpmae-embed draws it once all vectors are there, unless --map is none.")
     tiles = Reconstructor(model.eval(), reader, config).tiles(num_tiles)
     return ReportData(
         title=config.run.name or run_dir.name,
@@ -63,7 +66,8 @@ def collect(run_dir: str | Path, num_tiles: int = 6) -> ReportData:
         history=history,
         validation=validation,
         tiles=tiles,
-        embeddings=load_map(run_dir / EMBEDDINGS),
+        notes=notes,
+        embeddings=embeddings,
     )
 
 

@@ -240,6 +240,8 @@ def _legend_row(root: ElementTree.Element, x: float, y: float, colour: str, name
     ElementTree.SubElement(root, "circle", dot)
     shown = name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…"
     text = _text(root, x + 16, y, f"{shown} ", "name")
+    if shown != name:
+        ElementTree.SubElement(text, "title").text = name
     span = ElementTree.SubElement(text, "tspan", {"class": "tick"})
     span.text = number
 

@@ -160,6 +160,19 @@ def test_a_folder_of_something_else_is_refused(copy, whole, name):
     assert tree_of(copy) == tree_of(whole)
 
 
+def test_the_same_under_other_names_is_the_same(copy):
+    source, encoder = MadeTiles(), small_encoder()
+    source.title = encoder.label = "seen from elsewhere"
+    assert run(copy, source, encoder).num_before == 10
+
+
+def test_splits_in_another_order_are_another_set(copy):
+    source = MadeTiles()
+    source.num_tiles = {"val": 3, "train": 7}
+    with pytest.raises(EmbeddingError, match="its num_tiles is"):
+        run(copy, source)
+
+
 def test_every_difference_is_told_at_once(copy):
     with pytest.raises(EmbeddingError) as caught:
         run(copy, MadeTiles(7), small_encoder(5), dtype="int8")

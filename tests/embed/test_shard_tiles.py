@@ -2,6 +2,7 @@
 
 import json
 
+import fsspec
 import h5py
 import numpy as np
 import pytest
@@ -84,6 +85,18 @@ def test_splits_in_the_order_asked_for_and_across_batches(shards_dir):
     source.prefetch(some)
     with pytest.raises(ShardError, match="no split 'tset'; it has train, val, test"):
         open_source(shards_dir, INPUT, splits=("tset",))
+
+
+def test_a_set_behind_a_url(shards_dir, tmp_path, monkeypatch):
+    store = fsspec.filesystem("memory")
+    store.put(f"{shards_dir}/", "/embedded/", recursive=True)
+    monkeypatch.setenv("MPMAE_CACHE_DIR", str(tmp_path))
+    source, local = (open_source(where, INPUT, max_samples=5) for where in ("memory://embedded", shards_dir))
+    source.prefetch(np.arange(5))
+    assert torch.equal(whole(source).images, whole(local).images)
+    assert source.fingerprint == local.fingerprint
+    source.close()
+    store.rm("/embedded", recursive=True)
 
 
 def test_max_samples_are_spread_over_all_splits(shards_dir):

@@ -84,6 +84,7 @@ def test_every_modality_arrives(run_dir):
 def test_embeddings_in_the_run_folder_are_shown(run_dir, tmp_path):
     run = shutil.copytree(run_dir, tmp_path / "run")
     (run / "embeddings").mkdir()
+    assert "embeddings/ has no map yet" in render_report(collect(run, num_tiles=0))
     make_map(step=1).save(run / "embeddings")
     assert '<section id="embeddings">' in render_report(collect(run, num_tiles=0))
 
