@@ -162,7 +162,7 @@ class GeoBenchSet:
             _LOG.warning("%s: its statistics fit its band names, which are taken as they are", self.folder.name)
         elif known.true_bands and band_names == "published":
             _LOG.warning(
-                "%s: band names as published, which are known to be wrong (%s); data.band_names=corrected mends them",
+                "%s: band names as published, which are known to be wrong (%s); dataset.band_names=corrected mends them",
                 self.folder.name,
                 _shown(known.true_bands),
             )
@@ -189,7 +189,7 @@ class GeoBenchSet:
         path = self.folder / f"{partition}_partition.json"
         if not path.is_file():
             there = sorted(p.name.removesuffix("_partition.json") for p in self.folder.glob("*_partition.json"))
-            raise DatasetError(f"no partition file {path}; data.partition can be {few(there) or '(there is none)'}")
+            raise DatasetError(f"no partition file {path}; dataset.partition can be {few(there) or '(there is none)'}")
         named = {str(split): [str(name) for name in names] for split, names in _json(path).items()}
         ids = tuple(dict.fromkeys(name for names in named.values() for name in names))
         present = {p.stem for p in self.folder.glob("*.hdf5")}

@@ -317,7 +317,7 @@ def test_another_partition(tmp_path):
     folder = one_sample(tmp_path, np.ones((3, 4, 4)), 0).folder
     (folder / "0.05x_train_partition.json").write_text('{"test": ["a"], "train": [], "valid": []}')
     assert GeoBenchSet(folder, "0.05x_train").splits["test"].tolist() == [0]
-    with pytest.raises(DatasetError, match=r"data.partition can be 0.05x_train, default"):
+    with pytest.raises(DatasetError, match=r"dataset.partition can be 0.05x_train, default"):
         GeoBenchSet(folder, "other")
 
 
