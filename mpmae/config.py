@@ -231,9 +231,14 @@ class ProbeSection(Section):
     every_steps: Int = Field(1000, gt=0, description="besides before the first step and after the last")
     max_samples: Int = Field(1000, ge=2, description="at most this many images to train on, and as many to judge by")
     ks: tuple[Annotated[Int, Field(gt=0)], ...] = Field((5, 20), min_length=1, description="numbers of neighbours")
+    normalise: Literal["auto", "pretraining", "dataset"] = Field(
+        "auto", description="statistics; auto: the shards' for the set's product level where both are known"
+    )
     size: Int | None = Field(None, gt=0, description="side in pixels that the encoder sees; None: the stored one")
     fit: Literal["resize", "tile", "crop"] = Field("resize", description="what makes an image of another size fit")
-    host_cache_gb: Float = Field(4.0, ge=0, description="prepared images kept in host memory, per rank; others are read again")
+    host_cache_gb: Float = Field(
+        4.0, ge=0, description="prepared images kept in host memory, per rank; others are read again"
+    )
 
 
 class LogSection(Section):

@@ -135,6 +135,7 @@ def show_plan(
     table.add_row("weights, gradients, AdamW per rank", f"by ZeRO stage {by_stage} (fp32; activations not counted)")
     if probe_set is not None:
         table.add_row("probe", f"{probe_set}; every {config.probe.every_steps:,} steps")
+        table.add_row("probe's images", probe_set.preparation())
     table.add_row("writes to", str(config.run.dir))
     console.print(table)
     for note in plan.notes:

@@ -24,6 +24,7 @@ from mpmae.eval.knn import knn_shares
 from mpmae.eval.linear import Examples, Judge, Standardise, best_fit, ridge
 from mpmae.in_order import in_order
 from mpmae.models import create_encoder
+from mpmae.probe_record import LINEAR, knn_method, method_title, percent, scores_of
 from mpmae.train.data import num_bytes
 from mpmae.train.probe_set import ProbeSet
 
@@ -63,7 +64,7 @@ class Probe:
             features = self._features(self._encoder(), stop_asked)
             if features is None:
                 return None
-            scores = dict.fromkeys((*(f"knn_{k}" for k in self._ks), "linear"))
+            scores = dict.fromkeys([*map(knn_method, self._ks), LINEAR])
             if self._world.rank == 0 and bool(features.isfinite().all()):
                 scores = self._scores(features.cpu())
         return {
@@ -115,11 +116,11 @@ class Probe:
         def judged(scores: Tensor) -> float:
             return evaluate(task.kind, task.num_classes, scores, val.target)[task.metric]
 
-        found = {f"knn_{k}": judged(knn_shares(train.features, train.classes, val.features, k)) for k in self._ks}
+        found = {knn_method(k): judged(knn_shares(train.features, train.classes, val.features, k)) for k in self._ks}
         standardise = Standardise.to(train.features)
         train, val = (Examples(standardise(part.features), part.classes, part.kind) for part in (train, val))
         (fit,) = ridge(train, [self._strength(train, task.metric)])
-        return found | {"linear": judged(fit.scores(val.features, val.kind))}
+        return found | {LINEAR: judged(fit.scores(val.features, val.kind))}
 
     def _strength(self, train: Examples, metric: str) -> float:
         """That of the ridge which does best on a part of the training images that it has not seen."""
@@ -164,12 +165,8 @@ def shown(scores: Mapping[str, Any] | None) -> str:
     """A result of `Probe.run` in a line."""
     if scores is None:
         return "given up, as the run is asked to stop"
-    parts = [f"{name} {_percent(value)}" for name, value in scores.items() if name == "linear" or name.startswith("knn_")]
+    parts = [f"{method_title(method)} {percent(score)}" for method, score in scores_of({"probe": scores}).items()]
     return f"{', '.join(parts)} ({scores['metric']} of {scores['num_val']:,} images; {scores['elapsed_s']:.1f} s)"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
 
 
 def _raise(error: MpmaeError | None) -> None:

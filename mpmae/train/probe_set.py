@@ -27,6 +27,7 @@ from mpmae.shard_format import Manifest
 _SEED = 0  # not the run's: probes of runs with other seeds see the same images
 _HELD_OUT = 0.2  # of the training images, where some of them have to judge
 _NUM_NAMED = 5
+_KEYS = {"data.path": "probe.dataset", "data.": "probe.", "image.": "probe."}
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,21 @@ class ProbeSet:
 
     def __str__(self) -> str:
         task = self.labelled.task
-        return f"{task.name}: {task.num_classes} classes, {self.num_train:,} images to train on, {self.num_val:,} to judge by"
+        return (
+            f"{task.name}: {task.num_classes} classes, {self.num_train:,} images to train on, {self.num_val:,} to judge by"
+        )
+
+    def preparation(self) -> str:
+        """What is done to the images, in a line."""
+        facts = self.prepare.facts
+        (stored,), (num_windows,), side = facts["stored_px"][:1], facts["num_windows"][:1], facts["side_px"]
+        how = {"resize": "scaled to", "crop": "cut to", "tile": f"as {num_windows} windows of"}[facts["fit"]]
+        parts = [f"{stored[0]} x {stored[1]} px" + (f" {how} {side} px" if stored != [side, side] else "")]
+        parts += [
+            f"{row['stored']} stands in for {row['wanted']}" for row in facts["bands"] if row["wanted"] != row["stored"]
+        ]
+        reason = in_our_keys(facts["statistics_reason"])
+        return "; ".join([*parts, f"statistics of {facts['statistics']}: {reason}"])
 
 
 def open_probe_set(config: RunConfig, manifest: Manifest, model: MPMAE) -> ProbeSet | None:
@@ -90,12 +105,21 @@ def open_probe_set(config: RunConfig, manifest: Manifest, model: MPMAE) -> Probe
         tuning = torch.from_numpy(_held_out(classes[:num_train], labelled.task.kind))
         statistics = statistics_by_level(manifest.input_statistics(model.bands_in))
         encoder_input = EncoderInput(model.bands_in, model.patch_size, statistics)
-        prepare = Preparation(labelled.task, encoder_input, ImageSection(size=section.size, fit=section.fit))
+        prepare = Preparation(
+            labelled.task, encoder_input, ImageSection(normalise=section.normalise, size=section.size, fit=section.fit)
+        )
         found = ProbeSet(labelled, encoder_input, prepare, indices, num_train, tuning, classes, tuple(notes))
         found.windows(0)
     except MpmaeError as error:
-        raise type(error)([f"probe.dataset = {section.dataset}: {problem}" for problem in error.problems]) from error
+        raise type(error)([f"probe.dataset = {section.dataset}: {in_our_keys(text)}" for text in error.problems]) from error
     return found
+
+
+def in_our_keys(text: str) -> str:
+    """A message of an evaluation, with the keys of a run instead of its own."""
+    for theirs, ours in _KEYS.items():
+        text = text.replace(theirs, ours)
+    return text
 
 
 def _chosen(section: ProbeSection, labelled: LabelledSet, num_workers: int) -> tuple[np.ndarray, int, Tensor, list[str]]:
@@ -104,7 +128,9 @@ def _chosen(section: ProbeSection, labelled: LabelledSet, num_workers: int) -> t
     if task.kind not in ("multiclass", "multilabel"):
         raise ConfigError(f"{task.name} is a {task.kind} task; the probe takes images with classes (multiclass, multilabel)")
     if "train" not in splits:
-        raise DatasetError(f"{task.name} has no train split, only {', '.join(splits) or 'none'}; the probe is trained on one")
+        raise DatasetError(
+            f"{task.name} has no train split, only {', '.join(splits) or 'none'}; the probe is trained on one"
+        )
     parts = [_some(splits[name], section.max_samples) for name in ("train", "val") if len(splits.get(name, ()))]
     indices = np.concatenate(parts)
     classes = _classes(labelled, indices, num_workers)
