@@ -22,7 +22,7 @@ class EncoderInput:
 
 
 def statistics_by_level(recorded: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, ...]]]:
-    """`EncoderInput.statistics` from those of a shard set or beside a checkpoint, which have "sentinel2_" before the level."""
+    """`EncoderInput.statistics` from those of a shard set or a checkpoint, where "sentinel2_" stands before the level."""
     return {
         level: {key: tuple(recorded[f"sentinel2_{level}"][key]) for key in ("mean", "std")}
         for level in PRODUCT_LEVELS

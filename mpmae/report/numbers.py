@@ -198,14 +198,14 @@ def probe_note(data: ReportData) -> str:
     dataset = (data.run.config.get("probe") or {}).get("dataset")
     where = f" of {PurePath(str(dataset)).name}" if dataset else ""
     text = (
-        f"What the encoder's features were worth at that step: {num_train} labelled images{where} train kNN and a linear "
-        f"probe, {num_val} others of its validation split judge them ({str(metric).replace('_', ' ')}). The test split is not "
-        "read."
+        f"What the encoder's features were good for during the run: {num_train} labelled images{where} train kNN and a "
+        f"linear probe, {num_val} others judge them, in {str(metric).replace('_', ' ')}; the test split is not read."
     )
     score = number(probe.get(LINEAR))
     if metric == "accuracy" and num_val and math.isfinite(score):
-        error_percent = 100 * math.sqrt(max(score * (1 - score), 1 / num_val) / num_val)
-        text += f" With {num_val} images a point has a standard error of about {compact(error_percent)} %."
+        fraction = (num_val * score + 2) / (num_val + 4)  # Agresti and Coull, 1998: never an error of 0
+        error_percent = 100 * math.sqrt(fraction * (1 - fraction) / (num_val + 4))
+        text += f" With {num_val} images a point has a standard error of about {error_percent:.1f} %."
     return text
 
 

@@ -38,7 +38,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class RunCurves:
-    """curves: by name, the total first. probes: scores in percent, by method, 0 being before the first step. resumed_at: on the x axis. num_dropped: records that a resumed run did again."""
+    """Losses and probes of a run.
+
+    curves: by name, the total first. probes: scores in percent, by method. resumed_at: on the x axis. num_dropped: records
+    that a resumed run did again.
+    """
 
     name: str
     curves: dict[str, Curve]

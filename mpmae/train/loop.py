@@ -17,6 +17,7 @@ from mpmae.errors import DatasetError, TrainingError
 from mpmae.loader import Batch
 from mpmae.masking import draw_visible
 from mpmae.models import MPMAE
+from mpmae.probe_record import summary
 from mpmae.train.checkpoint import Checkpoints
 from mpmae.train.compatibility import check_compatible, checkpoint_meta, shard_hashes
 from mpmae.train.demo_data import ensure_demo_shards
@@ -26,7 +27,6 @@ from mpmae.train.meter import Finished, Meter
 from mpmae.train.numerics import NumericsGuard, RecentSamples, too_many_skipped, with_loud_gradient, write_bad_batch
 from mpmae.train.out_of_memory import advice_on_out_of_memory
 from mpmae.train.plan import show_plan
-from mpmae.train.probe import Probe, shown
 from mpmae.train.probe_set import ProbeSet, open_probe_set
 from mpmae.train.profile import StepProfile
 from mpmae.train.progress import ProgressLine, make_console
@@ -145,6 +145,8 @@ class Run:
         self.validator = Validator(self.engine, setup.validation, setup.reference, config, self.watchdog.tick)
         self.probe = None
         if probe_set and self.start_step < self.plan.total_steps:
+            from mpmae.train.probe import Probe  # needs torchmetrics, an optional dependency
+
             self.probe = Probe(self.engine, probe_set, config, self.watchdog.tick)
             for note in self.probe.notes:
                 self._note(note)
@@ -283,13 +285,15 @@ class Run:
         self.watchdog.note("probe")
         try:
             scores = self.probe.run(lambda: bool(self.requests.votes()))
+            problem = "the run is asked to stop"
         except DatasetError as error:  # the training is worth more than a point of a curve
-            scores = None
-            self._note(f"no probe after step {step:,}: {error}")
-        else:
-            self.console.print(f"probe after step {step:,}: {shown(scores)}")
+            scores, problem = None, str(error)
         self.meter.restart_clock()
-        return {} if scores is None else {"probe": scores}
+        if scores is None:
+            self._note(f"no probe after step {step:,}: {problem}")
+            return {}
+        self.console.print(f"probe after step {step:,}: {summary({'probe': scores})}")
+        return {"probe": scores}
 
     def _validate(self, step: int) -> None:
         self.watchdog.note("validate")

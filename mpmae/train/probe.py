@@ -2,14 +2,14 @@
 
 The weights of the moment run as the dense encoder that downstream use has (`mpmae.models.dense`), in float32 under every
 precision. Images are cut into batches that do not depend on the number of ranks, so neither do the scores. Nothing of the
-training changes: weights are only read, and no random number is drawn.
+training changes: weights are only read, and no random number is drawn. Importing this module needs torchmetrics.
 
 Shapes: N images, T windows of an image, C bands, S image side, D features, K classes.
 """
 
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any
 
@@ -22,9 +22,10 @@ from mpmae.errors import DatasetError, MpmaeError
 from mpmae.eval.encoders import ImageEncoder
 from mpmae.eval.knn import knn_shares
 from mpmae.eval.linear import Examples, Judge, Standardise, best_fit, ridge
+from mpmae.eval.metrics import evaluate
 from mpmae.in_order import in_order
 from mpmae.models import create_encoder
-from mpmae.probe_record import LINEAR, knn_method, method_title, percent, scores_of
+from mpmae.probe_record import LINEAR, knn_method
 from mpmae.train.data import num_bytes
 from mpmae.train.probe_set import ProbeSet
 
@@ -107,8 +108,6 @@ class Probe:
 
     def _scores(self, features: Tensor) -> dict[str, float]:
         """The deciding metric of the validation images, by method."""
-        from mpmae.eval.metrics import evaluate  # an optional dependency
-
         task, num_train, classes = self._set.labelled.task, self._set.num_train, self._set.classes
         train = Examples(features[:num_train], classes[:num_train], task.kind)
         val = Examples(features[num_train:], classes[num_train:], task.kind)
@@ -130,7 +129,7 @@ class Probe:
         return best_fit(ridge(seen, STRENGTHS), Judge(unseen, metric)).settings["strength"]
 
     def _read_once(self, budget_gb: float) -> None:
-        """Read every image of this rank, so that a bad one is told of at the start, and keep those that there is room for."""
+        """Read every image of this rank, so that a bad one is told of at the start, and keep those there is room for."""
         room, kept = num_bytes(budget_gb), []
         for positions in self._own:
             images = self._read(positions)
@@ -142,8 +141,8 @@ class Probe:
         num_kept, num_own = sum(map(len, kept)), sum(map(len, self._own))
         if num_kept < num_own:
             self.notes.append(
-                f"probe: {num_kept:,} of {num_own:,} images stay in memory (probe.host_cache_gb = {budget_gb:g}); the others "
-                "are read again each time"
+                f"probe: {num_kept:,} of {num_own:,} images stay in memory (probe.host_cache_gb = {budget_gb:g}); the "
+                "others are read again each time"
             )
 
     def _read(self, positions: range) -> list[Tensor]:
@@ -159,14 +158,6 @@ class Probe:
         found = [problem for of_rank in self._world.gather_objects(problems) for problem in of_rank]
         if found:
             raise DatasetError([f"probe.dataset: {problem}" for problem in dict.fromkeys(found)])
-
-
-def shown(scores: Mapping[str, Any] | None) -> str:
-    """A result of `Probe.run` in a line."""
-    if scores is None:
-        return "given up, as the run is asked to stop"
-    parts = [f"{method_title(method)} {percent(score)}" for method, score in scores_of({"probe": scores}).items()]
-    return f"{', '.join(parts)} ({scores['metric']} of {scores['num_val']:,} images; {scores['elapsed_s']:.1f} s)"
 
 
 def _raise(error: MpmaeError | None) -> None:

@@ -161,7 +161,7 @@ def _some(indices: np.ndarray, max_samples: int) -> np.ndarray:
 
 
 def _held_out(classes: Tensor, kind: str) -> np.ndarray:
-    """Places of a stratified part of the images with these classes [N, K], ascending; each class keeps one that is not of it."""
+    """Ascending places of a stratified part of the images with these classes [N, K]; no class goes into it whole."""
     labels = (classes.argmax(1) if kind == "multiclass" else classes.bool()).numpy()
     everything = np.arange(len(labels))
     taken = np.setdiff1d(everything, fraction(labels, everything, 1 - _HELD_OUT, _SEED))

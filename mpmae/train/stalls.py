@@ -25,8 +25,8 @@ class Beat(NamedTuple):
     """What a rank says of itself.
 
     number: counts the beats. step, micro_step: of the running step (-1 before the first), from 0; in a validation or a
-    probe micro_step counts batches. num_collectives: that it has begun since the step did. idle_s: since it last got on. patience_s: how long
-    it may stay at such a place.
+    probe micro_step counts batches. num_collectives: that it has begun since the step did. idle_s: since it last got on.
+    patience_s: how long it may stay at such a place.
     """
 
     number: int
