@@ -252,8 +252,7 @@ class Run:
             reason = next((name for name, num in zip(REASONS, finished.num_votes, strict=True) if num), reason)
             for note in self.numerics.check(record):
                 self._note(note)
-            stops = self.numerics.is_exhausted or (reason is not None and record["step"] < self.plan.total_steps)
-            if self._probes_after(record["step"]) and not stops:
+            if self._probes_after(record["step"]) and reason is None and not self.numerics.is_exhausted:
                 record |= self._probe(record["step"])
             if self.trackers:
                 if self.saver.num_failed:
