@@ -64,6 +64,8 @@ class GeoBenchSet:
             )
         kind = _KINDS[label_type.kind]
         known = self._known or PublishedTask(kind)
+        if band_names == "published" and known.true_bands and product_level == "auto":
+            product_level = "none"  # statistics of a product would be those of other bands
         self.task = Task(
             name=self.folder.name,
             kind=kind,
@@ -124,8 +126,9 @@ class GeoBenchSet:
         present = {split: np.zeros(self.task.num_classes, bool) for split in self.splits}
         split_of = {self._ids[i]: split for split, indices in self.splits.items() for i in indices}
         by_class, by_sample = self.folder / "label_map.json", self.folder / "label_stats.json"
-        if self.task.kind == "multiclass" and by_class.is_file():
-            for label, names in _json(by_class).items():
+        class_map = _json(by_class) if self.task.kind == "multiclass" and by_class.is_file() else {}
+        if set(split_of) <= {name for names in class_map.values() for name in names}:
+            for label, names in class_map.items():
                 index = checked_class(int(label) if label.isdecimal() else label, self.task, str(by_class))
                 for split in {split_of[name] for name in names if name in split_of}:
                     present[split][index] = True

@@ -17,6 +17,7 @@ from mpmae.in_order import in_order
 from mpmae.shard_tools.progress import track
 
 _LOG = logging.getLogger(__name__)
+_Readable = GeoBenchSet | LabelledH5 | GeoTiffTable
 _H5 = (".h5", ".hdf5", ".hdf")
 
 
@@ -53,11 +54,11 @@ def open_set(section: DatasetSection, progress: bool = True) -> LabelledSet:
                 f"{path}: no samples in {', '.join(lacking)}; give the set these splits, or cross-validate with "
                 "data.num_folds=5"
             )
-        check_classes(labelled, progress)
+        _check_classes(labelled, progress)
     return labelled
 
 
-def check_classes(labelled: LabelledSet, progress: bool = True) -> None:
+def _check_classes(labelled: _Readable, progress: bool) -> None:
     """Log the classes that a split lacks; DatasetError where train lacks one of a single-label set.
 
     Of several labels or a label map, a class without training samples is a warning: a subset may lack rare ones.
@@ -76,7 +77,7 @@ def check_classes(labelled: LabelledSet, progress: bool = True) -> None:
         raise DatasetError(problems)
 
 
-def _present(labelled: LabelledSet, progress: bool) -> Mapping[str, np.ndarray]:
+def _present(labelled: _Readable, progress: bool) -> Mapping[str, np.ndarray]:
     """Split -> whether each class appears in it, bool [K]."""
     known = labelled.present_classes()
     if known is not None:
