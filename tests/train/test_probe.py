@@ -27,7 +27,8 @@ from tests.engine.spawn import REPO, run_ranks
 from tests.eval.labelled_files import write_h5
 from tests.train.launches import metrics
 
-STEPS = 5
+STEPS = 4
+SIDE = 8
 BANDS = ["B2", "B3", "B4", "B8"]
 CLASSES = ["water", "trees", "built"]
 NUM = {"train": 60, "val": 24, "test": 6}
@@ -47,7 +48,7 @@ SHORT = (
 )
 SCORES = ("knn_5", "knn_20", "linear")
 WITHOUT = "probe.dataset=null"
-ON_ONE_RANK = {"with": (), "without": (WITHOUT,), "not kept": ("probe.host_cache_gb=0",)}
+ON_ONE_RANK = {"with": (), "without": (WITHOUT,)}
 ON_TWO_RANKS = {"ddp": (), "fsdp": ("engine.name=fsdp",)}
 ZERO = {f"ZeRO-{n}": ("engine.name=deepspeed", f"engine.ds_config=configs/ds/zero{n}.json") for n in range(4)}
 
@@ -57,7 +58,7 @@ def write_set(folder: Path, **attributes) -> Path:
     rng, num = np.random.default_rng(0), sum(NUM.values())
     label = np.arange(num) % len(CLASSES)
     colour = 1500 + 60 * rng.standard_normal((len(CLASSES), len(BANDS), 1, 1))
-    image = (colour[label] + 400 * rng.standard_normal((num, len(BANDS), 16, 16))).clip(1, 10_000).astype(np.uint16)
+    image = (colour[label] + 400 * rng.standard_normal((num, len(BANDS), SIDE, SIDE))).clip(1, 10_000).astype(np.uint16)
     label[-NUM["test"] :] = 99
     starts = np.cumsum([0, *NUM.values()])
     splits = {name: list(range(first, first + NUM[name])) for name, first in zip(NUM, starts, strict=False)}
@@ -135,7 +136,7 @@ def test_what_is_recorded(alone):
     lines = metrics(alone / "with")
     assert [line["step"] for line in lines] == list(range(STEPS + 1))
     assert set(lines[0]) == {"step", "probe"}
-    assert list(probes(alone / "with")) == [0, 2, 4, 5]
+    assert list(probes(alone / "with")) == [0, 2, 4]
     for line in lines:
         if "probe" in line:
             assert set(line["probe"]) == {*SCORES, "metric", "num_train", "num_val", "elapsed_s"}
@@ -148,7 +149,7 @@ def test_what_is_recorded(alone):
 def test_the_training_is_the_same_bit_by_bit(alone):
     assert trained(alone / "with") == trained(alone / "without")
     assert not probes(alone / "without")
-    for step in (2, 5):
+    for step in (2, 4):
         with_probe, without = (alone / name / "checkpoints" / f"step-{step:08d}" for name in ("with", "without"))
         for name in ("model.safetensors", "engine/rng-00000-of-00001.pt"):
             assert (with_probe / name).read_bytes() == (without / name).read_bytes(), name
@@ -160,15 +161,13 @@ def test_a_resumed_run_goes_on_with_it(alone):
     assert trained(alone / "resumed") == trained(alone / "with")
 
 
-def test_images_that_are_not_kept_are_read_again(alone):
-    assert probes(alone / "not kept") == probes(alone / "with")
-    assert "probe: 0 of 84 images stay in memory (probe.host_cache_gb = 0)" in (alone / "processes" / "rank0.log").read_text()
-
-
 def test_a_probe_that_fails_does_not_end_the_run(alone):
-    assert list(probes(alone / "unreadable")) == [0, 4, 5]
+    expected = probes(alone / "with")
+    assert probes(alone / "unreadable") == {step: expected[step] for step in (0, 4)}, "images not kept are read again"
     assert trained(alone / "unreadable") == trained(alone / "without")
-    assert "no probe after step 2: probe.dataset: image 5 is gone" in (alone / "processes" / "rank0.log").read_text()
+    told = (alone / "processes" / "rank0.log").read_text()
+    assert "no probe after step 2: probe.dataset: image 5 is gone" in told
+    assert "probe: 0 of 84 images stay in memory (probe.host_cache_gb = 0)" in told
 
 
 def test_a_request_to_stop_does_not_wait_for_it(alone):
@@ -206,3 +205,72 @@ def test_deepspeed_does_not_change_it(settings, tmp_path, precision):
         assert probes(tmp_path / name)[0] == probes(tmp_path / "ddp")[0], name
         if precision == "fp32":
             assert probes(tmp_path / name) == probes(tmp_path / "ddp"), name
+
+
+@pytest.fixture
+def plan(shards_dir, tmp_path, capsys):
+    """A function that gives what --dry-run prints for a labelled set."""
+
+    def show(path: Path, *extra: str) -> str:
+        probe = f"probe.dataset={path}"
+        dry_run(load_config(None, [f"data.shards={shards_dir}", f"run.dir={tmp_path}/run", *SHORT, probe, *extra]))
+        return " ".join(capsys.readouterr().out.split())
+
+    return show
+
+
+def test_the_plan_tells_of_it(plan, tmp_path):
+    shown = plan(write_set(tmp_path), "probe.every_steps=50")
+    assert "probe set: 3 classes, 60 images to train on, 24 to judge by; every 50 steps" in shown
+    assert "8 x 8 px; statistics of dataset: the set's product level is not known (probe.product_level)" in shown
+    shown = plan(write_set(tmp_path, bands=["B2", "B3", "B4", "B8A"]), "probe.product_level=l1c", "probe.size=16")
+    assert "8 x 8 px scaled to 16 px; B8A stands in for B8; statistics of pretraining" in shown
+    assert "probe" not in plan("null")
+
+
+def test_images_that_judge_are_taken_from_train_where_there_is_no_val(plan, tmp_path):
+    path = write_set(tmp_path)
+    path.with_suffix(".json").write_text(json.dumps({"splits": {"train": list(range(60))}}))
+    assert "48 images to train on, 12 to judge by" in plan(path)
+    assert "32 images to train on, 8 to judge by" in plan(path, "probe.max_samples=40")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "settings", "message"),
+    [
+        ({"bands": ["a", "b", "c", "d"]}, (), r"no stored band can stand for B2, B3, B4, B8"),
+        ({"classes": ["water", "trees"]}, (), r"label\[2\]: label 2; expected one of the classes 0..1 of set"),
+        ({}, ("probe.size=20",), r"probe.size = 20: expected a multiple of the encoder's patch size 8, such as 16 or 24"),
+        ({}, ("probe.format=geobench",), r"expected one GEO-Bench task"),
+        ({}, ("probe.max_samples=2",), r"none of \d+ images can be held out|are of 1 class"),
+    ],
+)
+def test_a_set_that_does_not_fit(plan, tmp_path, attributes, settings, message):
+    with pytest.raises(DatasetError, match=rf"probe.dataset = .*set.h5: .*{message}") as error:
+        plan(write_set(tmp_path, **attributes), *settings)
+    assert "data." not in str(error.value)
+    assert "image." not in str(error.value)
+
+
+def test_a_set_that_is_absent_or_of_another_kind(plan, tmp_path):
+    with pytest.raises(DatasetError, match=r"probe.dataset = .*nowhere: probe.dataset: nothing at .*nowhere"):
+        plan(tmp_path / "nowhere")
+    image, label = np.ones((4, 4, 8, 8), np.uint16), np.zeros((4, 8, 8), np.int64)
+    path = write_h5(tmp_path / "maps.h5", image, label, {"train": [0, 1], "val": [2, 3]}, bands=BANDS)
+    with pytest.raises(ConfigError, match=r"maps is a segmentation task; the probe takes images with classes"):
+        plan(path)
+
+
+def test_it_needs_torchmetrics(plan, tmp_path):
+    with (
+        mock.patch("importlib.util.find_spec", return_value=None),
+        pytest.raises(ConfigError, match=r"needs the package torchmetrics: pip install mpmae\[eval\]"),
+    ):
+        plan(write_set(tmp_path))
+
+
+def test_a_run_from_before_there_were_probes_goes_on():
+    config = load_config(None, [])
+    meta = checkpoint_meta(config, 0, 3, "fingerprint", 1, None)
+    del meta["config"]["probe"]
+    assert check_compatible(meta, config, "fingerprint", 1) == []
