@@ -49,7 +49,7 @@ SHORT = (
 SCORES = ("knn_5", "knn_20", "linear")
 WITHOUT = "probe.dataset=null"
 ON_ONE_RANK = {"with": (), "without": (WITHOUT,)}
-ON_TWO_RANKS = {"ddp": (), "fsdp": ("engine.name=fsdp",)}
+FSDP = {"fsdp": ("engine.name=fsdp",)}
 ZERO = {f"ZeRO-{n}": ("engine.name=deepspeed", f"engine.ds_config=configs/ds/zero{n}.json") for n in range(4)}
 
 
@@ -190,21 +190,20 @@ def test_it_says_what_an_evaluation_of_the_checkpoint_says(alone, settings):
     assert probes(alone / "with")[4]["knn_5"] == pytest.approx(float(expected), abs=1e-6)
 
 
-def test_ranks_and_engines_do_not_change_it(alone, settings, tmp_path):
-    run_ranks(started, 2, (str(tmp_path), settings, ON_TWO_RANKS), tmp_path / "processes")
-    for name in ON_TWO_RANKS:
-        assert probes(tmp_path / name) == probes(alone / "with"), name
+def test_weights_cut_over_two_ranks_say_the_same(alone, settings, tmp_path):
+    run_ranks(started, 2, (str(tmp_path), settings, FSDP), tmp_path / "processes")
+    assert probes(tmp_path / "fsdp") == probes(alone / "with")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_deepspeed_does_not_change_it(settings, tmp_path, precision):
+def test_every_engine_says_the_same(settings, tmp_path, precision):
     settings = (*settings, f"train.precision={precision}")
-    run_ranks(started, 2, (str(tmp_path), settings, ON_TWO_RANKS | ZERO), tmp_path / "processes")
-    for name in ZERO:
-        assert probes(tmp_path / name)[0] == probes(tmp_path / "ddp")[0], name
+    run_ranks(started, 2, (str(tmp_path), settings, {"ddp": ()} | FSDP | ZERO), tmp_path / "processes")
+    for name in (*FSDP, *ZERO):
         if precision == "fp32":
             assert probes(tmp_path / name) == probes(tmp_path / "ddp"), name
+        assert probes(tmp_path / name)[0] == probes(tmp_path / "ddp")[0], name
 
 
 @pytest.fixture
