@@ -98,8 +98,9 @@ class Probe:
                 return None
             try:
                 if number < len(self._own) and problem is None:
-                    images = self._kept[number] if number < len(self._kept) else self._read(self._own[number])
-                    features[list(self._own[number])] = _vectors(encoder, images)
+                    own = self._own[number]
+                    images = self._kept[number] if number < len(self._kept) else self._read(own)
+                    features[own.start : own.stop] = _vectors(encoder, images)
             except MpmaeError as error:
                 problem = error
             self._tick()
