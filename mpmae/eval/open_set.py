@@ -52,7 +52,7 @@ def open_set(section: DatasetSection, progress: bool = True) -> LabelledSet:
         if lacking:
             raise DatasetError(
                 f"{path}: no samples in {', '.join(lacking)}; give the set these splits, or cross-validate with "
-                "data.num_folds=5"
+                "dataset.num_folds=5"
             )
         _check_classes(labelled, progress)
     return labelled
@@ -98,7 +98,7 @@ def _present(labelled: _Readable, progress: bool) -> Mapping[str, np.ndarray]:
 def _found(path: Path, form: str) -> tuple[str, Path]:
     """The format and the folder or file that its reader takes."""
     if not path.exists():
-        raise DatasetError(f"data.path: nothing at {path}; expected a GEO-Bench task's folder, an HDF5 file, or a CSV table")
+        raise DatasetError(f"dataset.path: nothing at {path}; expected a GEO-Bench task's folder, an HDF5 file, or a CSV table")
     if path.is_file():
         by_suffix = {**dict.fromkeys(_H5, "h5"), ".csv": "geotiff"}
         there = [(by_suffix[path.suffix.lower()], path)] if path.suffix.lower() in by_suffix else []
@@ -114,8 +114,8 @@ def _found(path: Path, form: str) -> tuple[str, Path]:
         return form, path
     tasks = sorted(p.parent.name for p in path.glob(f"*/{SPECS}")) if path.is_dir() else []
     if tasks:
-        raise DatasetError(f"data.path: {path} holds GEO-Bench tasks; name one of them: {few(tasks, 12)}")
+        raise DatasetError(f"dataset.path: {path} holds GEO-Bench tasks; name one of them: {few(tasks, 12)}")
     raise DatasetError(
-        f"data.path: {path} holds {few([p.name for _, p in there]) or 'no labelled set'} (data.format={form}); expected one "
+        f"dataset.path: {path} holds {few([p.name for _, p in there]) or 'no labelled set'} (dataset.format={form}); expected one "
         f"GEO-Bench task ({SPECS}), one HDF5 file ({', '.join(_H5)}) or one CSV table"
     )

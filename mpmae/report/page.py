@@ -13,6 +13,7 @@ from mpmae.probe_record import method_title, scores_of
 from mpmae.report import numbers
 from mpmae.report.charts import Chart, legend_swatch, line_chart, ratio_bar
 from mpmae.report.data import ReportData
+from mpmae.report.embedding_charts import embedding_charts
 from mpmae.report.pictures import NO_DATA, dots, hatch, png_data_uri
 from mpmae.report.tiles import tile_view
 from mpmae.report.vectors import PERIODS
@@ -74,6 +75,7 @@ def render_report(data: ReportData) -> str:
         probe_note=numbers.probe_note(data),
         swatches={kind: Markup(legend_swatch(kind)) for kind in ("line", "band", "point", "trivial")},
         tiles=[tile_view(tile) for tile in data.tiles],
+        embedding_charts=_embedding_charts(data),
         periods=list(PERIODS.values()),
         keys={"hidden": png_data_uri(hatch(_KEY_SIDE_PX)), "unscored": png_data_uri(dots(_KEY_SIDE_PX))},
         no_data_colour="#{:02x}{:02x}{:02x}".format(*NO_DATA),
@@ -115,6 +117,11 @@ def _probe_charts(data: ReportData) -> Iterator[Chart]:
             yield line_chart(
                 method_title(method), scores, trivial=numbers.at_start(scores), unit="%", dashed_name="random init"
             )
+
+
+def _embedding_charts(data: ReportData) -> list[tuple[Chart, Markup]]:
+    found = data.embeddings
+    return _markup(iter(embedding_charts(found).values())) if found and found.points else []
 
 
 def _markup(charts: Iterator[Chart]) -> list[tuple[Chart, Markup]]:

@@ -211,12 +211,15 @@ def test_landsat_keeps_names_and_wavelengths(tmp_path):
     assert rows == {"B4": "04 - Red", "B8": "05 - NIR", "B8A": "05 - NIR", "B12": "07 - SWIR2"}
 
 
-def test_coarser_bands_are_brought_to_the_largest(tmp_path):
+def test_coarser_bands_are_brought_to_the_largest(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     folder, samples = build(tmp_path, "m-NeonTree", per_split=1)
     found = GeoBenchSet(folder)
     assert found.task.band_names == ("Red", "Green", "Blue", "Canopy Height Model")
     coarse = samples["train_0"][0]["Canopy Height Model"][..., 0]
     np.testing.assert_array_equal(found.image(0)[3], coarse.repeat(2, 0).repeat(2, 1))
+    found.image(1)
+    assert caplog.text.count("by repeating pixels: Red 8x8, Green 8x8, Blue 8x8, Canopy Height Model 4x4") == 1
     assert len(NEON) == 5
 
 
@@ -314,7 +317,7 @@ def test_another_partition(tmp_path):
     folder = one_sample(tmp_path, np.ones((3, 4, 4)), 0).folder
     (folder / "0.05x_train_partition.json").write_text('{"test": ["a"], "train": [], "valid": []}')
     assert GeoBenchSet(folder, "0.05x_train").splits["test"].tolist() == [0]
-    with pytest.raises(DatasetError, match=r"data.partition can be 0.05x_train, default"):
+    with pytest.raises(DatasetError, match=r"dataset.partition can be 0.05x_train, default"):
         GeoBenchSet(folder, "other")
 
 

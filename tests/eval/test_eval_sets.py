@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 
+import h5py
 import numpy as np
 import pytest
 
@@ -103,6 +104,14 @@ def test_h5_files_that_do_not_fit(tmp_path, change, message):
     arguments = {"image": images(), "label": THIRDS} | change
     with pytest.raises(DatasetError, match=message):
         LabelledH5(write_h5(tmp_path / "mine.h5", **arguments), progress=False)
+
+
+def test_names_of_an_h5_file_are_unique(tmp_path):
+    path = write_h5(tmp_path / "mine.h5", images(), THIRDS)
+    with h5py.File(path, "r+") as file:
+        file["name"] = np.array([b"a"] * 2 + [b"b"] * 10)
+    with pytest.raises(DatasetError, match="2 different names of 12 samples"):
+        LabelledH5(path, progress=False)
 
 
 @pytest.mark.parametrize("kind", ["multiclass", "segmentation"])
@@ -220,9 +229,9 @@ def test_open_set_tells_the_format(tmp_path, caplog):
     assert "3 classes, 3 bands, product level not known, samples train 6, val 3, test 3" in caplog.text
     with pytest.raises(DatasetError, match="nothing at"):
         open_set(DatasetSection(path=tmp_path / "absent"))
-    with pytest.raises(DatasetError, match=r"holds no labelled set \(data.format=auto\)"):
+    with pytest.raises(DatasetError, match=r"holds no labelled set \(dataset.format=auto\)"):
         open_set(DatasetSection(path=tmp_path))
-    with pytest.raises(DatasetError, match=r"\(data.format=geobench\)"):
+    with pytest.raises(DatasetError, match=r"\(dataset.format=geobench\)"):
         open_set(DatasetSection(path=h5, format="geobench"))
     write_h5(h5.parent / "other.h5", images(), THIRDS)
     with pytest.raises(DatasetError, match=r"holds mine.h5, other.h5"):
@@ -231,7 +240,7 @@ def test_open_set_tells_the_format(tmp_path, caplog):
 
 def test_sets_without_splits_need_folds(tmp_path):
     path = write_h5(tmp_path / "mine.h5", images(), THIRDS, splits={"train": [0, 1, 2]})
-    with pytest.raises(DatasetError, match=r"no samples in val, test; .*data.num_folds=5"):
+    with pytest.raises(DatasetError, match=r"no samples in val, test; .*dataset.num_folds=5"):
         open_set(DatasetSection(path=path), progress=False)
     assert len(open_set(DatasetSection(path=path, num_folds=3), progress=False)) == 12
 
