@@ -111,7 +111,7 @@ def best_fit(fits: Iterable[Fit], judge: Judge) -> Fit:
 def ridge(train: Examples, strengths: Sequence[float]) -> Iterator[Fit]:
     """Least squares on classes as 0 and 1: mean over images of |xW + b - y|^2, plus strength |W|^2; b is free.
 
-    Closed form, one eigendecomposition of the smaller of X'X and XX' for all strengths, in float64, for standardised features.
+    Closed form, one eigendecomposition of the smaller of X'X and XX' for all strengths, in float64. Features: standardised.
     """
     x, y = train.features.double(), train.classes.double()
     bias = y.mean(0)
@@ -129,8 +129,8 @@ def logistic(train: Examples, strengths: Sequence[float]) -> Iterator[Fit]:
     """Logistic regression: mean over images of the cross-entropy, plus strength / 2 |W|^2; the bias is free.
 
     Several labels: the sum of their binary cross-entropies, so that each is fitted as if alone. L-BFGS with a strong Wolfe
-    search in float64, each strength starting from the solution of the stronger one before; settings say how far the gradient came
-    down.
+    search in float64, each strength starting from the solution of the stronger one before; settings say how far the
+    gradient came down.
     """
     x, y = train.features.double(), train.classes.double()
     weight = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device, requires_grad=True)
