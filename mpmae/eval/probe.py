@@ -1,9 +1,7 @@
 """`probe`: what the features of an encoder are good for, without training it, beside features that nothing was learned for."""
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +20,7 @@ from mpmae.eval.open_set import open_set
 from mpmae.eval.plan import Run, class_labels, plan_runs
 from mpmae.eval.probe_config import ProbeConfig
 from mpmae.eval.probe_picture import write_picture
-from mpmae.eval.score_log import Key, key_of, open_log
+from mpmae.eval.score_log import Key, open_log
 from mpmae.eval.scores import Score, write_scores
 from mpmae.eval.tables import markdown, percent, results_table, terminal
 from mpmae.files import write_whole
