@@ -17,6 +17,9 @@ class DatasetSection(Section):
     band_names: Literal["corrected", "published"] = Field(
         "corrected", description="published: as GEO-Bench's files say, also where they are known to be wrong"
     )
+    product_level: Literal["auto", "l1c", "l2a", "none"] = Field(
+        "auto", description="Sentinel-2 product of the images; auto: what the set says or is known for; none: not known"
+    )
     label_fractions: tuple[Float, ...] = Field((1.0,), description="of the training split, stratified by class")
     num_folds: Int | None = Field(
         None, ge=2, description="cross-validation over all samples instead of the set's own splits"

@@ -87,6 +87,12 @@ def read_window(
     return values[:, row : row + side, column : column + side], fills
 
 
+def read_image(data: Path | bytes) -> tuple[np.ndarray, tuple[float | None, ...]]:
+    """All bands [F, H, W] at their own size, and the no-data value of each. Raises UnreadableError."""
+    with _opened(data) as file:
+        return file.read(), tuple(file.nodatavals)
+
+
 @contextmanager
 def _opened(data: Path | bytes):
     rasterio = _rasterio()
