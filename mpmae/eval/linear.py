@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from mpmae.eval.metrics import OneMetric
 
 _GRADIENT_TOLERANCE = 1e-7
-_MAX_ITERATIONS = 200
+_MAX_ITERATIONS = 300
 _CURVATURE = 0.25  # of a logistic loss, at most
 
 

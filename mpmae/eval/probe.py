@@ -1,4 +1,4 @@
-"""`probe`: what the features of an encoder are good for, without training it, beside features that nothing was learned for."""
+"""`probe`: what the features of an encoder are good for without training it, beside features that nobody trained."""
 
 import hashlib
 from collections.abc import Mapping
@@ -40,10 +40,10 @@ _FREE_KEYS = {
 def probe(config: ProbeConfig, *, resume: bool = False, labelled: LabelledSet | None = None) -> list[Score]:
     """Scores on the test split: encoder and baselines x methods x label fractions x folds x seeds.
 
-    Settings are chosen on the validation split; each run reads the test labels once. output.dir gets scores.json, results.md,
-    results.png, config.yaml, scores.jsonl (as they are reached) and features/. resume: go on with what output.dir holds;
-    methods, fractions, seeds and baselines may have been added. labelled: the set, if it is open already. Raises ConfigError,
-    DatasetError and CheckpointError.
+    Settings are chosen on the validation split; each run reads the test labels once. output.dir gets scores.json,
+    results.md, results.png, config.yaml, scores.jsonl (as they are reached) and features/. resume: go on with what is in
+    output.dir; methods, fractions, seeds and baselines may have been added. labelled: the set, if it is open already. Raises
+    ConfigError, DatasetError and CheckpointError.
     """
     device = find_device(config.output.device)
     labelled = open_set(config.dataset) if labelled is None else labelled

@@ -18,10 +18,10 @@ class ProbeSection(Section):
     strengths: tuple[Float, ...] = Field(
         (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0), min_length=1, description="of the L2 penalty: ridge and lbfgs"
     )
-    lrs: tuple[Float, ...] = Field((1e-4, 3e-4, 1e-3, 3e-3, 1e-2), min_length=1, description="peak rates: adamw")
+    lrs: tuple[Float, ...] = Field((3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), min_length=1, description="peak rates: adamw")
     sgd_lrs: tuple[Float, ...] = Field((1e-3, 1e-2, 1e-1, 1.0), min_length=1, description="peak rates: sgd")
     weight_decays: tuple[Float, ...] = Field((0.0, 1e-2, 1e-1), min_length=1, description="adamw and sgd")
-    epochs: Int = Field(50, gt=0, description="adamw and sgd")
+    epochs: Int = Field(100, gt=0, description="adamw and sgd")
     batch_size: Int = Field(256, gt=0, description="adamw and sgd; smaller sets are one batch")
     fit_with_val: bool = Field(False, description="once the settings are chosen, fit them anew on train and val together")
     baselines: tuple[Literal["random_init", "image_statistics", "random_convolutions"], ...] = Field(

@@ -145,8 +145,8 @@ def _notes(scores: Sequence[Score], rows: Sequence[Standing]) -> tuple[str, ...]
         notes.append("One seed: what another seed would change is not known.")
     if any(row.images for row in rows):
         notes.append(
-            f"Over images: 95 % bootstrap interval over test images ({NUM_DRAWS} draws) of accuracy, runs averaged by image. "
-            "Gain on random init: the same, paired by image."
+            f"Over images: 95 % bootstrap interval of accuracy over test images ({NUM_DRAWS} draws), runs averaged by image;"
+            " gain on random init: of the difference, paired by image."
         )
     return tuple(notes)
 
