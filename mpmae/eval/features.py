@@ -5,8 +5,9 @@ Shapes: N images of the set, B stored bands, H x W pixels, T windows of an image
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,22 +46,29 @@ class Featuriser(Protocol):
         ...
 
 
-class Prepare(Protocol):
-    """How a stored image becomes input, such as `mpmae.eval.prepare.Preparation`. Called from several threads.
+Prepare = Callable[[np.ndarray], Tensor]  # the windows [T, C, S, S] of a stored image [B, H, W]; from several threads
 
-    facts: what it does, as plain values; part of the key under which features are kept.
+
+@dataclass(frozen=True)
+class Source:
+    """A featuriser with the preparation of its input, such as `mpmae.eval.prepare.Preparation`.
+
+    about: what the preparation depends on beside the set and the featuriser, as plain values; part of the key under which
+    features are kept.
     """
 
-    facts: Mapping[str, Any]
+    featuriser: Featuriser
+    prepare: Prepare
+    about: Mapping[str, Any] = field(default_factory=dict)
 
-    def __call__(self, image: np.ndarray) -> Tensor:
-        """The windows [T, C, S, S] of a stored image [B, H, W]."""
-        ...
+    def key(self, identity: str) -> str:
+        """What tells its features of a set from any others. identity: of `set_identity`."""
+        parts = (FORMAT_VERSION, self.featuriser.fingerprint(), sorted(self.about.items()), identity)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def image_features(
-    featuriser: Featuriser,
-    prepare: Prepare,
+    source: Source,
     labelled: LabelledSet,
     *,
     device: torch.device | str = "cpu",
@@ -73,11 +81,12 @@ def image_features(
     or whose features are not finite.
     """
     indices = range(len(labelled)) if indices is None else indices
+    featuriser = source.featuriser
     if isinstance(featuriser, nn.Module):
         featuriser = featuriser.eval().to(device)
 
     def read(index: int) -> Tensor:
-        return prepare(labelled.image(int(index)))
+        return source.prepare(labelled.image(int(index)))
 
     vectors: list[Tensor] = []
     with torch.inference_mode(), closing(_read_all(read, indices, num_workers)) as images:
@@ -98,8 +107,7 @@ def image_features(
 
 def kept_features(
     folder: Path,
-    featuriser: Featuriser,
-    prepare: Prepare,
+    source: Source,
     labelled: LabelledSet,
     identity: str,
     *,
@@ -108,30 +116,24 @@ def kept_features(
 ) -> Tensor:
     """As `image_features` of all images, read from `folder` where it has them, else computed and written there.
 
-    identity: of `set_identity`. A file that cannot be read, or is of another key, is computed again, with a warning.
+    identity: of `set_identity`. A file that cannot be read is computed again, with a warning.
     """
-    key = features_key(featuriser, prepare, identity)
+    key, label = source.key(identity), source.featuriser.label
     path = folder / f"{key[:32]}.safetensors"
     if path.exists():
         try:
             kept = load_file(path)["features"]
             if len(kept) == len(labelled):
                 return kept
-            problem = f"it has {len(kept)} rows for {len(labelled)} images"
+            problem = f"{len(kept)} rows for {len(labelled)} images"
         except (SafetensorError, OSError, KeyError) as error:
             problem = f"{type(error).__name__}: {error}"
         _LOG.warning("%s holds no features of this set (%s); they are computed again", path, problem)
-    features = image_features(featuriser, prepare, labelled, device=device, num_workers=num_workers)
+    features = image_features(source, labelled, device=device, num_workers=num_workers)
     folder.mkdir(parents=True, exist_ok=True)
-    facts = {"key": key, "label": featuriser.label, "task": labelled.task.name, "preparation": repr(dict(prepare.facts))}
+    facts = {"key": key, "label": label, "task": labelled.task.name, "about": repr(dict(source.about))}
     write_whole(path, save({"features": features}, metadata=facts))
     return features
-
-
-def features_key(featuriser: Featuriser, prepare: Prepare, identity: str) -> str:
-    """What tells features apart: the featuriser's weights, the preparation and the set."""
-    parts = (FORMAT_VERSION, featuriser.fingerprint(), sorted(prepare.facts.items(), key=lambda fact: fact[0]), identity)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def set_identity(labelled: LabelledSet) -> str:
@@ -147,7 +149,7 @@ def set_identity(labelled: LabelledSet) -> str:
     return digest.hexdigest()
 
 
-def _read_all(read: Any, indices: Sequence[int], num_workers: int) -> Iterator[Tensor]:
+def _read_all(read: Callable[[int], Tensor], indices: Sequence[int], num_workers: int) -> Iterator[Tensor]:
     if num_workers:
         yield from in_order(read, indices, num_workers, depth=2 * _WINDOWS_PER_BATCH)
     else:

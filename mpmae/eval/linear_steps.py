@@ -38,8 +38,8 @@ class Schedule:
 def gradient_steps(train: Examples, schedule: Schedule, judge: Judge | None) -> Fit:
     """The fit of the grid and of all epochs that `judge` puts highest, for standardised features.
 
-    Of equal ones that with the larger weight decay, then the smaller rate, then the fewer epochs. Weights start at 0, and all
-    points see the same batches. Without a judge the weights after `schedule.stop_after` epochs, of a grid of one point.
+    Of equal ones that with the larger weight decay, then the smaller rate, then the fewer epochs. Weights start at 0, and
+    all points see the same batches. Without a judge the weights after `schedule.stop_after` epochs, of a grid of one point.
     """
     grid = sorted(product(schedule.weight_decays, schedule.lrs), key=lambda point: (-point[0], point[1]))
     x, y = train.features, train.classes
