@@ -5,6 +5,7 @@ Shapes: N images that train the probe and then those that judge it, K classes, T
 
 import hashlib
 import importlib.util
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +28,7 @@ from mpmae.shard_format import Manifest
 _SEED = 0  # not the run's: probes of runs with other seeds see the same images
 _HELD_OUT = 0.2  # of the training images, where some of them have to judge
 _NUM_NAMED = 5
-_KEYS = {"data.path": "probe.dataset", "data.": "probe.", "image.": "probe."}
+_KEYS = re.compile(r"\b(?:dataset|image)\.(?=(?:format|partition|product_level|normalise|size|fit)\b)")
 
 
 @dataclass(frozen=True)
@@ -117,9 +118,7 @@ def open_probe_set(config: RunConfig, manifest: Manifest, model: MPMAE) -> Probe
 
 def in_our_keys(text: str) -> str:
     """A message of an evaluation, with the keys of a run instead of its own."""
-    for theirs, ours in _KEYS.items():
-        text = text.replace(theirs, ours)
-    return text
+    return _KEYS.sub("probe.", re.sub(r"\bdataset\.path\b", "probe.dataset", text))
 
 
 def _chosen(section: ProbeSection, labelled: LabelledSet, num_workers: int) -> tuple[np.ndarray, int, Tensor, list[str]]:
