@@ -149,3 +149,13 @@ def test_the_sources_need_their_packages_only_when_a_set_is_read():
 def test_shard_tools_run_without_torch():
     code = "import sys, mpmae.shard_tools.cli; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_run_without_a_probe_needs_nothing_of_evaluation():
+    names = ("torchmetrics", "timm", "rasterio", "pyarrow", "torchvision")
+    code = f"import sys, mpmae.train, mpmae.report.cli; sys.exit(any(name in sys.modules for name in {names}))"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_evaluation_never_imports_training():
+    assert not [m for m in importers_of("mpmae.train") if inside(m, "mpmae.eval")]

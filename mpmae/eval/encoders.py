@@ -5,15 +5,14 @@ Shapes: N images, B input bands, S image side in pixels, D features, C_s channel
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpmae.errors import ConfigError
 from mpmae.eval.config import EncoderSection
-from mpmae.eval.encoder_input import EncoderInput
-from mpmae.modalities import PRODUCT_LEVELS, spec_of
+from mpmae.eval.encoder_input import EncoderInput, statistics_by_level
+from mpmae.modalities import spec_of
 from mpmae.models import ConvNeXtV2, create_encoder
 from mpmae.models.interop import Weights, as_weights, describe
 
@@ -109,18 +108,10 @@ def build_encoder(
             drop_path_rate=drop_path_rate,
             checkpoint=weights,
         )
-    encoder_input = EncoderInput(tuple(bands), backbone.patch_size, {} if weights is None else _statistics(weights))
+    statistics = {} if weights is None else statistics_by_level(weights.recorded("statistics") or {})
+    encoder_input = EncoderInput(tuple(bands), backbone.patch_size, statistics)
     label = RANDOM_INIT if weights is None else str(section.checkpoint or weights.source)
     return ImageEncoder(backbone.eval(), encoder_input, label)
-
-
-def _statistics(weights: Weights) -> dict[str, dict[str, tuple[float, ...]]]:
-    recorded: dict[str, Any] = weights.recorded("statistics") or {}
-    return {
-        level: {key: tuple(recorded[f"sentinel2_{level}"][key]) for key in ("mean", "std")}
-        for level in PRODUCT_LEVELS
-        if f"sentinel2_{level}" in recorded
-    }
 
 
 class _seeded:

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from mpmae.errors import ReportError
 from mpmae.files import write_whole
+from mpmae.probe_record import method_title, scores_of
 from mpmae.report import numbers
 from mpmae.report.charts import Chart, legend_swatch, line_chart, ratio_bar
 from mpmae.report.data import ReportData
@@ -70,6 +71,8 @@ def render_report(data: ReportData) -> str:
         equal_within_percent=numbers.EQUAL_WITHIN_PERCENT,
         run_charts=_markup(_run_charts(data)),
         loss_charts=_markup(_loss_charts(data)),
+        probe_charts=_markup(_probe_charts(data)),
+        probe_note=numbers.probe_note(data),
         swatches={kind: Markup(legend_swatch(kind)) for kind in ("line", "band", "point", "trivial")},
         tiles=[tile_view(tile) for tile in data.tiles],
         embedding_charts=_embedding_charts(data),
@@ -105,6 +108,15 @@ def _loss_charts(data: ReportData) -> Iterator[Chart]:
         train = numbers.series(data.history, "losses", name)
         validation, trivial = (numbers.series(data.validation, key, name) for key in ("losses", "trivial"))
         yield line_chart(numbers.title_of(name), train, validation, trivial)
+
+
+def _probe_charts(data: ReportData) -> Iterator[Chart]:
+    for method in dict.fromkeys(method for item in data.history for method in scores_of(item)):
+        scores = [(step, 100 * score) for step, score in numbers.series(data.history, "probe", method)]
+        if scores:
+            yield line_chart(
+                method_title(method), scores, trivial=numbers.at_start(scores), unit="%", dashed_name="random init"
+            )
 
 
 def _embedding_charts(data: ReportData) -> list[tuple[Chart, Markup]]:
