@@ -60,3 +60,20 @@ def section(record: dict[str, Any]) -> str:
         text,
     ]
     return "\n".join(lines)
+
+
+def readme(record: dict[str, Any]) -> str:
+    """README's sentence: kNN and linear accuracy of the pretrained encoders beside random weights."""
+    rows = record["results"]["rows"]
+    methods = [method for method in ("knn-20", "lbfgs") if any(row["method"] == method for row in rows)]
+    said = []
+    for method in methods:
+        found = {row["encoder"]: row for row in rows if row["method"] == method}
+        parts = [f"{100 * row['mean']:.1f} % {encoder}" for encoder, row in found.items() if encoder in COLOURS]
+        said.append(f"{method}: {', '.join(parts)}")
+    case = record["case"]
+    return (
+        f"Measured on {case['labelled'].removesuffix('.h5')} ({case['folds']} folds, {case['seeds']} seeds, "
+        f"{case['steps']} steps of pretraining on a few hundred real tiles): {'; '.join(said)}. "
+        "[Intervals, and what so little data can show](benchmarks/RESULTS.md)."
+    )
