@@ -144,8 +144,8 @@ class LabelledH5:
         }
         if not fits.get(kind, False):
             problems.append(
-                f"{self.path}: label of shape {list(label)} for image {list(image)} and {num_classes} classes; expected [N], "
-                "[N, K] or [N, H, W]"
+                f"{self.path}: label of shape {list(label)} for image {list(image)} and {num_classes} classes; expected "
+                "[N], [N, K] or [N, H, W]"
             )
         if facts.get("product_level", "none") not in ("l1c", "l2a", "none"):
             problems.append(f"{self.path}: product_level = {facts['product_level']!r}; expected l1c, l2a or none")
