@@ -64,10 +64,10 @@ def open_encoder(section: EncoderSection, seed: int = 0, drop_path_rate: float =
     return build_encoder(section, weights, seed, drop_path_rate)
 
 
-def random_twin(section: EncoderSection, seed: int = 0) -> ImageEncoder:
+def random_twin(section: EncoderSection, seed: int = 0, drop_path_rate: float = 0.0) -> ImageEncoder:
     """The architecture, bands and statistics of `open_encoder`, with random weights: what pretraining has to beat."""
     if section.checkpoint is None:
-        return open_encoder(section, seed)
+        return open_encoder(section, seed, drop_path_rate)
     weights = as_weights(section.checkpoint)
     like, found = build_encoder(section, weights), describe(weights.state, weights.source)
     with _seeded(seed):
@@ -79,6 +79,7 @@ def random_twin(section: EncoderSection, seed: int = 0) -> ImageEncoder:
             stem=found.stem,
             stem_padding=like.backbone.stem_padding,
             grn_eps=like.backbone.grn_eps,
+            drop_path_rate=drop_path_rate,
         )
     return ImageEncoder(fresh.eval(), like.input, RANDOM_INIT)
 
