@@ -61,7 +61,7 @@ def write_checkpoint(folder, statistics):
     (folder / "checkpoint.json").write_text(json.dumps(tree))
 
 
-def specs(BandSpec, names, sensor="s2", largest=10000.0):  # noqa: N803
+def specs(BandSpec, names, sensor="s2", largest=10000.0):
     return [BandSpec(sensor, name, name.upper(), 1200.0, 300.0, 0.0, largest) for name in names]
 
 
