@@ -58,10 +58,12 @@ class ClassificationSetup:
 
     def loss(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Cross entropy, or the mean over classes of binary cross entropy, summed over windows; M."""
-        logits, number = outputs.float(), torch.tensor(float(len(outputs)))
+        logits = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+        number = torch.tensor(float(len(outputs)))
         if self.task.kind == "multilabel":
-            each = F.binary_cross_entropy_with_logits(logits, targets.float(), reduction="none")
+            each = F.binary_cross_entropy_with_logits(logits, targets.to(logits), reduction="none")
             return each.mean(1).sum(), number
+        targets = targets.to(logits) if targets.is_floating_point() else targets
         return F.cross_entropy(logits, targets, reduction="sum"), number
 
     def predict(self, outputs: Tensor, examples: Sequence[Example]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -43,7 +43,7 @@ class Setup(Protocol):
     model: nn.Module
 
     def prepare(self, image: np.ndarray, label: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(images [T, B, S, S], targets [T, ...]) of a sample as the set stores it; the same every time, no randomness.
+        """(images [T, B, S, S], targets [T, ...]) of a sample as the set stores it; the same every time and in every run.
 
         Windows of one image go through the model as samples of their own. All images of a run have the same S.
         """
@@ -138,7 +138,8 @@ def fit(
                 line.update(record)
                 trainer.save(state, section.save_interval_s)
         fitted = trainer.finish()
-    state.finish(asdict(fitted), setup.model.state_dict() if section.keep_weights else None)
+    task = {"task": setup.task.name, "metric": setup.task.metric, "class_names": setup.task.class_names}
+    state.finish({**task, **asdict(fitted)}, setup.model.state_dict() if section.keep_weights else None)
     return fitted
 
 
@@ -229,7 +230,7 @@ class _Trainer:
         steps = split_steps(order, section.batch_size, section.micro_batch_size, world.rank, world.world_size)
         totals, norms, lr = torch.zeros(2, dtype=torch.float64), [], 0.0
         totals = totals.to(world.device)
-        with closing(self._examples.read([piece for step in steps for piece in step])) as pieces:
+        with closing(self._examples.read(self._setup.prepare, [piece for step in steps for piece in step])) as pieces:
             for number, step in enumerate(steps):
                 lr = self._lr(epoch + number / len(steps))
                 step_totals, norm = self._step([next(pieces) for _ in step], epoch, lr)
@@ -270,7 +271,7 @@ class _Trainer:
         metrics, correct = Metrics(task.kind, task.num_classes, world.device), {}
         totals = torch.zeros(2, dtype=torch.float64, device=world.device)
         self._model.eval()
-        with torch.inference_mode(), closing(self._examples.read(pieces)) as batches:
+        with torch.inference_mode(), closing(self._examples.read(self._setup.prepare, pieces)) as batches:
             for examples in batches:
                 batch = stack(examples, world.device)
                 with self._autocast():

@@ -46,33 +46,39 @@ class Batch:
 class Examples:
     """The examples of a labelled set; what fits into `cache_bytes` is kept once it is prepared.
 
-    prepare: (image [B_stored, H, W], label) -> (images, targets) of an Example, called in `num_workers` threads (0: in the
-    caller's own) and the same every time.
+    num_workers: threads that read and prepare; 0: the caller's own.
     """
 
-    def __init__(self, dataset: LabelledSet, prepare: Prepare, num_workers: int = 2, cache_bytes: int = 0):
-        self.dataset = dataset
-        self._prepare, self._num_workers = prepare, num_workers
+    def __init__(self, dataset: LabelledSet, num_workers: int = 2, cache_bytes: int = 0):
+        self.dataset, self._num_workers = dataset, num_workers
         self._kept: dict[int, Example] = {}
         self._bytes_left, self._lock = cache_bytes, threading.Lock()
 
-    def read(self, pieces: Sequence[np.ndarray]) -> Iterator[list[Example]]:
-        """The examples of each piece (indices, may be none), in order and read ahead. Raises DatasetError."""
+    def read(self, prepare: Prepare, pieces: Sequence[np.ndarray]) -> Iterator[list[Example]]:
+        """The examples of each piece (indices, may be none), in order and read ahead. Raises DatasetError.
+
+        prepare: (image [B_stored, H, W], label) -> (images, targets) of an Example. It must give the same for a sample
+        every time, whatever run it belongs to: of what is kept, it is not asked again.
+        """
+
+        def example(index: int) -> Example:
+            return self._example(prepare, index)
+
         indices = [int(index) for piece in pieces for index in piece]
         if self._num_workers:
             depth = max([2 * self._num_workers, *(2 * len(piece) for piece in pieces)])
-            examples = in_order(self._example, indices, self._num_workers, depth)
+            examples = in_order(example, indices, self._num_workers, depth)
         else:
-            examples = (self._example(index) for index in indices)
+            examples = (example(index) for index in indices)
         with contextlib.closing(examples):
             for piece in pieces:
                 yield [next(examples) for _ in piece]
 
-    def _example(self, index: int) -> Example:
+    def _example(self, prepare: Prepare, index: int) -> Example:
         if index in self._kept:
             return self._kept[index]
         label = self.dataset.label(index)
-        images, targets = self._prepare(self.dataset.image(index), label)
+        images, targets = prepare(self.dataset.image(index), label)
         assert len(images) == len(targets) < 1 << _WINDOW_BITS, "as many targets as windows"
         example = Example(index, images, targets, label)
         size = images.nbytes + targets.nbytes + np.asarray(label).nbytes
