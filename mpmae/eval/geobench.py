@@ -64,6 +64,8 @@ class GeoBenchSet:
             )
         kind = _KINDS[label_type.kind]
         known = self._known or PublishedTask(kind)
+        if band_names == "published" and known.true_bands and product_level == "auto":
+            product_level = "none"  # statistics of a product would be those of other bands
         self.task = Task(
             name=self.folder.name,
             kind=kind,

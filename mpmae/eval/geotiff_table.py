@@ -96,8 +96,8 @@ class GeoTiffTable:
             size_px = _read(self.path.parent / row.file, read_header).size_px
             if label.shape != size_px:
                 raise DatasetError(
-                    f"{self.path}: {row.label_file} of {list(label.shape)} px for {row.file} of {list(size_px)} px; expected the "
-                    "same size"
+                    f"{self.path}: {row.label_file} of {list(label.shape)} px for {row.file} of {list(size_px)} px; "
+                    "expected the same size"
                 )
             return checked_map(label, self.task, str(self.path.parent / row.label_file))
         classes = [self._class(name, row) for name in _labels(row)]

@@ -63,10 +63,11 @@ class Preparation:
         self._task, self._input, self._section = task, encoder_input, section
         self._match = match_bands(task, encoder_input.bands)
         if section.size is not None and section.size % encoder_input.patch_size:
-            low = section.size // encoder_input.patch_size * encoder_input.patch_size
+            patch = encoder_input.patch_size
+            low = section.size // patch * patch
             raise DatasetError(
-                f"image.size = {section.size}: expected a multiple of the encoder's patch size {encoder_input.patch_size}, such "
-                f"as {low or encoder_input.patch_size} or {low + encoder_input.patch_size}"
+                f"image.size = {section.size}: expected a multiple of the encoder's patch size {patch}, such as "
+                f"{low or patch} or {low + patch}"
             )
         mean, std, scale, self._source, self._reason = _statistics(task, encoder_input, self._match, section.normalise)
         self._mean, self._std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
@@ -162,8 +163,8 @@ class Preparation:
                 if self._section.size is None and self._layouts:
                     first = next(iter(self._layouts))
                     raise DatasetError(
-                        f"{self._task.name}: images of {height} x {width} and {first[0]} x {first[1]} px; give all of them one "
-                        "size with image.size"
+                        f"{self._task.name}: images of {height} x {width} and {first[0]} x {first[1]} px; give them all "
+                        "one size with image.size"
                     )
                 layout = _layout(height, width, self._input.patch_size, self._section)
                 self._layouts[height, width] = layout
