@@ -34,6 +34,12 @@ class ClassificationSetup:
     preparation: Callable[[np.ndarray], Tensor]
     change: Augment
     section: FinetuneSection
+    prepares_alike = True
+
+    @property
+    def method(self) -> str:
+        """For scores."""
+        return "finetune-head" if self.section.freeze else "finetune"
 
     def prepare(self, image: np.ndarray, label: np.ndarray) -> tuple[Tensor, Tensor]:
         """The windows of an image, each with the image's target: a class [T], or labels [T, K]."""

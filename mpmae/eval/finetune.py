@@ -5,6 +5,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,8 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, labelled: Labelled
     like = build_encoder(config.encoder, weights, drop_path_rate=config.finetune.drop_path)
     preparation = Preparation(labelled.task, like.input, config.image)
     build = _setup_builder(labelled.task.kind)
-    examples = Examples(labelled, config.output.num_workers, config.finetune.cache_bytes)
+    cache_bytes = config.finetune.cache_bytes
+    examples = Examples(labelled, config.output.num_workers, cache_bytes)
     ids = _ids_hash(labelled)
     scores: list[Score] = []
     for run in plan_runs(labelled, config.dataset, config.output.seeds):
@@ -80,9 +82,10 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, labelled: Labelled
             folder = config.output.dir / "runs" / f"{kind}-{run.name}"
             identity = {**_settings(config), "encoder": encoder.fingerprint(), "set": labelled.task.name, "samples": ids}
             setup = build(config, labelled.task, encoder, preparation, run.seed)
+            kept = examples if setup.prepares_alike else Examples(labelled, config.output.num_workers, cache_bytes)
             fitted = fit(
                 setup,
-                examples,
+                kept,
                 run.splits,
                 config.finetune,
                 world,
@@ -92,11 +95,13 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, labelled: Labelled
                 identity={**identity, "label_fraction": run.label_fraction, "fold": run.fold},
                 title=f"{kind} {run.name}",
             )
-            scores.append(_score(config, labelled, encoder.label, run, fitted))
+            scores.append(_score(setup, encoder.label, run, fitted))
             if world.rank == 0:
                 if config.finetune.keep_weights:
                     source = weights if kind == "pretrained" else None
                     write_tuned_config(folder, setup.model, encoder, source, labelled.task, preparation.facts)
+                if labelled.task.kind == "segmentation":
+                    _draw(folder, setup, labelled, run.splits["test"], world, f"{encoder.label} {run.name}")
                 facts = _facts(config, labelled) | {"preparation": preparation.facts}
                 write_scores(config.output.dir / SCORES_NAME, scores, facts)
     if world.rank == 0:
@@ -163,12 +168,18 @@ def _setup_builder(kind: str) -> SetupBuilder:
     return segmentation_setup
 
 
-def _score(config: FinetuneConfig, labelled: LabelledSet, label: str, run: Run, fitted: Fitted) -> Score:
-    task = labelled.task
+def _draw(folder: Path, setup: Setup, labelled: LabelledSet, indices: np.ndarray, world: World, title: str) -> None:
+    from mpmae.eval.segmentation import draw_predictions
+
+    draw_predictions(folder / "predictions.png", setup, labelled, indices, world.device, title)
+
+
+def _score(setup: Setup, label: str, run: Run, fitted: Fitted) -> Score:
+    task = setup.task
     chosen = {"best_epoch": fitted.best_epoch, "num_epochs": fitted.num_epochs}
     return Score(
         encoder=label,
-        method="finetune-head" if config.finetune.freeze else "finetune",
+        method=setup.method,
         task=task.name,
         split="test",
         metric=task.metric,

@@ -59,11 +59,16 @@ class UNetSetup(_MapSetup):
     """Segmentation by a U-Net: see `mpmae.eval.training.Setup`."""
 
     model: UNet
-    depends_on_encoder = False
+    prepares_alike = True
 
     def prepare(self, image: np.ndarray, label: np.ndarray) -> tuple[Tensor, Tensor]:
         """Windows [T, B, S, S] and their label maps [T, S, S]."""
         return self.preparation(image), self.preparation.label_windows(label)
+
+    @property
+    def method(self) -> str:
+        """For scores."""
+        return "unet-decoder" if self.config.finetune.freeze else "unet"
 
     @property
     def num_frozen_epochs(self) -> int:
@@ -99,7 +104,8 @@ class LinearSetup(_MapSetup):
     """
 
     model: LinearSegmenter
-    depends_on_encoder = True
+    method = "linear segmentation"
+    prepares_alike = False
 
     def prepare(self, image: np.ndarray, label: np.ndarray) -> tuple[Tensor, Tensor]:
         """Features of the windows [T, F] and their label maps [T, S, S]."""
@@ -131,15 +137,19 @@ def segmentation_setup(
 
 
 def _check(config: FinetuneConfig) -> None:
-    augment, problems = config.augment, []
-    for name in ("mixup_alpha", "cutmix_alpha", "erase_probability", "smoothing"):
-        if name in augment.model_fields_set and getattr(augment, name):
-            problems.append(f"augment.{name} = {getattr(augment, name)}: is for classes of whole images; leave it out")
-    if config.segmentation.method == "linear":
-        if augment.crop_min_area is not None:
-            problems.append("augment.crop_min_area: linear segmentation takes images as they are; leave it out")
-        if config.finetune.drop_path:
-            problems.append("finetune.drop_path: the encoder of linear segmentation is frozen; leave it out")
+    augment, finetune, problems = config.augment, config.finetune, []
+    for section, keys, advice in (
+        (augment, ("mixup_alpha", "cutmix_alpha", "erase_probability", "smoothing"), "is for classes of whole images"),
+        (finetune, ("head_init_scale",), "is for classifiers of whole images"),
+    ):
+        name = "augment" if section is augment else "finetune"
+        set_keys = [key for key in keys if key in section.model_fields_set and getattr(section, key)]
+        problems += [f"{name}.{key} = {getattr(section, key)}: {advice}; leave it out" for key in set_keys]
+    is_linear = config.segmentation.method == "linear"
+    if is_linear and augment.crop_min_area is not None:
+        problems.append("augment.crop_min_area: linear segmentation takes images as they are; leave it out")
+    if finetune.drop_path and (is_linear or finetune.freeze):
+        problems.append("finetune.drop_path: a frozen encoder skips no blocks; leave it out")
     if problems:
         raise ConfigError(problems)
 

@@ -35,15 +35,18 @@ class Setup(Protocol):
     split `model` and `predict`. `prepare` runs in threads, everything else in the main one. A new kind of task is one class
     with these parts; see `mpmae.eval.finetune.ClassificationSetup` for the smallest.
 
-    task: of the labelled set. model: images [M, B, S, S] -> outputs; on the loop's device from its first step on, in
+    task: of the labelled set. method: for scores. prepares_alike: whether `prepare` gives the same in all runs on a set, so
+    that they can share what is kept. model: images [M, B, S, S] -> outputs; on the loop's device from its first step on, in
     training or evaluation mode as the loop sets it.
     """
 
     task: Task
+    method: str
+    prepares_alike: bool
     model: nn.Module
 
     def prepare(self, image: np.ndarray, label: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(images [T, B, S, S], targets [T, ...]) of a sample as the set stores it; the same every time and in every run.
+        """(images [T, B, S, S], targets [T, ...]) of a sample as the set stores it; the same every time, no randomness.
 
         Windows of one image go through the model as samples of their own. All images of a run have the same S.
         """

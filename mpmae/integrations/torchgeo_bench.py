@@ -133,7 +133,7 @@ def _native_statistics(encoder: ImageEncoder, level: str) -> dict[str, list[floa
         raise ConfigError(f"product_level = {level!r}, expected one of {', '.join(PRODUCT_LEVELS)}")
     if level not in known:
         raise ConfigError(
-            f"normalization model_native: {encoder.label} has statistics for {', '.join(known) or 'no product level'}, not for "
-            f"{level}; export it with --shards, which records them, or use normalization bandspec_zscore"
+            f"normalization model_native: {encoder.label} has statistics for {', '.join(known) or 'no product level'}, not "
+            f"for {level}; export it with --shards, which records them, or use normalization bandspec_zscore"
         )
     return {"pretrain_mean": list(known[level]["mean"]), "pretrain_std": list(known[level]["std"])}
