@@ -101,7 +101,7 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, labelled: Labelled
                     source = weights if kind == "pretrained" else None
                     write_tuned_config(folder, setup.model, encoder, source, labelled.task, preparation.facts)
                 if labelled.task.kind == "segmentation":
-                    _draw(folder, setup, labelled, run.splits["test"], world, f"{encoder.label} {run.name}")
+                    _draw(folder, setup, labelled, run.splits["test"], world, f"{encoder.label}, {run.name}")
                 facts = _facts(config, labelled) | {"preparation": preparation.facts}
                 write_scores(config.output.dir / SCORES_NAME, scores, facts)
     if world.rank == 0:
@@ -171,6 +171,7 @@ def _setup_builder(kind: str) -> SetupBuilder:
 def _draw(folder: Path, setup: Setup, labelled: LabelledSet, indices: np.ndarray, world: World, title: str) -> None:
     from mpmae.eval.segmentation import draw_predictions
 
+    title = f"{labelled.task.name}, test split: {setup.method}, {title}"
     draw_predictions(folder / "predictions.png", setup, labelled, indices, world.device, title)
 
 

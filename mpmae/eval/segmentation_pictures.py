@@ -17,9 +17,9 @@ from matplotlib.patches import Patch
 from mpmae.eval.bands import plain_band, sentinel2_name
 from mpmae.eval.dataset import IGNORED, Task
 from mpmae.files import write_whole
-from mpmae.report.pictures import NO_DATA, Stretch, colour_composite
+from mpmae.report.pictures import HIDDEN, NO_DATA, Stretch, colour_composite
 
-_NO_LABEL, _RIGHT, _WRONG = (70, 70, 76), (226, 230, 234), (200, 30, 40)
+_ERRORS = {"right": (238, 240, 242), "wrong": (20, 20, 24)}
 _TITLES = ("image", "label", "prediction", "error")
 _TRUE_COLOUR_UM = (0.665, 0.56, 0.49)
 _SIDE_INCHES, _MAX_LEGEND = 2.0, 24
@@ -73,9 +73,10 @@ def draw_sheet(path: Path, task: Task, pictured: Sequence[Pictured], title: str)
 
 
 def class_colours(num_classes: int) -> np.ndarray:
-    """uint8 [K, 3]: matplotlib's tab10 or tab20 while they last, else hues apart by the golden ratio in three tones."""
+    """uint8 [K, 3]: matplotlib's tab20 while it lasts, strong ones first; else hues a golden ratio apart in three tones."""
     if num_classes <= 20:
-        table = np.asarray(matplotlib.colormaps["tab10" if num_classes <= 10 else "tab20"].colors)[:num_classes]
+        paired = np.asarray(matplotlib.colormaps["tab20"].colors)
+        table = np.concatenate([paired[::2], paired[1::2]])[:num_classes]
     else:
         hues = (np.arange(num_classes) * 0.618034) % 1
         table = np.array([colorsys.hsv_to_rgb(hue, 0.75, (0.95, 0.7, 0.5)[i % 3]) for i, hue in enumerate(hues)])
@@ -101,23 +102,35 @@ def _colour_positions(task: Task) -> list[int]:
 
 
 def _classes(label: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    table = np.concatenate([colours, np.array([_NO_LABEL], np.uint8)])
-    return table[np.where(label == IGNORED, len(colours), label)]
+    return _hatched(colours[np.where(label == IGNORED, 0, label)], label)
 
 
 def _error(label: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    table = np.array([_RIGHT, _WRONG, _NO_LABEL], np.uint8)
-    return table[np.where(label == IGNORED, 2, (label != predicted).astype(int))]
+    return _hatched(np.array(list(_ERRORS.values()), np.uint8)[(label != predicted).astype(int)], label)
+
+
+def _hatched(picture: np.ndarray, label: np.ndarray) -> np.ndarray:
+    """`picture` [H, W, 3] with stripes where there is no label."""
+    rows, columns = np.indices(label.shape)
+    stripes = np.array(HIDDEN, np.uint8)[(rows + columns) // 2 % 2]
+    return np.where((label == IGNORED)[..., None], stripes, picture)
 
 
 def _legend(task: Task, pictured: Sequence[Pictured], colours: np.ndarray) -> list[Patch]:
     maps = np.concatenate([array.ravel() for sample in pictured for array in (sample.label, sample.predicted)])
     counts = np.bincount(maps[maps != IGNORED], minlength=task.num_classes)
     order = [int(k) for k in np.argsort(-counts, kind="stable") if counts[k]]
-    handles = [Patch(color=colours[k] / 255, label=task.class_names[k][:32]) for k in order[:_MAX_LEGEND]]
+    handles = [Patch(color=_unit(colours[k]), label=task.class_names[k][:32]) for k in order[:_MAX_LEGEND]]
     if len(order) > _MAX_LEGEND:
         handles.append(Patch(color="none", label=f"and {len(order) - _MAX_LEGEND} more"))
-    others = [("right", _RIGHT), ("wrong", _WRONG)]
-    others += [("no label", _NO_LABEL)] if (maps == IGNORED).any() else []
-    others += [("no data", NO_DATA)] if not all(np.isfinite(sample.image).all() for sample in pictured) else []
-    return handles + [Patch(color=np.array(colour) / 255, label=name) for name, colour in others]
+    handles += [Patch(facecolor=_unit(colour), edgecolor="grey", label=name) for name, colour in _ERRORS.items()]
+    if (maps == IGNORED).any():
+        light, dark = (_unit(colour) for colour in HIDDEN)
+        handles.append(Patch(facecolor=light, edgecolor=dark, hatch="////", label="no label"))
+    if not all(np.isfinite(sample.image).all() for sample in pictured):
+        handles.append(Patch(color=_unit(NO_DATA), label="no data"))
+    return handles
+
+
+def _unit(colour: Sequence[int]) -> tuple[float, ...]:
+    return tuple(value / 255 for value in colour)

@@ -2,8 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn, optim
@@ -19,6 +22,7 @@ from mpmae.eval.metrics import Metrics
 from mpmae.eval.prepare import Preparation
 from mpmae.eval.segmentation import UNetSetup, segmentation_setup
 from mpmae.eval.segmentation_models import LinearSegmenter, unet_on
+from mpmae.eval.segmentation_pictures import Pictured, class_colours, draw_sheet
 from mpmae.eval.training_data import Example, stack
 from mpmae.models.dense import REFERENCE_GRN_EPS
 from mpmae.models.interop import describe, read_weights
@@ -311,3 +315,31 @@ def test_a_run_cut_off_in_the_frozen_phase_goes_on(tmp_path, monkeypatch):
 def test_settings_that_mean_nothing_are_refused(overrides, words):
     with pytest.raises(ConfigError, match=words):
         setup_of(configured(*overrides), MemorySet())
+
+
+def test_the_sheet_shows_label_prediction_and_error(tmp_path, monkeypatch):
+    labelled = MemorySet(num=2, size=(16, 16))
+    right = Pictured("right", labelled.image(0), labelled.label(0), labelled.images[0].argmax(0))
+    wrong = Pictured("wrong", labelled.image(1), labelled.label(1), (labelled.images[1].argmax(0) + 1) % 3)
+    sheets, drawn = [], []
+    monkeypatch.setattr(Axes, "imshow", lambda self, picture, **_: drawn.append(picture))
+    monkeypatch.setattr(Figure, "legend", lambda self, handles, **_: sheets.append([h.get_label() for h in handles]))
+    draw_sheet(tmp_path / "new" / "sheet.png", labelled.task, [right, wrong], "title")
+    assert len(drawn) == 8
+    colours = class_colours(3)
+    for number, sample in enumerate((right, wrong)):
+        image, label, predicted, error = drawn[4 * number : 4 * number + 4]
+        seen = sample.label != IGNORED
+        assert (image.argmax(-1) == sample.image.argmax(0)).all()
+        assert (label[seen] == colours[sample.label[seen]]).all()
+        assert (predicted == colours[sample.predicted]).all()
+        assert len(np.unique(error[seen], axis=0)) == 1
+    assert not (drawn[3][seen] == drawn[7][seen]).any()
+    (names,) = sheets
+    assert set(names[:3]) == set(labelled.task.class_names)
+    assert names[3:] == ["right", "wrong", "no label"]
+
+
+def test_many_classes_have_colours_of_their_own():
+    for num in (2, 11, 20, 60):
+        assert len(np.unique(class_colours(num), axis=0)) == num
