@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import results_downstream
 import results_engines
 import results_gpu_step
 import results_kernels
@@ -229,6 +230,7 @@ SECTIONS = (  # in the order of RESULTS.md
     Section("training step", step_section, "training-step", step_plot, "figure", readme_figure),
     Section("engines", results_engines.section),
     Section("initial weights", init_section, "initial-weights", init_plot),
+    Section("downstream", results_downstream.section, "downstream", results_downstream.plot),
     Section("order", results_order.section, "order", results_order.plot),
     Section("data steps", data_section, readme_mark="disk", readme=readme_disk),
     Section("loader", results_loader.section, "loader", results_loader.plot),

@@ -7,6 +7,9 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[1]
 
+# Two workers and the processes that they start share the cores: threads that wait for each other take longer than one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_collection_modifyitems(items):
     """The longest file first, so that no worker is left alone with it in the end."""

@@ -37,14 +37,22 @@ def meet(rank: int, world_size: int, timeout_s: float) -> dist.Store:
     address, port = os.environ["MASTER_ADDR"], _port(os.environ["MASTER_PORT"])
     deadline = time.monotonic() + timeout_s
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if not serves:
-        _await_listener(rank, address, port, timeout_s)
-    store = _open_store(rank, address, port, serves, deadline, timeout_s)
-    name = uuid.uuid4().hex
-    if world_size > 1:
-        attendance = _Attendance(store, rank, world_size, f"{address}:{port}", timeout_s)
-        name = attendance.call(name, deadline) if rank == 0 else attendance.answer(deadline)
-    return dist.PrefixStore(name, store)
+    pauses = _pauses()
+    while True:
+        if not serves:
+            _await_listener(rank, address, port, deadline, timeout_s)
+        try:
+            store = _open_store(rank, address, port, serves, deadline, timeout_s)
+            name = uuid.uuid4().hex
+            if world_size > 1:
+                attendance = _Attendance(store, rank, world_size, f"{address}:{port}", timeout_s)
+                name = attendance.call(name, deadline) if rank == 0 else attendance.answer(deadline)
+            return dist.PrefixStore(name, store)
+        except dist.DistNetworkError as error:
+            # A rank that is early for its second world finds the store of the first, which rank 0 is about to end.
+            if serves or time.monotonic() >= deadline:
+                raise ConfigError(_no_connection(rank, address, port, timeout_s, str(error), serves)) from error
+            time.sleep(next(pauses))
 
 
 class _Attendance:
@@ -159,9 +167,9 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _await_listener(rank: int, address: str, port: int, timeout_s: float) -> None:
+def _await_listener(rank: int, address: str, port: int, deadline: float, timeout_s: float) -> None:
     """Return when something accepts connections at the address; ConfigError with the last reason at the deadline."""
-    deadline, pauses = time.monotonic() + timeout_s, _pauses()
+    pauses = _pauses()
     while True:
         left_s = deadline - time.monotonic()
         reason = _connect(address, port, min(_CONNECT_S, max(left_s, 0.1)))
@@ -191,7 +199,10 @@ def _connect(address: str, port: int, timeout_s: float) -> str | None:
 
 
 def _open_store(rank: int, address: str, port: int, serves: bool, deadline: float, timeout_s: float) -> dist.TCPStore:
-    """The store, on a thread of its own: a listener that takes the connection and says nothing is waited for without end."""
+    """The store, on a thread of its own: a listener that takes the connection and says nothing is waited for without end.
+
+    Raises ConfigError, or DistNetworkError when the listener has gone meanwhile and there is time left to look for another.
+    """
     result: list[dist.TCPStore | Exception] = []
     left_s = max(deadline - time.monotonic(), 1.0)
 
@@ -214,10 +225,15 @@ def _open_store(rank: int, address: str, port: int, serves: bool, deadline: floa
             f"MASTER_PORT = {port} is in use on {socket.gethostname()}, rank 0's node{_holder(port)}: end that process, or "
             f"set MASTER_PORT (torchrun: --master-port or --rdzv-endpoint, deepspeed: --master_port) to a free port"
         ) from None
-    text = answer if isinstance(answer, str) else str(answer).splitlines()[0]
-    raise ConfigError(
+    if isinstance(answer, dist.DistNetworkError) and not serves and time.monotonic() < deadline:
+        raise answer
+    raise ConfigError(_no_connection(rank, address, port, timeout_s, str(answer), serves))
+
+
+def _no_connection(rank: int, address: str, port: int, timeout_s: float, reason: str, serves: bool) -> str:
+    return (
         f"rank {rank} on {socket.gethostname()} has no connection to MASTER_ADDR:MASTER_PORT = {address}:{port} after "
-        f"{timeout_s:g} s: {text}{_foreign_address(address) if serves else ''}; "
+        f"{timeout_s:g} s: {reason.splitlines()[0]}{_foreign_address(address) if serves else ''}; "
         f"does another program use the port? give the run another one"
     )
 

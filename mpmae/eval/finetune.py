@@ -3,29 +3,29 @@
 import copy
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from mpmae.engine.world import World, init_world
 from mpmae.errors import ConfigError
 from mpmae.eval.classification import classification_setup
-from mpmae.eval.config import DatasetSection
-from mpmae.eval.dataset import IGNORED, LabelledSet
+from mpmae.eval.dataset import LabelledSet
 from mpmae.eval.encoders import ImageEncoder, build_encoder, random_twin
 from mpmae.eval.finetune_config import FinetuneConfig
-from mpmae.eval.folds import folds, fraction
 from mpmae.eval.open_set import open_set
+from mpmae.eval.plan import Run, class_labels, plan_runs
 from mpmae.eval.prepare import Preparation
 from mpmae.eval.scores import Score, summarise, write_scores
 from mpmae.eval.training import Fitted, Setup, fit
 from mpmae.eval.training_data import Examples
 from mpmae.eval.tuned import write_tuned_config
-from mpmae.in_order import in_order
+from mpmae.export.config import WEIGHTS_NAME
 from mpmae.models.interop import Weights, as_weights
 from mpmae.provenance import commit, environment
 
@@ -43,22 +43,6 @@ _FREE_KEYS = (
 SetupBuilder = Callable[[FinetuneConfig, Any, ImageEncoder, Preparation, int], Setup]
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training. fold: None without cross-validation. splits: indices into the set."""
-
-    seed: int
-    label_fraction: float
-    fold: int | None
-    splits: Mapping[str, np.ndarray]
-
-    @property
-    def name(self) -> str:
-        """For folders."""
-        fold = "" if self.fold is None else f"-fold{self.fold}"
-        return f"labels{100 * self.label_fraction:g}{fold}-seed{self.seed}"
-
-
 def finetune(config: FinetuneConfig, *, resume: bool = False, labelled: LabelledSet | None = None) -> list[Score]:
     """Scores on the test split of every run: encoders x label fractions x folds x seeds. Every rank calls it.
 
@@ -67,20 +51,27 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, labelled: Labelled
     model.safetensors with config.json, which `create_encoder` and `mpmae-export` read. resume: continue what output.dir
     holds. labelled: the set, if it is open already. Raises ConfigError, DatasetError, CheckpointError and TrainingError.
     """
-    world = open_world(config.output.device)
+    with opened_world(config.output.device) as world:
+        return _finetune(config, resume, labelled, world)
+
+
+def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None, world: World) -> list[Score]:
     labelled = open_set(config.dataset, progress=world.rank == 0) if labelled is None else labelled
+    labels = class_labels(labelled, config.output.num_workers)
+    runs = list(plan_runs(labelled, labels, config.dataset, config.output.seeds))
     weights = None if config.encoder.checkpoint is None else as_weights(config.encoder.checkpoint)
     like = build_encoder(config.encoder, weights, drop_path_rate=config.finetune.drop_path)
     preparation = Preparation(labelled.task, like.input, config.image)
+    preparation(labelled.image(int(runs[0].splits["train"][0])))  # settles the sizes before anything is trained
     build = _setup_builder(labelled.task.kind)
     cache_bytes = config.finetune.cache_bytes
     examples = Examples(labelled, config.output.num_workers, cache_bytes)
-    ids = _ids_hash(labelled)
+    fixed = {**_settings(config), "set": labelled.task.name, "samples": _ids_hash(labelled)}
     scores: list[Score] = []
-    for run in plan_runs(labelled, config.dataset, config.output.seeds):
+    for run in runs:
         for kind, encoder in _encoders(config, weights, like, run.seed):
-            folder = config.output.dir / "runs" / f"{kind}-{run.name}"
-            identity = {**_settings(config), "encoder": encoder.fingerprint(), "set": labelled.task.name, "samples": ids}
+            folder = config.output.dir / "runs" / f"{kind}-{_name(run)}"
+            own = {"encoder": encoder.fingerprint(), "label_fraction": run.label_fraction, "fold": run.fold}
             setup = build(config, labelled.task, encoder, preparation, run.seed)
             kept = examples if setup.prepares_alike else Examples(labelled, config.output.num_workers, cache_bytes)
             fitted = fit(
@@ -92,16 +83,17 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, labelled: Labelled
                 folder,
                 seed=run.seed,
                 resume=resume,
-                identity={**identity, "label_fraction": run.label_fraction, "fold": run.fold},
-                title=f"{kind} {run.name}",
+                identity={**fixed, **own},
+                title=f"{kind} {_name(run)}",
             )
             scores.append(_score(setup, encoder.label, run, fitted))
             if world.rank == 0:
-                if config.finetune.keep_weights:
+                if (folder / WEIGHTS_NAME).is_file():
                     source = weights if kind == "pretrained" else None
                     write_tuned_config(folder, setup.model, encoder, source, labelled.task, preparation.facts)
-                if labelled.task.kind == "segmentation":
-                    _draw(folder, setup, labelled, run.splits["test"], world, f"{encoder.label}, {run.name}")
+                has_best = not resume or (folder / WEIGHTS_NAME).is_file()  # not where it ended before and kept none
+                if labelled.task.kind == "segmentation" and has_best:
+                    _draw(folder, setup, labelled, run.splits["test"], world, f"{encoder.label}, {_name(run)}")
                 facts = _facts(config, labelled) | {"preparation": preparation.facts}
                 write_scores(config.output.dir / SCORES_NAME, scores, facts)
     if world.rank == 0:
@@ -109,45 +101,33 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, labelled: Labelled
     return scores
 
 
-def open_world(device: str) -> World:
-    """The ranks of the launcher that started this process, or a world of this process alone on `device`.
+@contextmanager
+def opened_world(device: str) -> Iterator[World]:
+    """The ranks of the launcher that started this process, or a world of this process alone on `device`; left at the end.
 
     device: "auto", "cpu", "cuda" or "cuda:N"; with several ranks each has the device of its local rank. Raises ConfigError.
     """
-    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) > 1:
-        return init_world()
-    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) == 1:
+        yield World(0, 0, 1, 1, find_device(device), "none")
+        return
+    is_ours = not dist.is_initialized()
+    world = init_world()
     try:
-        found = torch.device(name)
+        yield world
+    finally:
+        if is_ours:
+            world.close()
+
+
+def find_device(name: str) -> torch.device:
+    """The device of "auto", "cpu", "cuda" or "cuda:N". Raises ConfigError for one that is not there."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError as error:
-        raise ConfigError(f"output.device = {device}: {error}; expected auto, cpu, cuda or cuda:N") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"output.device = {device}: this process sees {torch.cuda.device_count()} GPUs; use auto or cpu")
-    return World(0, 0, 1, 1, found, "none")
-
-
-def plan_runs(labelled: LabelledSet, section: DatasetSection, seeds: Sequence[int]) -> Iterator[Run]:
-    """The runs of one encoder: folds within seeds within label fractions. Each seed draws its own folds and fractions."""
-    labels = _labels(labelled) if section.num_folds or min(section.label_fractions) < 1 else None
-    for share in section.label_fractions:
-        for seed in seeds:
-            cuts = [labelled.splits] if section.num_folds is None else folds(labels, section.num_folds, seed)
-            for number, cut in enumerate(cuts):
-                fold = None if section.num_folds is None else number
-                train = cut["train"] if share == 1 else fraction(labels, cut["train"], share, seed)
-                yield Run(seed, share, fold, {**cut, "train": train})
-
-
-def _labels(labelled: LabelledSet) -> np.ndarray:
-    """Classes [N], or which classes each sample has, bool [N, K]."""
-    labels = list(in_order(labelled.label, range(len(labelled))))
-    if labelled.task.kind != "segmentation":
-        return np.stack(labels)
-    present = np.zeros((len(labels), labelled.task.num_classes), bool)
-    for row, label in zip(present, labels, strict=True):
-        classes = np.unique(label)
-        row[classes[classes != IGNORED]] = True
-    return present
+        raise ConfigError(f"output.device = {name}: {error}; expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"output.device = {name}: this process sees {torch.cuda.device_count()} GPUs; use auto or cpu")
+    return device
 
 
 def _encoders(
@@ -158,6 +138,12 @@ def _encoders(
         yield "pretrained", copy.deepcopy(like)
     if weights is None or config.finetune.baseline:
         yield "scratch", random_twin(config.encoder, seed, config.finetune.drop_path)
+
+
+def _name(run: Run) -> str:
+    """For folders."""
+    fold = "" if run.fold is None else f"-fold{run.fold}"
+    return f"labels{100 * run.label_fraction:g}{fold}-seed{run.seed}"
 
 
 def _setup_builder(kind: str) -> SetupBuilder:

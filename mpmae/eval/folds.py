@@ -41,22 +41,20 @@ def fraction(labels: np.ndarray, indices: Sequence[int], fraction: float, seed: 
     """A stratified part of `indices`, sorted: `fraction` of each class, rounded, and at least one sample of it.
 
     labels: as for `folds`, of all samples; indices point into it. Of one seed the parts are nested: what 1 % has, 5 % has
-    too. Classes that no sample of the part has, though some of `indices` do, are logged. Raises DatasetError for a fraction
-    outside (0, 1].
+    too. Raises DatasetError for a fraction outside (0, 1].
     """
     if not 0 < fraction <= 1:
         raise DatasetError(f"a label fraction of {fraction}; expected more than 0 and at most 1")
-    indices = np.sort(np.asarray(indices, np.int64))
+    labels, indices = np.asarray(labels), np.sort(np.asarray(indices, np.int64))
     strata = _strata(labels)[indices]
-    chosen = [
-        _shuffled(np.flatnonzero(strata == name), seed, int(name))[: max(1, round(fraction * int((strata == name).sum())))]
-        for name in np.unique(strata)
-    ]
-    part = indices[np.sort(np.concatenate(chosen))] if chosen else indices
-    lacking = sorted(_classes(labels, indices) - _classes(labels, part))
-    if lacking:
-        _LOG.warning("%g %% of the labels have no sample of the classes %s", 100 * fraction, few(lacking))
-    return part
+    order = {name: _shuffled(np.flatnonzero(strata == name), seed, int(name)) for name in np.unique(strata)}
+    chosen = {int(p) for members in order.values() for p in members[: max(1, round(fraction * len(members)))]}
+    if labels.ndim == 2:
+        # A class that never is a sample's rarest: its sample is in every part, so that parts stay nested.
+        covered = labels[indices[[members[0] for members in order.values()]]].any(0)
+        for name in np.flatnonzero(labels[indices].any(0) & ~covered):
+            chosen.add(int(_shuffled(np.flatnonzero(labels[indices, name]), seed, int(name))[0]))
+    return indices[sorted(chosen)]
 
 
 def _shuffled(positions: np.ndarray, seed: int, stratum: int) -> np.ndarray:
@@ -82,8 +80,3 @@ def _strata(labels: np.ndarray) -> np.ndarray:
     counts = labels.sum(0)
     rarity = np.where(labels, counts, np.iinfo(np.int64).max)
     return np.where(labels.any(1), rarity.argmin(1), labels.shape[1])
-
-
-def _classes(labels: np.ndarray, indices: np.ndarray) -> set[int]:
-    chosen = np.asarray(labels)[indices]
-    return set(np.unique(chosen).tolist() if chosen.ndim == 1 else np.flatnonzero(chosen.any(0)).tolist())

@@ -7,6 +7,7 @@ Source: ServiceNow/geo-bench, `geobench/dataset.py` (the layout), arXiv 2306.038
 import json
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class GeoBenchSet:
     """
 
     def __init__(self, folder: Path, partition: str = "default", band_names: str = "corrected", product_level: str = "auto"):
-        self.folder = Path(folder)
+        self.folder, self._sizes_said = Path(folder), False
         self._known = TASKS.get(self.folder.name)
         specs = self._specs()
         label_type = specs.get("label_type")
@@ -88,9 +89,10 @@ class GeoBenchSet:
         """float32 [B, H, W]; bands of a coarser resolution are brought to the largest size."""
         path = self._path(index)
         with _opened(path) as file:
-            bands = [self._band(file[_key_of(file, name, path)], name, path) for name in self._stored_names]
+            keys = list(file)
+            bands = [self._band(file[_key_of(keys, name, path)], name, path) for name in self._stored_names]
         if len({band.shape for band in bands}) > 1:
-            _LOG.debug("%s: bands of several sizes brought to the largest", path)
+            self._say_sizes(bands)
         return same_size(bands)
 
     def label(self, index: int) -> np.ndarray:
@@ -114,7 +116,7 @@ class GeoBenchSet:
             return None
         path = self._path(index)
         with _opened(path) as file:
-            key = _key_of(file, self._stored_names[0], path)
+            key = _key_of(list(file), self._stored_names[0], path)
             attributes, shape = _record(file, path).get(key), file[key].shape[:2]
         transform, crs = (attributes or {}).get("transform"), (attributes or {}).get("crs")
         if not isinstance(transform, Record) or len(transform.args) < 6 or crs is None:
@@ -126,8 +128,9 @@ class GeoBenchSet:
         present = {split: np.zeros(self.task.num_classes, bool) for split in self.splits}
         split_of = {self._ids[i]: split for split, indices in self.splits.items() for i in indices}
         by_class, by_sample = self.folder / "label_map.json", self.folder / "label_stats.json"
-        if self.task.kind == "multiclass" and by_class.is_file():
-            for label, names in _json(by_class).items():
+        class_map = _json(by_class) if self.task.kind == "multiclass" and by_class.is_file() else {}
+        if set(split_of) <= {name for names in class_map.values() for name in names}:
+            for label, names in class_map.items():
                 index = checked_class(int(label) if label.isdecimal() else label, self.task, str(by_class))
                 for split in {split_of[name] for name in names if name in split_of}:
                     present[split][index] = True
@@ -159,7 +162,7 @@ class GeoBenchSet:
             _LOG.warning("%s: its statistics fit its band names, which are taken as they are", self.folder.name)
         elif known.true_bands and band_names == "published":
             _LOG.warning(
-                "%s: band names as published, which are known to be wrong (%s); data.band_names=corrected mends them",
+                "%s: band names as published, which are known to be wrong (%s); dataset.band_names=corrected mends them",
                 self.folder.name,
                 _shown(known.true_bands),
             )
@@ -186,7 +189,7 @@ class GeoBenchSet:
         path = self.folder / f"{partition}_partition.json"
         if not path.is_file():
             there = sorted(p.name.removesuffix("_partition.json") for p in self.folder.glob("*_partition.json"))
-            raise DatasetError(f"no partition file {path}; data.partition can be {few(there) or '(there is none)'}")
+            raise DatasetError(f"no partition file {path}; dataset.partition can be {few(there) or '(there is none)'}")
         named = {str(split): [str(name) for name in names] for split, names in _json(path).items()}
         ids = tuple(dict.fromkeys(name for names in named.values() for name in names))
         present = {p.stem for p in self.folder.glob("*.hdf5")}
@@ -198,6 +201,17 @@ class GeoBenchSet:
             )
         index = {name: position for position, name in enumerate(ids)}
         return ids, checked_splits({s: [index[n] for n in names] for s, names in named.items()}, len(ids), str(path))
+
+    def _say_sizes(self, bands: Sequence[np.ndarray]) -> None:
+        """Log once which bands are stored coarser than others."""
+        if not self._sizes_said:
+            self._sizes_said = True
+            sizes = {name: "x".join(map(str, band.shape)) for name, band in zip(self._stored_names, bands, strict=True)}
+            _LOG.info(
+                "%s: bands of several sizes are brought to the largest by repeating pixels: %s",
+                self.task.name,
+                ", ".join(f"{name} {size}" for name, size in sizes.items()),
+            )
 
     def _band(self, dataset: h5py.Dataset, name: str, path: Path) -> np.ndarray:
         values = dataset[()]
@@ -229,9 +243,9 @@ def _record(file: h5py.File, path: Path) -> dict[str, Any]:
     return record
 
 
-def _key_of(file: h5py.File, band: str, path: Path) -> str:
+def _key_of(there: Sequence[str], band: str, path: Path) -> str:
     """The dataset of a band, whose name ends with a date where the set has dates."""
-    keys = [key for key in file if key == band or (key.startswith(band) and _DATE.fullmatch(key[len(band) :]))]
+    keys = [key for key in there if key == band or (key.startswith(band) and _DATE.fullmatch(key[len(band) :]))]
     if len(keys) == 1:
         return keys[0]
     if keys:
@@ -239,7 +253,7 @@ def _key_of(file: h5py.File, band: str, path: Path) -> str:
             f"{path}: band {band} at {len(keys)} dates ({few(keys)}); expected one: write each date as a sample of its own, "
             "as GEO-Bench v1 does"
         )
-    raise DatasetError(f"{path}: no band {band}; it has {few(list(file))}")
+    raise DatasetError(f"{path}: no band {band}; it has {few(there)}")
 
 
 def _crs_text(crs: Any) -> str | None:

@@ -36,7 +36,8 @@ _EUROSAT = {
     "11 - SWIR": "B12",
     "12 - SWIR": "B8A",
 }
-# Issue 29: the source has no B6, B9 and B10, swaps B8A and B8, and ends with the 8-bit colours of Earth Engine's L2A images.
+# Issue 29: the source has no B6, B9 and B10, swaps B8A and B8, and ends with 8-bit colours
+# (mliu356/kiln-scaling, `earth_engine_get_composite.ipynb`: means of COPERNICUS/S2_SR, which is L2A).
 _BRICK_KILN = {
     "06 - Vegetation Red Edge": "B7",
     "07 - Vegetation Red Edge": "B8A",
@@ -76,8 +77,10 @@ TASKS: dict[str, PublishedTask] = {
     "m-eurosat": PublishedTask("multiclass", "accuracy", "l1c", true_bands=_EUROSAT),
     "m-forestnet": PublishedTask("multiclass", "accuracy"),
     "m-pv4ger": PublishedTask("multiclass", "accuracy"),
-    # Reflectance 0..1; the source is Sentinel-2's L1C (blue is brighter than red on average: the atmosphere is in it).
+    # Reflectance 0..1. No file says the product: its mean falls from blue (0.130) over green (0.117) to red (0.114), as
+    # EuroSAT's does; in L2A sets it rises.
     "m-so2sat": PublishedTask("multiclass", "accuracy", "l1c", scale=10_000.0),
+    # No file says the product: B9 (2,853) is no darker than B8A (2,644), so its water vapour is corrected for.
     "m-cashew-plant": PublishedTask("segmentation", "miou", "l2a", class_names=_CASHEW_CLASSES, is_located=False),
     "m-chesapeake": PublishedTask("segmentation", "miou"),
     "m-NeonTree": PublishedTask("segmentation", "miou", is_located=False),

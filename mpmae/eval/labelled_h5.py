@@ -147,6 +147,9 @@ class LabelledH5:
                 f"{self.path}: label of shape {list(label)} for image {list(image)} and {num_classes} classes; expected "
                 "[N], [N, K] or [N, H, W]"
             )
+        names = file["name"][()].tolist() if "name" in file else []
+        if len(set(names)) < len(names) or ("name" in file and len(names) != image[0]):
+            problems.append(f"{self.path}: {len(set(names))} different names of {image[0]} samples; expected one for each")
         if facts.get("product_level", "none") not in ("l1c", "l2a", "none"):
             problems.append(f"{self.path}: product_level = {facts['product_level']!r}; expected l1c, l2a or none")
         return problems, kind

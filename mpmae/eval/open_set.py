@@ -17,6 +17,7 @@ from mpmae.in_order import in_order
 from mpmae.shard_tools.progress import track
 
 _LOG = logging.getLogger(__name__)
+_Readable = GeoBenchSet | LabelledH5 | GeoTiffTable
 _H5 = (".h5", ".hdf5", ".hdf")
 
 
@@ -51,13 +52,13 @@ def open_set(section: DatasetSection, progress: bool = True) -> LabelledSet:
         if lacking:
             raise DatasetError(
                 f"{path}: no samples in {', '.join(lacking)}; give the set these splits, or cross-validate with "
-                "data.num_folds=5"
+                "dataset.num_folds=5"
             )
-        check_classes(labelled, progress)
+        _check_classes(labelled, progress)
     return labelled
 
 
-def check_classes(labelled: LabelledSet, progress: bool = True) -> None:
+def _check_classes(labelled: _Readable, progress: bool) -> None:
     """Log the classes that a split lacks; DatasetError where train lacks one of a single-label set.
 
     Of several labels or a label map, a class without training samples is a warning: a subset may lack rare ones.
@@ -76,7 +77,7 @@ def check_classes(labelled: LabelledSet, progress: bool = True) -> None:
         raise DatasetError(problems)
 
 
-def _present(labelled: LabelledSet, progress: bool) -> Mapping[str, np.ndarray]:
+def _present(labelled: _Readable, progress: bool) -> Mapping[str, np.ndarray]:
     """Split -> whether each class appears in it, bool [K]."""
     known = labelled.present_classes()
     if known is not None:
@@ -97,7 +98,9 @@ def _present(labelled: LabelledSet, progress: bool) -> Mapping[str, np.ndarray]:
 def _found(path: Path, form: str) -> tuple[str, Path]:
     """The format and the folder or file that its reader takes."""
     if not path.exists():
-        raise DatasetError(f"data.path: nothing at {path}; expected a GEO-Bench task's folder, an HDF5 file, or a CSV table")
+        raise DatasetError(
+            f"dataset.path: nothing at {path}; expected a GEO-Bench task's folder, an HDF5 file, or a CSV table"
+        )
     if path.is_file():
         by_suffix = {**dict.fromkeys(_H5, "h5"), ".csv": "geotiff"}
         there = [(by_suffix[path.suffix.lower()], path)] if path.suffix.lower() in by_suffix else []
@@ -113,8 +116,8 @@ def _found(path: Path, form: str) -> tuple[str, Path]:
         return form, path
     tasks = sorted(p.parent.name for p in path.glob(f"*/{SPECS}")) if path.is_dir() else []
     if tasks:
-        raise DatasetError(f"data.path: {path} holds GEO-Bench tasks; name one of them: {few(tasks, 12)}")
+        raise DatasetError(f"dataset.path: {path} holds GEO-Bench tasks; name one of them: {few(tasks, 12)}")
     raise DatasetError(
-        f"data.path: {path} holds {few([p.name for _, p in there]) or 'no labelled set'} (data.format={form}); expected one "
+        f"dataset.path: {path} holds {few([p.name for _, p in there]) or 'no labelled set'} (dataset.format={form}); expected one "
         f"GEO-Bench task ({SPECS}), one HDF5 file ({', '.join(_H5)}) or one CSV table"
     )

@@ -34,7 +34,7 @@ _MODULES = tuple(
 )
 _CLASSES = _words(
     """TaskSpecifications Classification MultiLabelClassification SemanticSegmentation SegmentationClasses Regression
-    Detection PointAnnotation LabelType Accuracy MultilabelAccuracy SegmentationAccuracy BandInfo SpectralBand Sentinel1
+    Detection PointAnnotation LabelType Accuracy MultilabelAccuracy SegmentationAccuracy BandInfo Band SpectralBand Sentinel1
     Sentinel2 Landsat8 Mask CloudProbability ElevationBand Height MultiBand HyperSpectralBands Stats"""
 )
 _RECORDS = {(module, name) for module in _MODULES for name in _CLASSES}

@@ -214,7 +214,7 @@ def _statistics(
     """Mean and spread for the encoder's channels, what values are multiplied by before, the source and the reason."""
     level, known = task.product_level, encoder_input.statistics
     if level is None:
-        lacking = "the set's product level is not known (data.product_level)"
+        lacking = "the set's product level is not known (dataset.product_level)"
     elif level not in known:
         lacking = f"the checkpoint has statistics of {', '.join(known) or 'no product'}, not of {level}"
     else:

@@ -26,7 +26,7 @@ def checked_class(value: object, task: Task, where: str) -> np.ndarray:
     label = np.asarray(value)
     if label.shape != () or label.dtype.kind not in "iub" or not 0 <= label < task.num_classes:
         raise DatasetError(
-            f"{where}: label {value!r}; expected one of the classes 0..{task.num_classes - 1} of {task.name} "
+            f"{where}: label {label}; expected one of the classes 0..{task.num_classes - 1} of {task.name} "
             f"({few(task.class_names)})"
         )
     return label.astype(np.int64)

@@ -36,8 +36,8 @@ class Setup(Protocol):
     with these parts; see `mpmae.eval.finetune.ClassificationSetup` for the smallest.
 
     task: of the labelled set. method: for scores. prepares_alike: whether `prepare` gives the same in all runs on a set, so
-    that they can share what is kept. model: images [M, B, S, S] -> outputs; on the loop's device from its first step on, in
-    training or evaluation mode as the loop sets it.
+    that they can share what is kept; else only within a run. model: images [M, B, S, S] -> outputs; on the loop's device
+    from its first step on, in training or evaluation mode as the loop sets it.
     """
 
     task: Task
@@ -124,7 +124,7 @@ def fit(
     what has ended is not run again. identity: plain data that must not change between the parts of a resumed run.
     Raises ConfigError (a resumed run of other settings, fewer samples than ranks), DatasetError and TrainingError.
     """
-    _check_splits(splits, world)
+    _check(splits, section, world)
     own = {"seed": seed, "num_samples": {name: len(splits[name]) for name in SPLITS}}
     state = RunState(folder, world, {**(identity or {}), **own}, resume)
     ended = state.result()
@@ -315,8 +315,13 @@ def _average_gradients(parameters: list[nn.Parameter], num_terms: Tensor, world:
     torch._foreach_div_(gradients, num_terms.float())
 
 
-def _check_splits(splits: Mapping[str, np.ndarray], world: World) -> None:
+def _check(splits: Mapping[str, np.ndarray], section: FinetuneSection, world: World) -> None:
     problems = []
+    if section.warmup_epochs >= section.epochs:
+        problems.append(
+            f"finetune.warmup_epochs = {section.warmup_epochs:g} of {section.epochs} epochs: the rate would never come down "
+            "again; lower it, or train longer"
+        )
     for name in SPLITS:
         num = len(splits.get(name, ()))
         if num == 0:

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from datetime import timedelta
@@ -65,6 +67,33 @@ def test_restarted_ranks_find_a_store_without_the_old_keys(agent_store):
         assert not stores[1].check(["key"])
         stores[0].set("key", "value")
         assert stores[1].get("key") == b"value"
+
+
+_ENDING_WORLD = """
+import sys, time
+from datetime import timedelta
+from torch.distributed import TCPStore
+
+store = TCPStore("127.0.0.1", int(sys.argv[1]), None, True, timedelta(seconds=20), wait_for_workers=False)
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def test_a_rank_that_finds_the_store_of_a_world_that_ends_waits_for_the_next():
+    ending = subprocess.Popen([sys.executable, "-c", _ENDING_WORLD, os.environ["MASTER_PORT"], "4"])
+    try:
+        while rendezvous._connect("127.0.0.1", int(os.environ["MASTER_PORT"]), 1.0):
+            time.sleep(0.1)
+        early: list = []
+        thread = threading.Thread(target=lambda: early.append(meet(1, 2, BOUND_S)), daemon=True)
+        thread.start()
+        ending.wait(BOUND_S)
+        (served,) = meet_all((0, 2), timeout_s=BOUND_S)
+        thread.join(BOUND_S)
+    finally:
+        ending.kill()
+    served.set("key", "value")
+    assert early[0].get("key") == b"value"
 
 
 def test_an_invitation_of_a_killed_rank_0_is_not_the_last_word(agent_store):

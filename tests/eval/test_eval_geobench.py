@@ -10,8 +10,10 @@ import pytest
 
 from mpmae.errors import DatasetError
 from mpmae.eval.bands import match_bands
+from mpmae.eval.config import DatasetSection
 from mpmae.eval.geobench import GeoBenchSet
 from mpmae.eval.geobench_tasks import CLASSIFICATION, SEGMENTATION, TASKS
+from mpmae.eval.open_set import open_set
 from mpmae.modalities import spec_of
 from tests.eval.geobench_files import CLOUD, LANDSAT, NEON, RGB, S2_12, S2_13, SO2SAT, TWELVE, UTM, label_of, write_task
 
@@ -142,7 +144,7 @@ def test_the_table_of_tasks():
 
 
 def test_true_bands_of_brick_kiln(tmp_path):
-    folder, samples = build(tmp_path, "m-brick-kiln", per_split=2)
+    folder, _ = build(tmp_path, "m-brick-kiln", per_split=2)
     found = GeoBenchSet(folder)
     assert found.task.band_names == (
         *("B1", "B2", "B3", "B4", "B5", "B7", "B8A", "B8", "B11", "B12", "TCI_R", "TCI_G", "TCI_B"),
@@ -209,12 +211,15 @@ def test_landsat_keeps_names_and_wavelengths(tmp_path):
     assert rows == {"B4": "04 - Red", "B8": "05 - NIR", "B8A": "05 - NIR", "B12": "07 - SWIR2"}
 
 
-def test_coarser_bands_are_brought_to_the_largest(tmp_path):
+def test_coarser_bands_are_brought_to_the_largest(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     folder, samples = build(tmp_path, "m-NeonTree", per_split=1)
     found = GeoBenchSet(folder)
     assert found.task.band_names == ("Red", "Green", "Blue", "Canopy Height Model")
     coarse = samples["train_0"][0]["Canopy Height Model"][..., 0]
     np.testing.assert_array_equal(found.image(0)[3], coarse.repeat(2, 0).repeat(2, 1))
+    found.image(1)
+    assert caplog.text.count("by repeating pixels: Red 8x8, Green 8x8, Blue 8x8, Canopy Height Model 4x4") == 1
     assert len(NEON) == 5
 
 
@@ -312,7 +317,7 @@ def test_another_partition(tmp_path):
     folder = one_sample(tmp_path, np.ones((3, 4, 4)), 0).folder
     (folder / "0.05x_train_partition.json").write_text('{"test": ["a"], "train": [], "valid": []}')
     assert GeoBenchSet(folder, "0.05x_train").splits["test"].tolist() == [0]
-    with pytest.raises(DatasetError, match=r"data.partition can be 0.05x_train, default"):
+    with pytest.raises(DatasetError, match=r"dataset.partition can be 0.05x_train, default"):
         GeoBenchSet(folder, "other")
 
 
@@ -322,3 +327,45 @@ def test_cloud_masks_never_stand_in(tmp_path):
     assert task.band_names[-1] == CLOUD[0][1]
     assert {row.stored for row in match_bands(task, ["B10"]).rows} == {"B11"}
     assert len(S2_12) == 12
+
+
+def test_open_set_checks_the_classes_of_a_task(tmp_path, caplog):
+    folder, samples = build(tmp_path, "m-pv4ger", per_split=2)
+    section = DatasetSection(path=folder)
+    assert open_set(section, progress=False).task.name == "m-pv4ger"
+    assert not caplog.text
+    train = {name: [s for s in samples if s.startswith("train")] for name in ("0",)}
+    others = [s for s in samples if not s.startswith("train")]
+    (folder / "label_map.json").write_text(json.dumps({"0": train["0"] + others[:1], "1": others[1:]}))
+    with pytest.raises(DatasetError, match="m-pv4ger: split train has no sample of class 1"):
+        open_set(section, progress=False)
+    (folder / "label_map.json").write_text(json.dumps({"0": train["0"]}))  # of other samples: the files are read
+    open_set(section, progress=False)
+    (folder / "label_map.json").write_text(json.dumps({"0": train["0"], "2": others}))
+    with pytest.raises(DatasetError, match=r"label_map.json: label 2; expected one of the classes 0..1"):
+        open_set(section, progress=False)
+
+
+def test_classes_of_label_maps_are_known_from_the_statistics(tmp_path, caplog):
+    folder, samples = build(tmp_path, "m-nz-cattle", per_split=1)
+    (folder / "label_stats.json").write_text(json.dumps({name: [1.0, 0.0] for name in samples}))
+    found = open_set(DatasetSection(path=folder), progress=False)
+    assert found.task.kind == "segmentation"
+    assert "split test has no sample of class 1" in caplog.text
+    (folder / "label_stats.json").unlink()
+    caplog.clear()
+    open_set(DatasetSection(path=folder, product_level="l2a"), progress=False)
+    assert "no sample" not in caplog.text
+
+
+def test_a_folder_of_tasks_names_them(tmp_path):
+    build(tmp_path, "m-pv4ger", per_split=1)
+    build(tmp_path, "m-eurosat", per_split=1)
+    with pytest.raises(DatasetError, match="holds GEO-Bench tasks; name one of them: m-eurosat, m-pv4ger"):
+        open_set(DatasetSection(path=tmp_path / CLASSIFICATION))
+
+
+def test_the_product_level_can_be_told(tmp_path):
+    folder, _ = build(tmp_path, "m-eurosat", per_split=1)
+    levels = {level: GeoBenchSet(folder, product_level=level).task.product_level for level in ("auto", "l2a", "none")}
+    assert levels == {"auto": "l1c", "l2a": "l2a", "none": None}

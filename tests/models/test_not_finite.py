@@ -53,7 +53,7 @@ def assert_reaches_nothing(model, batch, name, where, bad):
         assert torch.equal(grad, expected[parameter]), parameter
 
 
-@pytest.mark.parametrize("quirks", [False, True])
+@pytest.mark.parametrize("quirks", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", TARGETS)
 def test_each_modality(models, make_batch, name, quirks):
     batch = make_batch(NUM, SIZE)

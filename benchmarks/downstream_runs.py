@@ -1,0 +1,56 @@
+"""The pretraining runs that `downstream.py` compares: which, and how long."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from mpmae.config import RunConfig, load_config
+from mpmae.files import read_jsonl
+from mpmae.shard_tools import build
+from mpmae.train import pretrain
+
+REPO = Path(__file__).resolve().parents[1]
+STEPS, BATCH_SIZE, PEAK_LR = 300, 32, 1e-3
+VARIANTS = {"Sentinel-2 only": "modalities_out=[sentinel2]", "all modalities": None}
+
+
+def run_config(work: Path, variant: str, seed: int, steps: int = STEPS) -> RunConfig:
+    """The configuration of one pretraining."""
+    modalities = VARIANTS[variant]
+    changes = {
+        "run.dir": work / f"{variant.replace(' ', '-').lower()}-seed{seed}",
+        "data.shards": work / "shards",
+        "data.num_workers": 1,
+        "optim.lr": PEAK_LR,
+        "optim.warmup_steps": steps // 10,
+        "train.seed": seed,
+        "train.max_steps": steps,
+        "train.global_batch_size": BATCH_SIZE,
+        "train.val_samples": None,
+        "checkpoint.every_steps": max(1, steps // 4),
+        "checkpoint.keep_last": 1,
+        "checkpoint.resume": "auto",
+        "engine.name": "ddp",
+    }
+    overrides = [f"{key}={'null' if value is None else value}" for key, value in changes.items()]
+    return load_config(REPO / "configs/run/demo.yaml", overrides + ([f"model.{modalities}"] if modalities else []))
+
+
+def pretrain_all(source: Path, work: Path, seeds: int, steps: int, console: Console) -> dict[tuple[str, int], Path]:
+    """The run folders by variant and seed; runs that are not finished are begun or continued."""
+    if not (work / "shards" / "manifest.json").exists():
+        build(source, work / "shards")
+    folders = {}
+    for seed in range(seeds):
+        for variant in VARIANTS:
+            config = run_config(work, variant, seed, steps)
+            if not _is_finished(config):
+                console.rule(f"pretraining, {variant}, seed {seed}")
+                pretrain(config)
+            folders[variant, seed] = config.run.dir
+    return folders
+
+
+def _is_finished(config: RunConfig) -> bool:
+    lines = read_jsonl(config.run.dir / "validation.jsonl")
+    return bool(lines) and lines[-1]["step"] == config.train.max_steps
