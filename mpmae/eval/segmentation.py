@@ -171,7 +171,8 @@ def predict_maps(
 def draw_predictions(
     path: Path, setup: UNetSetup | LinearSetup, labelled: LabelledSet, indices: np.ndarray, device: torch.device, title: str
 ) -> None:
-    """The sheet of `segmentation.num_pictures` samples spread evenly over `indices`, as a PNG."""
-    num = min(setup.config.segmentation.num_pictures, len(indices))
-    chosen = indices[np.linspace(0, len(indices) - 1, num).round().astype(int)] if num else []
+    """The sheet of `segmentation.num_pictures` samples with a label, spread evenly over `indices`, as a PNG."""
+    num = setup.config.segmentation.num_pictures
+    shown = [int(index) for index in indices if num and (labelled.label(int(index)) != IGNORED).any()]
+    chosen = [shown[i] for i in np.linspace(0, len(shown) - 1, min(num, len(shown))).round().astype(int)]
     draw_sheet(path, setup.task, list(predict_maps(setup, labelled, chosen, device)), title)
