@@ -24,6 +24,7 @@ _TITLES = ("image", "label", "prediction", "error")
 _TRUE_COLOUR_UM = (0.665, 0.56, 0.49)
 _SIDE_INCHES, _MAX_LEGEND = 2.0, 24
 _DOTS_PER_INCH = 110
+_GREYS = 7  # the pair in tab20: like the stripes of what has no label
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,11 @@ def draw_sheet(path: Path, task: Task, pictured: Sequence[Pictured], title: str)
 
 
 def class_colours(num_classes: int) -> np.ndarray:
-    """uint8 [K, 3]: matplotlib's tab20 while it lasts, strong ones first; else hues a golden ratio apart in three tones."""
+    """uint8 [K, 3]: matplotlib's tab20 while it lasts, its greys last; else hues a golden ratio apart in three tones."""
     if num_classes <= 20:
         paired = np.asarray(matplotlib.colormaps["tab20"].colors)
-        table = np.concatenate([paired[::2], paired[1::2]])[:num_classes]
+        strong, light = ([i for i in range(first, 20, 2) if i // 2 != _GREYS] for first in (0, 1))
+        table = paired[[*strong, *light, 2 * _GREYS, 2 * _GREYS + 1]][:num_classes]
     else:
         hues = (np.arange(num_classes) * 0.618034) % 1
         table = np.array([colorsys.hsv_to_rgb(hue, 0.75, (0.95, 0.7, 0.5)[i % 3]) for i, hue in enumerate(hues)])

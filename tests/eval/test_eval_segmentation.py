@@ -135,6 +135,15 @@ def test_the_encoder_is_frozen_for_a_quarter_then_trains():
     assert len(held) == len({id(p) for p in held}) == len(list(setup.model.parameters()))
 
 
+def test_the_configuration_is_that_of_the_published_code(repo):
+    small = ("encoder.name=convnextv2_small", f"encoder.bands_in=[{','.join(NAMES)}]")
+    config = load_config(repo / "configs" / "eval" / "geobench_segmentation.yaml", small)
+    setup = setup_of(config, coloured_blocks())
+    assert (config.finetune.epochs, setup.num_frozen_epochs) == (200, 50)
+    rate = config.finetune.blr * config.finetune.batch_size / 256
+    assert rate == 1.25e-3
+
+
 @pytest.mark.parametrize(("options", "epochs"), [(["finetune.freeze=true"], 8), (["segmentation.frozen_fraction=0"], 0)])
 def test_other_lengths_of_the_frozen_phase(options, epochs):
     setup = setup_of(configured("finetune.epochs=8", *options), coloured_blocks())
