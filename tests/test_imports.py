@@ -116,7 +116,8 @@ def test_heavy_packages_have_one_door():
     assert importers_of("zarr") <= {"mpmae.shard_tools.sources.zarr_zip"}
     assert importers_of("numcodecs") <= {"mpmae.shard_tools.sources.zarr_v2"}
     assert importers_of("rasterio") <= {"mpmae.shard_tools.sources.rasters"}
-    assert importers_of("pyarrow") <= {"mpmae.shard_tools.sources.major_tom"}
+    assert importers_of("pyarrow") <= {"mpmae.shard_tools.sources.major_tom", "mpmae.embed.parquet"}
+    assert importers_of("umap") <= {"mpmae.embed.projection"}
 
 
 def test_nothing_imports_the_integrations():

@@ -11,6 +11,7 @@ import numpy as np
 
 from mpmae.errors import ReportError
 from mpmae.modalities import MODALITIES
+from mpmae.report.embedding_map import EmbeddingMap
 
 
 @dataclass
@@ -140,7 +141,7 @@ class ReportData:
     data_wait_percent, memory_bytes; a key may be missing, a number may be None or NaN.
     validation: the objects of validation.jsonl: step, losses {modality}, trivial {modality}, num_samples; `trivial` is the
     loss of a predictor that sees no image.
-    notes: sentences shown under the headline numbers.
+    notes: sentences shown under the headline numbers. embeddings: a map of vectors that the run's encoder gave.
     """
 
     title: str
@@ -149,6 +150,7 @@ class ReportData:
     validation: Sequence[Mapping[str, Any]] = ()
     tiles: Sequence[TilePicture] = ()
     notes: Sequence[str] = ()
+    embeddings: EmbeddingMap | None = None
 
     def check(self) -> None:
         """ReportError with every inconsistency of every part, or nothing."""

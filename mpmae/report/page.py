@@ -12,6 +12,7 @@ from mpmae.files import write_whole
 from mpmae.report import numbers
 from mpmae.report.charts import Chart, legend_swatch, line_chart, ratio_bar
 from mpmae.report.data import ReportData
+from mpmae.report.embedding_charts import embedding_charts
 from mpmae.report.pictures import NO_DATA, dots, hatch, png_data_uri
 from mpmae.report.tiles import tile_view
 from mpmae.report.vectors import PERIODS
@@ -71,6 +72,7 @@ def render_report(data: ReportData) -> str:
         loss_charts=_markup(_loss_charts(data)),
         swatches={kind: Markup(legend_swatch(kind)) for kind in ("line", "band", "point", "trivial")},
         tiles=[tile_view(tile) for tile in data.tiles],
+        embedding_charts=_embedding_charts(data),
         periods=list(PERIODS.values()),
         keys={"hidden": png_data_uri(hatch(_KEY_SIDE_PX)), "unscored": png_data_uri(dots(_KEY_SIDE_PX))},
         no_data_colour="#{:02x}{:02x}{:02x}".format(*NO_DATA),
@@ -103,6 +105,11 @@ def _loss_charts(data: ReportData) -> Iterator[Chart]:
         train = numbers.series(data.history, "losses", name)
         validation, trivial = (numbers.series(data.validation, key, name) for key in ("losses", "trivial"))
         yield line_chart(numbers.title_of(name), train, validation, trivial)
+
+
+def _embedding_charts(data: ReportData) -> list[tuple[Chart, Markup]]:
+    found = data.embeddings
+    return _markup(iter(embedding_charts(found).values())) if found and found.points else []
 
 
 def _markup(charts: Iterator[Chart]) -> list[tuple[Chart, Markup]]:
