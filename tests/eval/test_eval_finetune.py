@@ -45,7 +45,7 @@ def pretrained(tmp_path_factory):
 def evaluation(pretrained, tmp_path_factory):
     """(output folder, the set, configuration, scores) of a pretrained encoder beside one from scratch."""
     folder = tmp_path_factory.mktemp("finetune") / "out"
-    labelled = bright_bands(sizes=(12, 6, 6))
+    labelled = bright_bands(sizes=(12, 6, 6), side=8)
     keys = [f"encoder.checkpoint={pretrained}", f"output.dir={folder}", "output.seeds=[3]", "augment.smoothing=0"]
     config = load_config(None, [*QUICK, *keys, "dataset.label_fractions=[0.5,1]", "finetune.drop_path=0.1"])
     return folder, labelled, config, finetune(config, labelled=labelled)
@@ -110,7 +110,7 @@ def test_an_evaluation_goes_on_where_it_ended(evaluation):
 
 
 def test_a_frozen_encoder_keeps_its_weights(pretrained, tmp_path):
-    labelled = bright_bands("multilabel", sizes=(12, 6, 6))
+    labelled = bright_bands("multilabel", sizes=(12, 6, 6), side=8)
     keys = [f"encoder.checkpoint={pretrained}", f"output.dir={tmp_path}", "output.seeds=[0]", "finetune.freeze=true"]
     config = load_config(None, [*QUICK, *keys, "finetune.baseline=false", "augment.mixup_alpha=0.5"])
     (score,) = finetune(config, labelled=labelled)
@@ -132,7 +132,7 @@ def test_settings_that_exclude_each_other(pretrained, tmp_path):
 
 
 def test_folds_are_runs_of_their_own(tmp_path):
-    labelled = bright_bands(sizes=(12, 6, 6))
+    labelled = bright_bands(sizes=(12, 6, 6), side=8)
     config = load_config(None, [*QUICK, f"output.dir={tmp_path}", "dataset.num_folds=3", "output.seeds=[0]"])
     config = config.model_copy(update={"finetune": config.finetune.model_copy(update={"epochs": 1, "keep_weights": False})})
     scores = finetune(config, labelled=labelled)
@@ -143,7 +143,7 @@ def test_folds_are_runs_of_their_own(tmp_path):
 
 
 def test_the_command(repo, tmp_path):
-    labelled = bright_bands(sizes=(6, 3, 3))
+    labelled = bright_bands(sizes=(6, 3, 3), side=8)
     images = (1000 + 100 * np.stack([labelled.image(i) for i in range(12)])).astype(np.uint16)
     labels = np.array([int(labelled.label(i)) for i in range(12)])
     path = write_h5(tmp_path / "set" / "bright.h5", images, labels, bands=list(BANDS), classes=["a", "b", "c"])
@@ -152,7 +152,7 @@ def test_the_command(repo, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "random init" in done.stdout
-    assert "images of 16 x 16 px are taken as they are" in done.stderr
+    assert "images of 8 x 8 px are taken as they are" in done.stderr
     scores, _ = read_scores(tmp_path / "out" / "scores.json")
     assert [score.task for score in scores] == ["bright"]
 

@@ -106,7 +106,7 @@ def test_groups_of_a_frozen_encoder():
 
 @pytest.mark.parametrize(("kind", "epochs"), [("multiclass", 6), ("multilabel", 20)])
 def test_a_task_with_a_known_answer_is_learned(tmp_path, kind, epochs):
-    labelled = bright_bands(kind, sizes=(48, 12, 24), contrast=2.0)
+    labelled = bright_bands(kind, sizes=(48, 24, 24), contrast=2.0)
     fitted = run(small_setup(labelled, epochs=epochs), labelled, tmp_path / "run")
     assert fitted.test.metrics[labelled.task.metric] > 0.95
     blind = run(small_setup(labelled, epochs=1, lr=1e-9), labelled, tmp_path / "blind")
