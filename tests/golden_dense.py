@@ -73,16 +73,20 @@ def build(case: Case) -> ConvNeXtV2 | UNet:
 
 
 def _load(case: Case, model: ConvNeXtV2 | UNet) -> None:
+    prefix = "encoder." if isinstance(model, UNet) else ""
+    state = {prefix + name.removeprefix("encoder."): value for name, value in pretrained(case).items()}
+    model.load_state_dict(state | own_weights(case, model))
+
+
+def own_weights(case: Case, model: ConvNeXtV2 | UNet) -> dict[str, torch.Tensor]:
+    """What the model has beyond the pretrained encoder, under our names."""
     own = {name: fill(case.entry["own_fill_seed"], name, *rest) for name, *rest in case.entry["params_own_fill"]}
     if isinstance(model, UNet):  # the published one carries a norm that never runs
         own = {name: value for name, value in own.items() if not name.startswith("norm.")}
-    prefix = "encoder." if isinstance(model, UNet) else ""
-    state = {prefix + name.removeprefix("encoder."): value for name, value in _pretrained(case).items()}
-    state |= {canonical_name(name, "mmearth-dense", case.stem == "convnext"): value for name, value in own.items()}
-    model.load_state_dict(state)
+    return {canonical_name(name, "mmearth-dense", case.stem == "convnext"): value for name, value in own.items()}
 
 
-def _pretrained(case: Case) -> dict[str, torch.Tensor]:
+def pretrained(case: Case) -> dict[str, torch.Tensor]:
     """The sparse encoder's weights, filled under their published names, under our names."""
     entry, config = case.entry, case.entry["config"]
     seed = entry["pretrain_weight_seed"]

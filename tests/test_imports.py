@@ -106,6 +106,7 @@ def test_heavy_packages_have_one_door():
     assert importers_of("wandb") <= {"mpmae.train.track"}
     assert importers_of("torch.utils.tensorboard") <= {"mpmae.train.track"}
     assert importers_of("terratorch") <= {"mpmae.integrations.terratorch"}
+    assert importers_of("torchgeo_bench") <= {"mpmae.integrations.torchgeo_bench"}
     assert importers_of("torchvision") <= {"mpmae.integrations.torchgeo"}
     assert importers_of("nvidia") <= {"mpmae.loader.dali"}
     assert importers_of("cuda") <= {"mpmae.kernels.cuda_driver"}

@@ -5,8 +5,10 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -89,6 +91,9 @@ def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None
                 if (folder / WEIGHTS_NAME).is_file():
                     source = weights if kind == "pretrained" else None
                     write_tuned_config(folder, setup.model, encoder, source, labelled.task, preparation.facts)
+                has_best = not resume or (folder / WEIGHTS_NAME).is_file()  # not where it ended before and kept none
+                if labelled.task.kind == "segmentation" and has_best:
+                    _draw(folder, setup, labelled, run.splits["test"], world, f"{encoder.label}, {_name(run)}")
                 facts = _facts(config, labelled) | {"preparation": preparation.facts}
                 write_scores(config.output.dir / SCORES_NAME, scores, facts)
     if world.rank == 0:
@@ -147,6 +152,13 @@ def _setup_builder(kind: str) -> SetupBuilder:
     from mpmae.eval.segmentation import segmentation_setup
 
     return segmentation_setup
+
+
+def _draw(folder: Path, setup: Setup, labelled: LabelledSet, indices: np.ndarray, world: World, title: str) -> None:
+    from mpmae.eval.segmentation import draw_predictions
+
+    title = f"{labelled.task.name}, test split: {setup.method}, {title}"
+    draw_predictions(folder / "predictions.png", setup, labelled, indices, world.device, title)
 
 
 def _score(setup: Setup, label: str, run: Run, fitted: Fitted) -> Score:

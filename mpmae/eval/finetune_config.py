@@ -8,6 +8,7 @@ from pydantic import Field
 
 from mpmae.config_tree import Beta, Float, Int, Section, load_tree
 from mpmae.eval.config import DatasetSection, EncoderSection, ImageSection, OutputSection
+from mpmae.eval.segmentation_config import SegmentationSection
 
 
 class FinetuneSection(Section):
@@ -64,6 +65,7 @@ class FinetuneConfig(Section):
     image: ImageSection = ImageSection()
     finetune: FinetuneSection = FinetuneSection()
     augment: AugmentSection = AugmentSection()
+    segmentation: SegmentationSection = SegmentationSection()
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> FinetuneConfig:

@@ -35,11 +35,12 @@ def write_tuned_config(
     notes = [*config.provenance.notes, f"fine-tuned on {task.name}"]
     if statistics is None:
         notes.append(f"images were normalised by statistics of {task.name}: {preparation['statistics_reason']}")
+    backbone = getattr(model, "encoder", model)  # of a U-Net, or the model itself
     config = config.model_copy(
         update={
             "bands_in": encoder.input.bands,
-            "stem_padding": encoder.backbone.stem_padding,
-            "grn_eps": encoder.backbone.grn_eps,
+            "stem_padding": backbone.stem_padding,
+            "grn_eps": backbone.grn_eps,
             "statistics": statistics,
             "provenance": config.provenance.model_copy(update={"notes": tuple(notes)}),
         }

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 pytest.importorskip("terratorch", reason="needs terratorch: make test-eo")
 
@@ -17,19 +16,6 @@ from mpmae.integrations.terratorch import BACKBONES
 from mpmae.modalities import spec_of
 
 BANDS = spec_of("sentinel2").model_bands
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """An encoder of 12 recorded bands."""
-    folder = tmp_path_factory.mktemp("run") / "step-00000001"
-    folder.mkdir()
-    state = mpmae.create_model("mpmae_atto", modalities_out=("sentinel2",), decoder_dim=16).state_dict()
-    save_file(state, folder / "model.safetensors")
-    size = (folder / "model.safetensors").stat().st_size
-    text = f'{{"format_version": 1, "step": 1, "bands_in": {list(BANDS)}, "files": {{"model.safetensors": {size}}}}}'
-    (folder / "checkpoint.json").write_text(text.replace("'", '"'))
-    return folder
 
 
 @pytest.mark.parametrize("name", ["mpmae_convnextv2_atto", "mpmae_convnextv2_tiny"])
