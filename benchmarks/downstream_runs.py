@@ -6,7 +6,7 @@ from rich.console import Console
 
 from mpmae.config import RunConfig, load_config
 from mpmae.files import read_jsonl
-from mpmae.shard_tools import build
+from mpmae.shard_tools.build import build
 from mpmae.train import pretrain
 
 REPO = Path(__file__).resolve().parents[1]

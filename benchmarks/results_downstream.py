@@ -52,8 +52,8 @@ def section(record: dict[str, Any]) -> str:
         f"{case['model']}, pretrained for {case['steps']} steps of {case['batch_size']} images at a peak rate of "
         f"{case['peak_lr']:g} on the training tiles of `{case['tiles']}`, once a seed; then frozen, and its features of "
         f"`{case['labelled']}` classified in {case['folds']} folds. {record['date'][:10]}, {machine(record)}; "
-        f"pretraining at commit {commits}. Made by `python benchmarks/downstream.py`. All encoders see the same bands with the same "
-        "statistics; settings (strength of the penalty) are chosen on a validation part of each training fold.",
+        f"pretraining at commit {commits}. Made by `python benchmarks/downstream.py`. All encoders see the same bands with "
+        "the same statistics; settings (strength of the penalty) are chosen on a validation part of each training fold.",
         "",
         "![accuracy by method and encoder](plots/downstream.svg)",
         "",

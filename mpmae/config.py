@@ -219,6 +219,28 @@ class GuardSection(Section):
         return time_limit
 
 
+class ProbeSection(Section):
+    """What the features are worth while training goes on: kNN and a linear probe on a small labelled set."""
+
+    dataset: TextPath | None = Field(None, description="GEO-Bench task's folder, HDF5 file or CSV; None: no probe")
+    format: Literal["auto", "geobench", "h5", "geotiff"] = Field("auto", description="auto: told by what lies there")
+    partition: Text = Field("default", description="geobench: NAME_partition.json")
+    product_level: Literal["auto", "l1c", "l2a", "none"] = Field(
+        "auto", description="Sentinel-2 product of the images; auto: what the set says or is known for; none: not known"
+    )
+    every_steps: Int = Field(1000, gt=0, description="besides before the first step and after the last")
+    max_samples: Int = Field(1000, ge=2, description="at most this many images to train on, and as many to judge by")
+    ks: tuple[Annotated[Int, Field(gt=0)], ...] = Field((5, 20), min_length=1, description="numbers of neighbours")
+    normalise: Literal["auto", "pretraining", "dataset"] = Field(
+        "auto", description="statistics; auto: the shards' for the set's product level where both are known"
+    )
+    size: Int | None = Field(None, gt=0, description="side in pixels that the encoder sees; None: the stored one")
+    fit: Literal["resize", "tile", "crop"] = Field("resize", description="what makes an image of another size fit")
+    host_cache_gb: Float = Field(
+        4.0, ge=0, description="prepared images kept in host memory, per rank; others are read again"
+    )
+
+
 class LogSection(Section):
     """Where metrics go besides metrics.jsonl and the terminal."""
 
@@ -246,6 +268,7 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     engine: EngineSection = EngineSection()
     guard: GuardSection = GuardSection()
+    probe: ProbeSection = ProbeSection()
     log: LogSection = LogSection()
 
 

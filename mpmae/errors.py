@@ -42,5 +42,9 @@ class DatasetError(MpmaeError):
     """A labelled set (GEO-Bench folder, HDF5 file, GeoTIFFs with a table) that is absent, inconsistent or not plain data."""
 
 
+class EmbeddingError(MpmaeError):
+    """A folder of embeddings that is absent, unfinished, changed or of something else, or vectors that cannot be stored."""
+
+
 class ReportError(MpmaeError):
     """Report data whose parts do not fit together: shapes, units or names."""

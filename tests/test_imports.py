@@ -110,11 +110,13 @@ def test_heavy_packages_have_one_door():
     assert importers_of("nvidia") <= {"mpmae.loader.dali"}
     assert importers_of("cuda") <= {"mpmae.kernels.cuda_driver"}
     assert all(inside(module, "mpmae.kernels") for module in importers_of("triton"))
-    assert not importers_of("timm")
+    assert importers_of("timm") <= {"mpmae.eval.augment"}
+    assert importers_of("torchmetrics") <= {"mpmae.eval.metrics"}
     assert importers_of("zarr") <= {"mpmae.shard_tools.sources.zarr_zip"}
     assert importers_of("numcodecs") <= {"mpmae.shard_tools.sources.zarr_v2"}
     assert importers_of("rasterio") <= {"mpmae.shard_tools.sources.rasters"}
-    assert importers_of("pyarrow") <= {"mpmae.shard_tools.sources.major_tom"}
+    assert importers_of("pyarrow") <= {"mpmae.shard_tools.sources.major_tom", "mpmae.embed.parquet"}
+    assert importers_of("umap") <= {"mpmae.embed.projection"}
 
 
 def test_nothing_imports_the_integrations():
@@ -147,3 +149,13 @@ def test_the_sources_need_their_packages_only_when_a_set_is_read():
 def test_shard_tools_run_without_torch():
     code = "import sys, mpmae.shard_tools.cli; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_run_without_a_probe_needs_nothing_of_evaluation():
+    names = ("torchmetrics", "timm", "rasterio", "pyarrow", "torchvision")
+    code = f"import sys, mpmae.train, mpmae.report.cli; sys.exit(any(name in sys.modules for name in {names}))"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_evaluation_never_imports_training():
+    assert not [m for m in importers_of("mpmae.train") if inside(m, "mpmae.eval")]

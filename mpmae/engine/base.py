@@ -116,8 +116,11 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
-        """The module's whole state on the CPU at rank 0 (floating point as float32), None at the other ranks."""
+    def full_state_dict(self, prefix: str = "") -> dict[str, torch.Tensor] | None:
+        """The module's whole state on the CPU at rank 0 (floating point as float32), None at the other ranks.
+
+        prefix: only what is named so, under its whole name.
+        """
 
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         """A new tensor: the sum of `tensor` over the ranks."""

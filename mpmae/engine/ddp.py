@@ -111,9 +111,10 @@ class DDPEngine(Engine):
         """See Engine."""
         load_state(state, self._module, self._optimizer)
 
-    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
+    def full_state_dict(self, prefix: str = "") -> dict[str, torch.Tensor] | None:
         """See Engine."""
-        return as_float32(self._module.state_dict()) if self.rank == 0 else None
+        state = self._module.state_dict()
+        return as_float32({n: state[n] for n in state if n.startswith(prefix)}) if self.rank == 0 else None
 
     def close(self) -> None:
         """See Engine. What reduces the gradients holds the process group, and must not be the last to do so."""

@@ -166,10 +166,12 @@ class FSDPEngine(Engine):
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
-    def full_state_dict(self) -> dict[str, torch.Tensor] | None:
+    def full_state_dict(self, prefix: str = "") -> dict[str, torch.Tensor] | None:
         """See Engine. Gathers one parameter at a time."""
         state = {}
         for name, tensor in self._module.state_dict().items():
+            if not name.startswith(prefix):
+                continue
             whole = tensor.to(self.device).full_tensor() if isinstance(tensor, DTensor) else tensor
             state |= as_float32({name: whole}) if self.rank == 0 else {}
         return state if self.rank == 0 else None
@@ -195,5 +197,5 @@ def _make_mesh(world: World, shard_size: int | None) -> DeviceMesh:
 @torch.no_grad()
 def _take_from_rank_0(tensor: torch.Tensor, world: World) -> None:
     on_device = tensor.detach().to(world.device).flatten()
-    dist.broadcast(on_device.view(torch.uint8), 0)  # bytes: no backend broadcasts every dtype
+    world.broadcast_into(on_device)
     tensor.copy_(on_device.view_as(tensor))

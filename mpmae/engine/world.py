@@ -85,6 +85,11 @@ class World:
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
+    def broadcast_into(self, tensor: torch.Tensor) -> None:
+        """Write rank 0's values into a contiguous `tensor` of every rank: the same shape and dtype, on `device`."""
+        if self.world_size > 1:
+            dist.broadcast(tensor.detach().view(-1).view(torch.uint8), 0)  # bytes: no backend broadcasts every dtype
+
     def close(self) -> None:
         """Leave the process group, unless something holds it; safe to call twice."""
         if not _held:

@@ -2,6 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from mpmae.modalities import PRODUCT_LEVELS
 
 
 @dataclass(frozen=True)
@@ -16,3 +19,12 @@ class EncoderInput:
     bands: tuple[str, ...]
     patch_size: int
     statistics: Mapping[str, Mapping[str, tuple[float, ...]]] = field(default_factory=dict)
+
+
+def statistics_by_level(recorded: Mapping[str, Any]) -> dict[str, dict[str, tuple[float, ...]]]:
+    """`EncoderInput.statistics` from those of a shard set or a checkpoint, where "sentinel2_" stands before the level."""
+    return {
+        level: {key: tuple(recorded[f"sentinel2_{level}"][key]) for key in ("mean", "std")}
+        for level in PRODUCT_LEVELS
+        if f"sentinel2_{level}" in recorded
+    }

@@ -5,15 +5,14 @@ Shapes: N images, B input bands, S image side in pixels, D features, C_s channel
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpmae.errors import ConfigError
 from mpmae.eval.config import EncoderSection
-from mpmae.eval.encoder_input import EncoderInput
-from mpmae.modalities import PRODUCT_LEVELS, spec_of
+from mpmae.eval.encoder_input import EncoderInput, statistics_by_level
+from mpmae.modalities import spec_of
 from mpmae.models import ConvNeXtV2, create_encoder
 from mpmae.models.interop import Weights, as_weights, describe
 
@@ -64,10 +63,10 @@ def open_encoder(section: EncoderSection, seed: int = 0, drop_path_rate: float =
     return build_encoder(section, weights, seed, drop_path_rate)
 
 
-def random_twin(section: EncoderSection, seed: int = 0) -> ImageEncoder:
+def random_twin(section: EncoderSection, seed: int = 0, drop_path_rate: float = 0.0) -> ImageEncoder:
     """The architecture, bands and statistics of `open_encoder`, with random weights: what pretraining has to beat."""
     if section.checkpoint is None:
-        return open_encoder(section, seed)
+        return open_encoder(section, seed, drop_path_rate)
     weights = as_weights(section.checkpoint)
     like, found = build_encoder(section, weights), describe(weights.state, weights.source)
     with _seeded(seed):
@@ -79,6 +78,7 @@ def random_twin(section: EncoderSection, seed: int = 0) -> ImageEncoder:
             stem=found.stem,
             stem_padding=like.backbone.stem_padding,
             grn_eps=like.backbone.grn_eps,
+            drop_path_rate=drop_path_rate,
         )
     return ImageEncoder(fresh.eval(), like.input, RANDOM_INIT)
 
@@ -108,18 +108,10 @@ def build_encoder(
             drop_path_rate=drop_path_rate,
             checkpoint=weights,
         )
-    encoder_input = EncoderInput(tuple(bands), backbone.patch_size, {} if weights is None else _statistics(weights))
+    statistics = {} if weights is None else statistics_by_level(weights.recorded("statistics") or {})
+    encoder_input = EncoderInput(tuple(bands), backbone.patch_size, statistics)
     label = RANDOM_INIT if weights is None else str(section.checkpoint or weights.source)
     return ImageEncoder(backbone.eval(), encoder_input, label)
-
-
-def _statistics(weights: Weights) -> dict[str, dict[str, tuple[float, ...]]]:
-    recorded: dict[str, Any] = weights.recorded("statistics") or {}
-    return {
-        level: {key: tuple(recorded[f"sentinel2_{level}"][key]) for key in ("mean", "std")}
-        for level in PRODUCT_LEVELS
-        if f"sentinel2_{level}" in recorded
-    }
 
 
 class _seeded:

@@ -15,6 +15,9 @@ let_torchvision_import()
 import torchmetrics.classification as tm  # noqa: E402
 from torchmetrics import MetricCollection  # noqa: E402
 
+# whoever computes has all predictions: within a run of several ranks torchmetrics would else wait for the other ones
+_OPTIONS = {"validate_args": False, "sync_on_compute": False}
+
 
 def metric_names(kind: str) -> tuple[str, ...]:
     """The metrics that a task of this kind is reported in."""
@@ -69,14 +72,14 @@ def evaluate(kind: str, num_classes: int, scores: Tensor, target: Tensor) -> dic
 
 def _metrics(kind: str, num_classes: int) -> dict[str, tm.MulticlassAccuracy]:
     if kind == "multiclass":
-        options = {"num_classes": num_classes, "validate_args": False}
+        options = {"num_classes": num_classes, **_OPTIONS}
         return {
             "accuracy": tm.MulticlassAccuracy(average="micro", **options),
             "accuracy_macro": tm.MulticlassAccuracy(average="macro", **options),
             "f1_macro": tm.MulticlassF1Score(average="macro", **options),
         }
     if kind == "multilabel":
-        options = {"num_labels": num_classes, "validate_args": False}
+        options = {"num_labels": num_classes, **_OPTIONS}
         return {
             "f1_micro": tm.MultilabelF1Score(average="micro", **options),
             "f1_macro": tm.MultilabelF1Score(average="macro", **options),
@@ -84,7 +87,7 @@ def _metrics(kind: str, num_classes: int) -> dict[str, tm.MulticlassAccuracy]:
             "map_macro": tm.MultilabelAveragePrecision(average="macro", **options),
         }
     if kind == "segmentation":
-        options = {"num_classes": num_classes, "validate_args": False, "ignore_index": IGNORED}
+        options = {"num_classes": num_classes, **_OPTIONS, "ignore_index": IGNORED}
         return {
             "miou": tm.MulticlassJaccardIndex(average="macro", **options),
             "accuracy": tm.MulticlassAccuracy(average="micro", **options),

@@ -98,7 +98,9 @@ def _present(labelled: _Readable, progress: bool) -> Mapping[str, np.ndarray]:
 def _found(path: Path, form: str) -> tuple[str, Path]:
     """The format and the folder or file that its reader takes."""
     if not path.exists():
-        raise DatasetError(f"dataset.path: nothing at {path}; expected a GEO-Bench task's folder, an HDF5 file, or a CSV table")
+        raise DatasetError(
+            f"dataset.path: nothing at {path}; expected a GEO-Bench task's folder, an HDF5 file, or a CSV table"
+        )
     if path.is_file():
         by_suffix = {**dict.fromkeys(_H5, "h5"), ".csv": "geotiff"}
         there = [(by_suffix[path.suffix.lower()], path)] if path.suffix.lower() in by_suffix else []

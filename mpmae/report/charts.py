@@ -68,9 +68,15 @@ def buckets(values: Series, max_buckets: int = MAX_BUCKETS) -> list[list[Bucket]
 
 
 def line_chart(
-    title: str, train: Series, validation: Series = (), trivial: Series = (), unit: str = "", zero_based: bool = False
+    title: str,
+    train: Series,
+    validation: Series = (),
+    trivial: Series = (),
+    unit: str = "",
+    zero_based: bool = False,
+    dashed_name: str = "trivial",
 ) -> Chart:
-    """Chart of a logged series with its validation points and the trivial predictor's dashed line.
+    """Chart of a logged series with its validation points and a dashed line: the trivial predictor's, or what it is called.
 
     The y axis is logarithmic where all values are positive and span more than a factor of 20. Steps whose value is not
     finite are crosses at the chart's foot. Without any finite value the chart says so.
@@ -104,7 +110,7 @@ def line_chart(
     broken = [step for step, value in train if not math.isfinite(value)]
     for step in broken[:: max(1, len(broken) // 50)]:
         _cross(root, x(step), HEIGHT - _BOTTOM - 5)
-    caption = _caption(train, points, dashed, unit)
+    caption = _caption(train, points, dashed, dashed_name, unit)
     if y.log:
         caption += " · log scale"
     if broken:
@@ -147,11 +153,11 @@ def _finite(values: Series) -> Series:
     return [(step, value) for step, value in values if math.isfinite(value)]
 
 
-def _caption(train: Series, points: Series, dashed: Series, unit: str) -> str:
+def _caption(train: Series, points: Series, dashed: Series, dashed_name: str, unit: str) -> str:
     last = _finite(train)[-1:]
     parts = [f"{what}{compact(values[-1][1])}" for what, values in (("last ", last), ("validation ", points)) if values]
     if dashed:
-        parts.append(f"trivial {compact(dashed[-1][1])}")
+        parts.append(f"{dashed_name} {compact(dashed[-1][1])}")
     return " · ".join(part + (f" {unit}" if unit else "") for part in parts)
 
 

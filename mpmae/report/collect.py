@@ -22,10 +22,12 @@ from mpmae.modalities import MODALITIES
 from mpmae.models import MPMAE
 from mpmae.models.losses import patch_statistics
 from mpmae.report.data import ClassGuess, MapTriple, ReportData, RunSummary, TilePicture, VectorPair
+from mpmae.report.embedding_map import load_map
 from mpmae.train.data import cpu_loader, open_reader
 from mpmae.train.setup import build_model
 from mpmae.train.track import read_jsonl
 
+EMBEDDINGS = "embeddings"  # where in the run folder the report looks for what `mpmae-embed` wrote
 _NUM_GUESSES = 3
 _RECORD_KEYS = ("config", "environment", "commit", "dirty", "num_parameters", "world_size", "shards_fingerprint")
 _TRUE_COLOUR = {"B4", "B3", "B2"}
@@ -54,6 +56,9 @@ def collect(run_dir: str | Path, num_tiles: int = 6) -> ReportData:
     model = build_model(config, reader.manifest)
     model.load_state_dict(load_file(checkpoint / MODEL_NAME))
     step = load_meta(checkpoint)["step"]
+    embeddings, notes = load_map(run_dir / EMBEDDINGS), []
+    if embeddings is None and (run_dir / EMBEDDINGS).is_dir():
+        notes.append(f"{EMBEDDINGS}/ has no map yet: mpmae-embed draws it once all vectors are there, unless --map is none.")
     tiles = Reconstructor(model.eval(), reader, config).tiles(num_tiles)
     return ReportData(
         title=config.run.name or run_dir.name,
@@ -61,6 +66,8 @@ def collect(run_dir: str | Path, num_tiles: int = 6) -> ReportData:
         history=history,
         validation=validation,
         tiles=tiles,
+        notes=notes,
+        embeddings=embeddings,
     )
 
 

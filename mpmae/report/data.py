@@ -11,6 +11,7 @@ import numpy as np
 
 from mpmae.errors import ReportError
 from mpmae.modalities import MODALITIES
+from mpmae.report.embedding_map import EmbeddingMap
 
 
 @dataclass
@@ -137,10 +138,11 @@ class ReportData:
     """Everything on the page.
 
     history: the objects of metrics.jsonl, one per step: step, epoch, loss, losses {modality}, lr, grad_norm, images_per_s,
-    data_wait_percent, memory_bytes; a key may be missing, a number may be None or NaN.
+    data_wait_percent, memory_bytes; a key may be missing, a number may be None or NaN. Some have a probe's scores (see
+    `mpmae.probe_record`); where there is one of step 0, it has nothing else.
     validation: the objects of validation.jsonl: step, losses {modality}, trivial {modality}, num_samples; `trivial` is the
     loss of a predictor that sees no image.
-    notes: sentences shown under the headline numbers.
+    notes: sentences shown under the headline numbers. embeddings: a map of vectors that the run's encoder gave.
     """
 
     title: str
@@ -149,6 +151,7 @@ class ReportData:
     validation: Sequence[Mapping[str, Any]] = ()
     tiles: Sequence[TilePicture] = ()
     notes: Sequence[str] = ()
+    embeddings: EmbeddingMap | None = None
 
     def check(self) -> None:
         """ReportError with every inconsistency of every part, or nothing."""

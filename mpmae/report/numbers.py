@@ -3,10 +3,12 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from statistics import median
 from typing import Any, Literal, get_args
 
 from mpmae.modalities import MODALITIES
+from mpmae.probe_record import LINEAR, percent, scores_of
 from mpmae.report.data import ReportData
 
 EQUAL_WITHIN_PERCENT = 2.0
@@ -161,6 +163,8 @@ def headlines(data: ReportData) -> list[Headline]:
         first, final = (sum(part) / len(part) for part in (totals[:length], totals[-length:]))
         detail = "training, first to last step" if length == 1 else f"training, means of the first and last {length} steps"
         found.append(Headline("Total loss", f"{compact(first)} → {compact(final)}", detail))
+    if probe := _probe_headline(data):
+        found.append(probe)
     num_steps = run.num_steps or max((item["step"] for item in data.history), default=None)
     if num_steps is not None:
         seen = f"{run.num_samples_seen:,} samples seen" if run.num_samples_seen else ""
@@ -177,6 +181,48 @@ def headlines(data: ReportData) -> list[Headline]:
             Headline("Wall time", duration_text(run.wall_time_s), f"finished {run.finished}" if run.finished else "")
         )
     return found
+
+
+def at_start(scores: Series) -> Series:
+    """Of a probe's scores the one before the first step; none where the log begins later."""
+    return [(step, score) for step, score in scores if step == 0]
+
+
+def probe_note(data: ReportData) -> str:
+    """What the probe's charts show, and how far chance moves a point; empty without a probe."""
+    last = _last_probe(data)
+    if last is None:
+        return ""
+    probe = last["probe"]
+    metric, num_train, num_val = (probe.get(key) for key in ("metric", "num_train", "num_val"))
+    dataset = (data.run.config.get("probe") or {}).get("dataset")
+    where = f" of {PurePath(str(dataset)).name}" if dataset else ""
+    text = (
+        f"What the encoder's features were good for during the run: {num_train} labelled images{where} train kNN and a "
+        f"linear probe, {num_val} others judge them, in {str(metric).replace('_', ' ')}; the test split is not read."
+    )
+    score = number(probe.get(LINEAR))
+    if metric == "accuracy" and num_val and math.isfinite(score):
+        fraction = (num_val * score + 2) / (num_val + 4)  # Agresti and Coull, 1998: never an error of 0
+        error_percent = 100 * math.sqrt(fraction * (1 - fraction) / (num_val + 4))
+        text += f" With {num_val} images a point has a standard error of about {error_percent:.1f} %."
+    return text
+
+
+def _probe_headline(data: ReportData) -> Headline | None:
+    last = _last_probe(data)
+    if last is None:
+        return None
+    scores = series(data.history, "probe", LINEAR)
+    first = "".join(f"{percent(score)} → " for _, score in at_start(scores) if last["step"] > 0)
+    detail = (
+        f"of {last['probe'].get('num_val')} images, {'before the first step and ' if first else ''}at step {last['step']:,}"
+    )
+    return Headline("Linear probe", f"{first}{percent(last['probe'].get(LINEAR))}", detail)
+
+
+def _last_probe(data: ReportData) -> Mapping[str, Any] | None:
+    return max((item for item in data.history if scores_of(item)), key=lambda item: item["step"], default=None)
 
 
 def duration_text(seconds: float) -> str:

@@ -9,9 +9,11 @@ from markupsafe import Markup
 
 from mpmae.errors import ReportError
 from mpmae.files import write_whole
+from mpmae.probe_record import method_title, scores_of
 from mpmae.report import numbers
 from mpmae.report.charts import Chart, legend_swatch, line_chart, ratio_bar
 from mpmae.report.data import ReportData
+from mpmae.report.embedding_charts import embedding_charts
 from mpmae.report.pictures import NO_DATA, dots, hatch, png_data_uri
 from mpmae.report.tiles import tile_view
 from mpmae.report.vectors import PERIODS
@@ -69,8 +71,11 @@ def render_report(data: ReportData) -> str:
         equal_within_percent=numbers.EQUAL_WITHIN_PERCENT,
         run_charts=_markup(_run_charts(data)),
         loss_charts=_markup(_loss_charts(data)),
+        probe_charts=_markup(_probe_charts(data)),
+        probe_note=numbers.probe_note(data),
         swatches={kind: Markup(legend_swatch(kind)) for kind in ("line", "band", "point", "trivial")},
         tiles=[tile_view(tile) for tile in data.tiles],
+        embedding_charts=_embedding_charts(data),
         periods=list(PERIODS.values()),
         keys={"hidden": png_data_uri(hatch(_KEY_SIDE_PX)), "unscored": png_data_uri(dots(_KEY_SIDE_PX))},
         no_data_colour="#{:02x}{:02x}{:02x}".format(*NO_DATA),
@@ -103,6 +108,20 @@ def _loss_charts(data: ReportData) -> Iterator[Chart]:
         train = numbers.series(data.history, "losses", name)
         validation, trivial = (numbers.series(data.validation, key, name) for key in ("losses", "trivial"))
         yield line_chart(numbers.title_of(name), train, validation, trivial)
+
+
+def _probe_charts(data: ReportData) -> Iterator[Chart]:
+    for method in dict.fromkeys(method for item in data.history for method in scores_of(item)):
+        scores = [(step, 100 * score) for step, score in numbers.series(data.history, "probe", method)]
+        if scores:
+            yield line_chart(
+                method_title(method), scores, trivial=numbers.at_start(scores), unit="%", dashed_name="random init"
+            )
+
+
+def _embedding_charts(data: ReportData) -> list[tuple[Chart, Markup]]:
+    found = data.embeddings
+    return _markup(iter(embedding_charts(found).values())) if found and found.points else []
 
 
 def _markup(charts: Iterator[Chart]) -> list[tuple[Chart, Markup]]:

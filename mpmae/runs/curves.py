@@ -12,6 +12,7 @@ import numpy as np
 
 from mpmae.errors import ReportError
 from mpmae.files import read_jsonl
+from mpmae.probe_record import scores_of
 from mpmae.runs.folder import VALIDATION, RunFolder
 from mpmae.runs.listing import shown
 
@@ -37,10 +38,15 @@ class Curve:
 
 @dataclass(frozen=True)
 class RunCurves:
-    """curves: by name, the total first. resumed_at: on the x axis. num_dropped: records that a resumed run did again."""
+    """Losses and probes of a run.
+
+    curves: by name, the total first. probes: scores in percent, by method. resumed_at: on the x axis. num_dropped: records
+    that a resumed run did again.
+    """
 
     name: str
     curves: dict[str, Curve]
+    probes: dict[str, Curve]
     resumed_at: list[float]
     num_dropped: int
 
@@ -53,9 +59,9 @@ def run_curves(runs: Sequence[RunFolder], axis: str, window: int | None = None) 
     problems, records = [], []
     for run in runs:
         lines = run.metrics()
-        if not lines:
+        if not any(line["step"] for line in lines):
             problems.append(f"{run.path} has no metric record yet; leave it out")
-        elif axis == "hours" and any("running_s" not in line for line in lines):
+        elif axis == "hours" and any("running_s" not in line for line in lines if line["step"]):
             problems.append(f"{run.path} has records without running_s, from an older version; take --x step or images")
         records.append(lines)
     if problems:
@@ -100,6 +106,8 @@ def _medians(numbers: np.ndarray, window: int, present: np.ndarray) -> np.ndarra
 
 
 def _of_run(run: RunFolder, name: str, lines: list[dict[str, Any]], axis: str, window: int) -> RunCurves:
+    probed = [line for line in lines if scores_of(line)]
+    lines = [line for line in lines if line["step"]]
     steps = np.array([line["step"] for line in lines], float)
     x = _x_of(run, lines, axis)
     validation = [line for line in read_jsonl(run.path / VALIDATION) if "step" in line]
@@ -110,7 +118,12 @@ def _of_run(run: RunFolder, name: str, lines: list[dict[str, Any]], axis: str, w
         values, points = ([line.get("losses", {}).get(key) for line in source] for source in (lines, validation))
         curves[key] = _curve(values, x, window, points_x, points)
     resumed_at = np.interp([step for step in run.resumed_at if step > 0], steps, x).tolist()
-    return RunCurves(name, curves, resumed_at, len(read_jsonl(run.path / "metrics.dropped.jsonl")))
+    probed_x = np.interp([line["step"] for line in probed], [0, *steps], [0, *x])
+    probes = {}
+    for method in dict.fromkeys(method for line in probed for method in scores_of(line)):
+        scores = np.array([100 * _number(scores_of(line).get(method)) for line in probed])
+        probes[method] = Curve(probed_x, scores, scores, probed_x, scores)
+    return RunCurves(name, curves, probes, resumed_at, len(read_jsonl(run.path / "metrics.dropped.jsonl")))
 
 
 def _curve(values: Sequence[Any], x: np.ndarray, window: int, points_x: np.ndarray, points: Sequence[Any]) -> Curve:

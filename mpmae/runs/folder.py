@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import mmap
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ from typing import Any
 
 from mpmae.errors import ReportError
 from mpmae.files import read_jsonl
+from mpmae.probe_record import scores_of
 from mpmae.run_lock import LOCK_NAME
 
 RUN_JSON, METRICS, VALIDATION, STOPPED = "run.json", "metrics.jsonl", "validation.jsonl", "stopped.json"
 _TAIL_BYTES = 1 << 16
+_PROBE = b'"probe":'
 _DEFAULT_STALL_S = 600.0
 _TRACES = {"bad_batch.json": "no finite loss or gradient", "stacks/rank-*.txt": "stalled"}
 
@@ -65,8 +68,23 @@ class RunFolder:
         return [found for line in lines if isinstance(found := _parsed(line), dict)]
 
     def metrics(self) -> list[dict[str, Any]]:
-        """All metric records; of a step that was done twice, the later one."""
+        """All metric records, with one of step 0 where there was a probe; of a step that was done twice, the later one."""
         return list({line["step"]: line for line in read_jsonl(self.path / METRICS) if "step" in line}.values())
+
+    def last_probe(self) -> dict[str, Any]:
+        """The last metric record with a probe's scores; empty without one. Looks for it from the end of the file."""
+        path = self.path / METRICS
+        if not path.exists() or not path.stat().st_size:
+            return {}
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as lines:
+            found = lines.rfind(_PROBE)
+            while found >= 0:
+                start, end = lines.rfind(b"\n", 0, found) + 1, lines.find(b"\n", found)
+                record = _parsed(lines[start : end if end >= 0 else len(lines)])
+                if isinstance(record, dict) and "step" in record and scores_of(record):
+                    return record
+                found = lines.rfind(_PROBE, 0, start)
+        return {}
 
     def active_at(self) -> float:
         """When the run last wrote something, in seconds since 1970."""

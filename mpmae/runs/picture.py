@@ -1,7 +1,7 @@
-"""Curves of several runs as one picture: the total loss large, below it a small chart for each modality."""
+"""Curves of several runs as one picture: the total loss large, below it a small chart for each modality and each probe."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from mpmae.errors import ReportError
 from mpmae.modalities import MODALITIES
-from mpmae.runs.curves import AXES, TOTAL, RunCurves
+from mpmae.probe_record import is_method, method_title
+from mpmae.runs.curves import AXES, TOTAL, Curve, RunCurves
 
 # told apart by people with any colour vision; from Okabe and Ito, "Color universal design", 2008
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -36,16 +37,21 @@ def write_picture(runs: Sequence[RunCurves], axis: str, path: Path) -> None:
 
 def draw(runs: Sequence[RunCurves], axis: str) -> Figure:
     """The figure, to be saved."""
-    modalities = [name for name in dict.fromkeys(name for run in runs for name in run.curves) if name != TOTAL]
-    num_columns = min(4, max(1, len(modalities)))
-    num_rows = math.ceil(len(modalities) / num_columns)
+    small = [[run.curves for run in runs], [run.probes for run in runs]]
+    panels_below = [(name, of_runs) for of_runs in small for name in dict.fromkeys(n for each in of_runs for n in each)]
+    panels_below = [(name, of_runs) for name, of_runs in panels_below if name != TOTAL]
+    num_columns = min(4, max(1, len(panels_below)))
+    num_rows = math.ceil(len(panels_below) / num_columns)
     legend_rows = math.ceil(len(runs) / 2)
     height = 3.6 + 2.1 * num_rows + 0.25 * legend_rows
     figure = Figure(figsize=(11, height), layout="constrained")
     rows = figure.subfigures(2 if num_rows else 1, 1, height_ratios=[3.4, 2.1 * num_rows] if num_rows else None)
     top, below = rows if num_rows else (rows, None)
     total = top.subplots()
-    handles = _panel(total, runs, TOTAL, axis)
+    handles = _panel(total, small[0], TOTAL, axis)
+    for run, handle in zip(runs, handles, strict=True):
+        for x in run.resumed_at:
+            total.axvline(x, color=handle.get_color(), linestyle=(0, (1, 3)), linewidth=1, zorder=0)
     total.set_title("training loss, all modalities", loc="left", fontsize=11, color=_INK)
     notes = ["faint: every step", "dots: validation", *(["dotted: resumed"] if any(run.resumed_at for run in runs) else [])]
     total.set_title("  ·  ".join(notes), loc="right", fontsize=8, color=_INK)
@@ -61,24 +67,30 @@ def draw(runs: Sequence[RunCurves], axis: str) -> Figure:
     if below is not None:
         panels = below.subplots(num_rows, num_columns, squeeze=False).flat
         for position, panel in enumerate(panels):
-            if position >= len(modalities):
+            if position >= len(panels_below):
                 panel.set_visible(False)
                 continue
-            name = modalities[position]
-            _panel(panel, runs, name, axis)
-            panel.set_title(MODALITIES[name].title if name in MODALITIES else name, loc="left", fontsize=9, color=_INK)
+            name, of_runs = panels_below[position]
+            _panel(panel, of_runs, name, axis)
+            panel.set_title(_title(name), loc="left", fontsize=9, color=_INK)
             panel.tick_params(labelsize=7)
-            if position + num_columns >= len(modalities):
+            if position + num_columns >= len(panels_below):
                 panel.set_xlabel(AXES[axis], fontsize=8)
     return figure
 
 
-def _panel(panel: Axes, runs: Sequence[RunCurves], name: str, axis: str) -> list:
-    """Draw one loss of all runs; the handles of their lines."""
+def _title(name: str) -> str:
+    if name in MODALITIES:
+        return MODALITIES[name].title
+    return f"{method_title(name)}, %" if is_method(name) else name
+
+
+def _panel(panel: Axes, of_runs: Sequence[Mapping[str, Curve]], name: str, axis: str) -> list:
+    """Draw one curve of all runs; the handles of their lines."""
     handles, heights = [], []
-    for number, run in enumerate(runs):
+    for number, curves in enumerate(of_runs):
         colour, style = COLOURS[number % len(COLOURS)], STYLES[number // len(COLOURS) % len(STYLES)]
-        curve = run.curves.get(name)
+        curve = curves.get(name)
         if curve is None:
             handles.append(panel.plot([], [], color=colour, linestyle=style, linewidth=2)[0])
             continue
@@ -95,9 +107,6 @@ def _panel(panel: Axes, runs: Sequence[RunCurves], name: str, axis: str) -> list
             zorder=4,
         )
         heights.append(np.concatenate([curve.smooth, curve.points]))
-        if name == TOTAL:
-            for x in run.resumed_at:
-                panel.axvline(x, color=colour, linestyle=(0, (1, 3)), linewidth=1, zorder=0)
     _scale(panel, np.concatenate(heights) if heights else np.empty(0))
     panel.grid(color=_GRID, linewidth=0.6)
     panel.set_axisbelow(True)

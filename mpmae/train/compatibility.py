@@ -80,7 +80,8 @@ def check_compatible(
     now = flatten(config.model_dump(mode="json"))
     # what the checkpoint's version did not know yet, it did as the default says
     defaults = RunConfig().model_dump(mode="json")
-    before = flatten({section: defaults.get(section, {}) | keys for section, keys in meta["config"].items()})
+    sections = defaults | meta["config"]
+    before = flatten({section: defaults.get(section, {}) | keys for section, keys in sections.items()})
     for key in sorted(now.keys() | before.keys()):
         was, wanted = before.get(key, "(absent)"), now.get(key, "(absent)")
         if was == wanted or _below(key, _FREE):

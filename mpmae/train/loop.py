@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing
+from typing import Any
 
 import torch
 
@@ -12,10 +13,11 @@ from mpmae.cost import model_cost
 from mpmae.cost.peaks import device_peak
 from mpmae.engine import Engine, World, create_engine, init_world
 from mpmae.engine.ds_config import zero_stage
-from mpmae.errors import TrainingError
+from mpmae.errors import DatasetError, TrainingError
 from mpmae.loader import Batch
 from mpmae.masking import draw_visible
 from mpmae.models import MPMAE
+from mpmae.probe_record import summary
 from mpmae.train.checkpoint import Checkpoints
 from mpmae.train.compatibility import check_compatible, checkpoint_meta, shard_hashes
 from mpmae.train.demo_data import ensure_demo_shards
@@ -25,6 +27,7 @@ from mpmae.train.meter import Finished, Meter
 from mpmae.train.numerics import NumericsGuard, RecentSamples, too_many_skipped, with_loud_gradient, write_bad_batch
 from mpmae.train.out_of_memory import advice_on_out_of_memory
 from mpmae.train.plan import show_plan
+from mpmae.train.probe_set import ProbeSet, open_probe_set
 from mpmae.train.profile import StepProfile
 from mpmae.train.progress import ProgressLine, make_console
 from mpmae.train.record import write_run_json
@@ -67,11 +70,14 @@ def _pretrain(config: RunConfig, world: World, requests: StopRequests, watchdog:
     setup = set_up(config, world.world_size)
     check_same(facts_of(config, setup.ds_config, setup.manifest), world)
     model = build_model(config, setup.manifest)
+    probe_set = open_probe_set(config, setup.manifest, model)
+    if probe_set:
+        check_same(probe_set.facts(), world)
     stage = zero_stage(setup.ds_config) if setup.ds_config else None
     with (
         claimed(config, world),
         advice_on_out_of_memory(config, setup.plan.batch, model, stage, world),
-        closing(Run(config, world, setup, model, requests, watchdog)) as run,
+        closing(Run(config, world, setup, model, probe_set, requests, watchdog)) as run,
     ):
         return run.train()
 
@@ -84,9 +90,10 @@ def dry_run(config: RunConfig) -> None:
     ensure_demo_shards(config.data.shards)
     setup = set_up(config, int(os.environ.get("WORLD_SIZE", "1")))
     model = build_model(config, setup.manifest)
+    probe_set = open_probe_set(config, setup.manifest, model)
     check_vacant(config)
     console = make_console(quiet=os.environ.get("RANK", "0") != "0")
-    show_plan(console, config, setup.plan, setup.manifest, model)
+    show_plan(console, config, setup.plan, setup.manifest, model, probe_set)
     if setup.ds_config:
         console.print_json(data=setup.ds_config)
 
@@ -95,7 +102,14 @@ class Run:
     """Everything a run holds. The step itself is `_step`."""
 
     def __init__(
-        self, config: RunConfig, world: World, setup: Setup, model: MPMAE, requests: StopRequests, watchdog: Watchdog
+        self,
+        config: RunConfig,
+        world: World,
+        setup: Setup,
+        model: MPMAE,
+        probe_set: ProbeSet | None,
+        requests: StopRequests,
+        watchdog: Watchdog,
     ):
         self.config, self.world, self.requests, self.watchdog = config, world, requests, watchdog
         self.manifest, self.plan, self.loader = setup.manifest, setup.plan, setup.training
@@ -103,7 +117,7 @@ class Run:
         device = world.device
         capability = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else None
         cost = model_cost(model, config.train.precision, capability)  # before ZeRO-3 takes the parameters apart
-        show_plan(self.console, config, self.plan, self.manifest, model)
+        show_plan(self.console, config, self.plan, self.manifest, model, probe_set)
         if note := idle_gpus_note(world):
             self._note(note)
         self.checkpoints = Checkpoints(config.run.dir / "checkpoints", config.checkpoint.keep_last)
@@ -129,6 +143,13 @@ class Run:
         peak = device_peak(device, config.train.precision)
         self.speed = Speed(cost, batch, peak, self.engine.num_state_shards, config.optim.clip_grad_norm is not None)
         self.validator = Validator(self.engine, setup.validation, setup.reference, config, self.watchdog.tick)
+        self.probe = None
+        if probe_set and self.start_step < self.plan.total_steps:
+            from mpmae.train.probe import Probe  # needs torchmetrics, an optional dependency
+
+            self.probe = Probe(self.engine, probe_set, config, self.watchdog.tick)
+            for note in self.probe.notes:
+                self._note(note)
         self.meter = Meter(self.engine, self.model.modalities_out, self.speed, self.plan.total_steps, len(REASONS))
         self.numerics = NumericsGuard(config.guard, config.optim.clip_grad_norm, guard_state)
         self.recent_samples = RecentSamples(num_steps=self.meter.lag + 1)
@@ -159,6 +180,8 @@ class Run:
         progress = ProgressLine(self.console, total, self.start_step)
         profile = StepProfile(self.config, self.world, self.start_step, self.console)
         with closing(progress), closing(self._micro_batches()) as micro_batches, profile:
+            if self.start_step == 0 and (scores := self._probe(0)) and self.trackers:
+                self.trackers.log("metrics", {"step": 0, **scores})
             self.meter.restart_clock()
             for step in range(self.start_step, total):
                 self._step(step, micro_batches)
@@ -166,9 +189,10 @@ class Run:
                 if profile.step_done():
                     self.meter.restart_clock()
                 # no record may lag behind a validation, as trackers take steps in order, nor a request to stop behind a save
+                probes = self._probes_after(step + 1)
                 validates = self._due(step + 1, self.config.train.validate_every_steps)
                 saves = self._due(step + 1, self.config.checkpoint.every_steps)
-                reason = self._publish(progress, everything=validates or saves)
+                reason = self._publish(progress, everything=probes or validates or saves)
                 stops = reason is not None and step + 1 < total
                 if validates and not stops:
                     self._validate(step + 1)
@@ -225,8 +249,11 @@ class Run:
         reason = None
         for finished in self.meter.ready(everything):
             record = finished.record
+            reason = next((name for name, num in zip(REASONS, finished.num_votes, strict=True) if num), reason)
             for note in self.numerics.check(record):
                 self._note(note)
+            if self._probes_after(record["step"]) and reason is None and not self.numerics.is_exhausted:
+                record |= self._probe(record["step"])
             if self.trackers:
                 if self.saver.num_failed:
                     record["checkpoint_failed"] = self.saver.num_failed
@@ -234,7 +261,6 @@ class Run:
                 progress.update(record)
             if self.numerics.is_exhausted:
                 raise self._too_many_skipped(finished)
-            reason = next((name for name, num in zip(REASONS, finished.num_votes, strict=True) if num), reason)
         return reason
 
     def _too_many_skipped(self, last: Finished) -> TrainingError:
@@ -247,6 +273,26 @@ class Run:
 
     def _due(self, step: int, every: int | None) -> bool:
         return step == self.plan.total_steps or (every is not None and step % every == 0)
+
+    def _probes_after(self, step: int) -> bool:
+        return self.probe is not None and self._due(step, self.config.probe.every_steps)
+
+    def _probe(self, step: int) -> dict[str, dict[str, Any]]:
+        """What the probe adds to the record of a step; nothing without one, and when it failed or was given up."""
+        if self.probe is None:
+            return {}
+        self.watchdog.note("probe")
+        try:
+            scores = self.probe.run(lambda: bool(self.requests.votes()))
+            problem = "the run is asked to stop"
+        except DatasetError as error:  # the training is worth more than a point of a curve
+            scores, problem = None, str(error)
+        self.meter.restart_clock()
+        if scores is None:
+            self._note(f"no probe after step {step:,}: {problem}")
+            return {}
+        self.console.print(f"probe after step {step:,}: {summary({'probe': scores})}")
+        return {"probe": scores}
 
     def _validate(self, step: int) -> None:
         self.watchdog.note("validate")

@@ -12,6 +12,7 @@ from mpmae.engine.optim import LearningRate, peak_lr
 from mpmae.loader import BatchPlan, ExactOrder, TrainOrder, WindowOrder, plan_batches, possible_world_sizes
 from mpmae.shard_format import Manifest
 from mpmae.train.data import num_bytes
+from mpmae.train.probe_set import ProbeSet
 
 _MAX_SIZES_SHOWN = 12
 
@@ -100,7 +101,9 @@ def _could_run_on(config: RunConfig) -> str:
     return ", ".join(shown)
 
 
-def show_plan(console: Console, config: RunConfig, plan: RunPlan, manifest: Manifest, model: nn.Module) -> None:
+def show_plan(
+    console: Console, config: RunConfig, plan: RunPlan, manifest: Manifest, model: nn.Module, probe_set: ProbeSet | None
+) -> None:
     """Print the plan as a table."""
     batch, order = plan.batch, plan.order
     table = Table(title="Run plan", show_header=False, title_justify="left", box=None, padding=(0, 2))
@@ -130,6 +133,9 @@ def show_plan(console: Console, config: RunConfig, plan: RunPlan, manifest: Mani
     table.add_row("engine", f"{config.engine.name}, {config.train.precision}, {batch.world_size} ranks")
     by_stage = ", ".join(f"{s}: {state_bytes_per_rank(total, batch.world_size, s) / 1e6:,.0f} MB" for s in range(4))
     table.add_row("weights, gradients, AdamW per rank", f"by ZeRO stage {by_stage} (fp32; activations not counted)")
+    if probe_set is not None:
+        table.add_row("probe", f"{probe_set}; every {config.probe.every_steps:,} steps")
+        table.add_row("probe's images", probe_set.preparation())
     table.add_row("writes to", str(config.run.dir))
     console.print(table)
     for note in plan.notes:

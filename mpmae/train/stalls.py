@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 # a rank's life and, within a step, the order of its phases
-PHASES = ("start", "data", "forward", "backward", "optimizer", "publish", "validate", "save")
+PHASES = ("start", "data", "forward", "backward", "optimizer", "publish", "probe", "validate", "save")
 LEFT, FAILED = "left", "failed"
 _DOING = {
     "start": "starting up",
@@ -13,6 +13,7 @@ _DOING = {
     "backward": "in the backward pass",
     "optimizer": "in the optimizer step",
     "publish": "waiting for the numbers of a step",
+    "probe": "probing its features",
     "validate": "validating",
     "save": "saving",
 }
@@ -23,9 +24,9 @@ _NUM_LISTED = 8
 class Beat(NamedTuple):
     """What a rank says of itself.
 
-    number: counts the beats. step, micro_step: of the running step (-1 before the first), from 0; in a validation micro_step
-    counts batches. num_collectives: that it has begun since the step did. idle_s: since it last got on. patience_s: how long
-    it may stay at such a place.
+    number: counts the beats. step, micro_step: of the running step (-1 before the first), from 0; in a validation or a
+    probe micro_step counts batches. num_collectives: that it has begun since the step did. idle_s: since it last got on.
+    patience_s: how long it may stay at such a place.
     """
 
     number: int

@@ -16,8 +16,8 @@ from mpmae.errors import ConfigError
 from mpmae.shard_format import Manifest
 from mpmae.train.compatibility import flatten
 
-# where the bytes come from may differ from node to node; which bytes they are is in the fingerprint of the shards
-_OF_A_NODE = ("data.shards", "data.storage_options", "data.cache_dir", "data.cache_size_gb")
+# where the bytes come from may differ from node to node; which bytes they are is in fingerprints of shards and labelled set
+_OF_A_NODE = ("data.shards", "data.storage_options", "data.cache_dir", "data.cache_size_gb", "probe.dataset")
 _SOURCES = (".py", ".cu", ".cuh")
 _NUM_LISTED = 8
 

@@ -22,7 +22,7 @@ class Tracker(Protocol):
     """Takes one record at a time; a record's `step` counts finished optimizer steps."""
 
     def log(self, kind: str, record: Mapping[str, Any]) -> None:
-        """Take a record; `kind` is `metrics` (one a step) or `validation`."""
+        """Take a record; `kind` is `metrics` (one a step, and with a probe one before the first) or `validation`."""
 
     def close(self) -> None:
         """Flush and release."""
@@ -31,20 +31,22 @@ class Tracker(Protocol):
 class JsonLines:
     """`KIND.jsonl` in the run folder, one object a line, written at once; on a full disk when there is room again.
 
-    Opening at `start_step` moves the lines of later steps to `KIND.dropped.jsonl`: a resumed run writes them again.
+    Opening at `start_step` moves the lines of later steps to `KIND.dropped.jsonl`: a resumed run writes them again. At 0
+    that is every line, as a run that starts anew may have one of step 0.
     A number that is not finite is written as null, since JSON has no word for it.
     """
 
     def __init__(self, folder: Path, start_step: int):
         self._files: dict[str, _Lines] = {}
+        last = start_step or -1
         for kind in ("metrics", "validation"):
             path = folder / f"{kind}.jsonl"
             lines = [line for line in read_jsonl(path) if isinstance(line.get("step"), int)]
-            dropped = [line for line in lines if line["step"] > start_step]
+            dropped = [line for line in lines if line["step"] > last]
             if dropped:
                 with path.with_suffix(".dropped.jsonl").open("a") as file:
                     file.writelines(json.dumps(line) + "\n" for line in dropped)
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= start_step))
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in lines if line["step"] <= last))
             self._files[kind] = _Lines(path)
 
     def log(self, kind: str, record: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from mpmae.report.collect import Reconstructor, collect, denormalise_patches, un
 from mpmae.report.page import render_report
 from mpmae.report.tiles import tile_view
 from mpmae.train.loop import build_model
+from tests.report.test_embedding_map import make_map
 from tests.train.launches import launch_ok
 
 
@@ -77,6 +78,15 @@ def test_every_modality_arrives(run_dir):
     assert [line["step"] for line in data.history] == [1]
     page = render_report(data)
     assert data.tiles[0].tile_id in page
+    assert data.embeddings is None
+
+
+def test_embeddings_in_the_run_folder_are_shown(run_dir, tmp_path):
+    run = shutil.copytree(run_dir, tmp_path / "run")
+    (run / "embeddings").mkdir()
+    assert "embeddings/ has no map yet" in render_report(collect(run, num_tiles=0))
+    make_map(step=1).save(run / "embeddings")
+    assert '<section id="embeddings">' in render_report(collect(run, num_tiles=0))
 
 
 def test_targets_are_in_raw_units(run_dir, mmearth_dir):

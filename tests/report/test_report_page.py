@@ -183,6 +183,45 @@ def test_little_or_broken_data_still_gives_a_page(data, tmp_path):
     assert "nan" not in re.sub(r"base64,[^\"]*", "", text).lower()
 
 
+def probe(score: float | None, **changes) -> dict:
+    scores = {"knn_5": score, "linear": score, "metric": "accuracy", "num_train": 60, "num_val": 25, "elapsed_s": 1.0}
+    return {"probe": scores | changes}
+
+
+def test_a_probe_is_shown_beside_random_init(tmp_path):
+    history = make_data().history
+    history = [
+        {"step": 0, **probe(0.25)},
+        *history[:19],
+        history[19] | probe(0.5),
+        *history[20:-1],
+        history[-1] | probe(0.75),
+    ]
+    data = make_data(history=history)
+    data.run.config = {"probe": {"dataset": "/sets/crops.h5"}}
+    reader = Reader(write_report(data, tmp_path / "r.html").read_text())
+    text = " ".join(" ".join(reader.text).split())
+    assert "60 labelled images of crops.h5 train kNN and a linear probe, 25 others judge them, in accuracy" in text
+    assert "the test split is not read. With 25 images a point has a standard error of about 8.4 %." in text
+    assert text.count("last 75.0 % · random init 25.0 %") == 2
+    assert "Linear probe 25.0 % → 75.0 % of 25 images, before the first step and at step 40" in text
+    labels = [tag["aria-label"] for name, tag in reader.tags if name == "svg" and "aria-label" in tag]
+    assert [label.split(":")[0] for label in labels if "random init" in label] == [
+        "kNN-5 over steps 0 to 40",
+        "Linear probe over steps 0 to 40",
+    ]
+    assert "Total loss over steps 1 to 40" in " ".join(labels), "the record of step 0 has no loss"
+
+
+def test_a_probe_without_its_start_or_without_numbers(tmp_path):
+    data = ReportData("resumed", history=[{"step": 9, **probe(None)}, {"step": 10, **probe(0.5, metric="map_macro")}])
+    text = " ".join(Reader(write_report(data, tmp_path / "r.html").read_text()).text)
+    assert "in map macro" in text
+    assert "standard error" not in text
+    assert "last 50.0 %" in text
+    assert "→" not in text
+
+
 def test_inconsistent_tiles_are_reported_all_at_once(tmp_path):
     first, second = make_tile("first"), make_tile("second")
     first.maps["aster"].prediction = first.maps["aster"].prediction[:, 1:]

@@ -20,10 +20,14 @@ def make_run(
     seed: int = 0,
     idle_s: float = 5.0,
     resumed_at: int | None = None,
+    probes: dict[int, dict] | None = None,
     settings: tuple[str, ...] = (),
     **facts,
 ) -> Path:
-    """A folder with run.json, metrics.jsonl and validation.jsonl; the curves fall and have noise, spikes and gaps."""
+    """A folder with run.json, metrics.jsonl and validation.jsonl; the curves fall and have noise, spikes and gaps.
+
+    probes: scores by step; of step 0 in a line of its own.
+    """
     rng = np.random.default_rng(seed)
     config = load_config(None, [f"run.dir={folder}", "train.global_batch_size=64", *settings])
     folder.mkdir(parents=True)
@@ -41,7 +45,9 @@ def make_run(
     }
     (folder / "run.json").write_text(json.dumps(record))
     lines = [_line(step, step / num_steps, modalities, rng, resumed_at) for step in range(1, num_steps + 1)]
-    _write(folder / "metrics.jsonl", lines)
+    probes = {step: {"probe": scores} for step, scores in (probes or {}).items()}
+    before = [{"step": 0, **probes[0]}] if 0 in probes else []
+    _write(folder / "metrics.jsonl", [*before, *(line | probes.get(line["step"], {}) for line in lines)])
     every = max(1, num_steps // 5)
     _write(folder / "validation.jsonl", [{**line, "loss": line["loss"] + 0.05} for line in lines[every - 1 :: every]])
     if resumed_at:

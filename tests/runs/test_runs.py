@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 
 import numpy as np
 import pytest
@@ -103,6 +104,41 @@ def test_differences(tmp_path):
     assert [line.split()[0] for line in lines[1:]] == ["optim.lr", "num_parameters"]
     assert lines[1].split()[1:] == ["None", "0.002"]
     assert difference_table(open_run(first), open_run(same)) is None
+
+
+PROBES = {step: {"knn_5": 0.2 + step / 100, "linear": 0.3 + step / 100, "metric": "accuracy"} for step in (0, 4, 8)}
+
+
+def test_probes_are_known_to_every_command(tmp_path):
+    first = open_run(make_run(tmp_path / "first", num_steps=600, total_steps=600, probes=PROBES))
+    second = open_run(make_run(tmp_path / "second", num_steps=10, probes={0: PROBES[0]}))
+    third = open_run(make_run(tmp_path / "third", num_steps=10))
+    assert (tmp_path / "first" / "metrics.jsonl").stat().st_size > 1 << 16, "more than the lines that are read of the end"
+    assert [run.last_probe().get("step") for run in (first, second, third)] == [8, 0, None]
+    lines = told(run_table([first, second, third], NOW)).splitlines()
+    assert "Linear probe" in lines[0]
+    assert [text in line for text, line in zip(("38.0 % at 8", "30.0 % at 0"), lines[1:3], strict=True)] == [True, True]
+    assert "%" not in lines[3]
+    assert "Linear probe" not in told(run_table([third], NOW))
+    differences = told(difference_table(first, second))
+    assert re.search(r"last kNN-5 +28.0 % at 8 +20.0 % at 0", differences)
+    (of_steps, of_others), (of_hours, _) = (run_curves([first, third], axis) for axis in ("step", "hours"))
+    assert of_steps.curves["loss"].x[0] == 1
+    assert of_steps.probes["linear"].x.tolist() == [0, 4, 8]
+    np.testing.assert_allclose(of_steps.probes["linear"].raw, [30, 34, 38])
+    np.testing.assert_allclose(of_hours.probes["linear"].x, [0, 0.04, 0.08])
+    assert of_others.probes == {}
+    titles = [axes.get_title("left") for axes in draw([of_steps, of_others], "step").get_axes() if axes.get_visible()]
+    assert titles[-2:] == ["kNN-5, %", "Linear probe, %"]
+
+
+def test_a_run_that_has_a_probe_alone(tmp_path):
+    run = open_run(make_run(tmp_path / "run", num_steps=1, probes=PROBES))
+    (run.path / "metrics.jsonl").write_text(json.dumps({"step": 0, "probe": PROBES[0]}) + '\n{"step": 1, "probe": {"lin')
+    assert run.last_probe()["step"] == 0
+    assert "0 / 40" in told(run_table([run], NOW))
+    with pytest.raises(ReportError, match=r"run has no metric record yet"):
+        run_curves([run], "hours")
 
 
 def test_curves_over_each_axis(tmp_path):

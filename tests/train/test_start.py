@@ -32,8 +32,10 @@ def test_what_differs_is_named_with_its_ranks():
 
 def test_facts_are_of_the_run_and_not_of_the_node(shards_dir):
     manifest = load_manifest(shards_dir)
-    here = facts_of(load_config(None, ["data.shards=/scratch/a", "data.cache_dir=null"]), None, manifest)
-    there = facts_of(load_config(None, ["data.shards=/scratch/b"]), None, manifest)
+    here = facts_of(
+        load_config(None, ["data.shards=/scratch/a", "data.cache_dir=null", "probe.dataset=/scratch/a.h5"]), None, manifest
+    )
+    there = facts_of(load_config(None, ["data.shards=/scratch/b", "probe.dataset=/scratch/b.h5"]), None, manifest)
     assert here == there
     assert here["the manifest of data.shards"] == manifest.fingerprint[:16]
     assert source_digest() in here["the code of mpmae"]

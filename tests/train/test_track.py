@@ -18,6 +18,8 @@ RECORD = {"step": 3, "loss": 1.5, "losses": {"lat": 0.5, "era5": None}, "grad_no
 
 def test_flatten_keeps_finite_numbers():
     assert flatten(RECORD) == {"step": 3, "loss": 1.5, "losses/lat": 0.5}
+    probe = {"linear": 0.5, "metric": "accuracy", "num_val": 7}
+    assert flatten({"step": 0, "probe": probe}) == {"step": 0, "probe/linear": 0.5, "probe/num_val": 7}
 
 
 def test_a_resumed_run_drops_the_lines_it_writes_again(tmp_path):
@@ -32,6 +34,16 @@ def test_a_resumed_run_drops_the_lines_it_writes_again(tmp_path):
     lines.log("metrics", {"step": 4, "again": True})
     lines.close()
     assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_a_run_that_starts_anew_drops_the_line_before_its_first_step(tmp_path):
+    for _ in range(2):  # killed before its first checkpoint, and started again
+        lines = JsonLines(tmp_path, 0)
+        lines.log("metrics", {"step": 0, "probe": {"linear": 0.5}})
+        lines.log("metrics", {"step": 1})
+        lines.close()
+    assert [line["step"] for line in read_jsonl(tmp_path / "metrics.jsonl")] == [0, 1]
+    assert [line["step"] for line in read_jsonl(tmp_path / "metrics.dropped.jsonl")] == [0, 1]
 
 
 class Disk(io.FileIO):

@@ -1,0 +1,195 @@
+"""`finetune`: every run of a fine-tuning evaluation, pretrained beside from scratch, and what they reach."""
+
+import copy
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mpmae.engine.world import World, init_world
+from mpmae.errors import ConfigError
+from mpmae.eval.classification import classification_setup
+from mpmae.eval.dataset import LabelledSet
+from mpmae.eval.encoders import ImageEncoder, build_encoder, random_twin
+from mpmae.eval.finetune_config import FinetuneConfig
+from mpmae.eval.open_set import open_set
+from mpmae.eval.plan import Run, class_labels, plan_runs
+from mpmae.eval.prepare import Preparation
+from mpmae.eval.scores import Score, summarise, write_scores
+from mpmae.eval.training import Fitted, Setup, fit
+from mpmae.eval.training_data import Examples
+from mpmae.eval.tuned import write_tuned_config
+from mpmae.export.config import WEIGHTS_NAME
+from mpmae.models.interop import Weights, as_weights
+from mpmae.provenance import commit, environment
+
+SCORES_NAME = "scores.json"
+# places, speed and what else may differ between the parts of a resumed run; its part of the labels is told apart
+_FREE_KEYS = (
+    "dataset.path",
+    "dataset.label_fractions",
+    "encoder.checkpoint",
+    "finetune.baseline",
+    "finetune.cache_bytes",
+    "finetune.keep_weights",
+    "finetune.save_interval_s",
+)
+SetupBuilder = Callable[[FinetuneConfig, Any, ImageEncoder, Preparation, int], Setup]
+
+
+def finetune(config: FinetuneConfig, *, resume: bool = False, labelled: LabelledSet | None = None) -> list[Score]:
+    """Scores on the test split of every run: encoders x label fractions x folds x seeds. Every rank calls it.
+
+    Each run trains on its part of the labels, chooses the epoch on the validation split and reads the test split once.
+    output.dir gets scores.json and, in runs/, a folder per run: metrics.jsonl, result.json and the best weights as
+    model.safetensors with config.json, which `create_encoder` and `mpmae-export` read. resume: continue what output.dir
+    holds. labelled: the set, if it is open already. Raises ConfigError, DatasetError, CheckpointError and TrainingError.
+    """
+    with opened_world(config.output.device) as world:
+        return _finetune(config, resume, labelled, world)
+
+
+def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None, world: World) -> list[Score]:
+    labelled = open_set(config.dataset, progress=world.rank == 0) if labelled is None else labelled
+    labels = class_labels(labelled, config.output.num_workers)
+    runs = list(plan_runs(labelled, labels, config.dataset, config.output.seeds))
+    weights = None if config.encoder.checkpoint is None else as_weights(config.encoder.checkpoint)
+    like = build_encoder(config.encoder, weights, drop_path_rate=config.finetune.drop_path)
+    preparation = Preparation(labelled.task, like.input, config.image)
+    preparation(labelled.image(int(runs[0].splits["train"][0])))  # settles the sizes before anything is trained
+    build = _setup_builder(labelled.task.kind)
+    cache_bytes = config.finetune.cache_bytes
+    examples = Examples(labelled, config.output.num_workers, cache_bytes)
+    fixed = {**_settings(config), "set": labelled.task.name, "samples": _ids_hash(labelled)}
+    scores: list[Score] = []
+    for run in runs:
+        for kind, encoder in _encoders(config, weights, like, run.seed):
+            folder = config.output.dir / "runs" / f"{kind}-{_name(run)}"
+            own = {"encoder": encoder.fingerprint(), "label_fraction": run.label_fraction, "fold": run.fold}
+            setup = build(config, labelled.task, encoder, preparation, run.seed)
+            kept = examples if setup.prepares_alike else Examples(labelled, config.output.num_workers, cache_bytes)
+            fitted = fit(
+                setup,
+                kept,
+                run.splits,
+                config.finetune,
+                world,
+                folder,
+                seed=run.seed,
+                resume=resume,
+                identity={**fixed, **own},
+                title=f"{kind} {_name(run)}",
+            )
+            scores.append(_score(setup, encoder.label, run, fitted))
+            if world.rank == 0:
+                if (folder / WEIGHTS_NAME).is_file():
+                    source = weights if kind == "pretrained" else None
+                    write_tuned_config(folder, setup.model, encoder, source, labelled.task, preparation.facts)
+                facts = _facts(config, labelled) | {"preparation": preparation.facts}
+                write_scores(config.output.dir / SCORES_NAME, scores, facts)
+    if world.rank == 0:
+        _print(scores)
+    return scores
+
+
+@contextmanager
+def opened_world(device: str) -> Iterator[World]:
+    """The ranks of the launcher that started this process, or a world of this process alone on `device`; left at the end.
+
+    device: "auto", "cpu", "cuda" or "cuda:N"; with several ranks each has the device of its local rank. Raises ConfigError.
+    """
+    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) == 1:
+        yield World(0, 0, 1, 1, find_device(device), "none")
+        return
+    is_ours = not dist.is_initialized()
+    world = init_world()
+    try:
+        yield world
+    finally:
+        if is_ours:
+            world.close()
+
+
+def find_device(name: str) -> torch.device:
+    """The device of "auto", "cpu", "cuda" or "cuda:N". Raises ConfigError for one that is not there."""
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise ConfigError(f"output.device = {name}: {error}; expected auto, cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"output.device = {name}: this process sees {torch.cuda.device_count()} GPUs; use auto or cpu")
+    return device
+
+
+def _encoders(
+    config: FinetuneConfig, weights: Weights | None, like: ImageEncoder, seed: int
+) -> Iterator[tuple[str, ImageEncoder]]:
+    """(what a folder is named, encoder) of each model that a run trains."""
+    if weights is not None:
+        yield "pretrained", copy.deepcopy(like)
+    if weights is None or config.finetune.baseline:
+        yield "scratch", random_twin(config.encoder, seed, config.finetune.drop_path)
+
+
+def _name(run: Run) -> str:
+    """For folders."""
+    fold = "" if run.fold is None else f"-fold{run.fold}"
+    return f"labels{100 * run.label_fraction:g}{fold}-seed{run.seed}"
+
+
+def _setup_builder(kind: str) -> SetupBuilder:
+    if kind != "segmentation":
+        return classification_setup
+    from mpmae.eval.segmentation import segmentation_setup
+
+    return segmentation_setup
+
+
+def _score(setup: Setup, label: str, run: Run, fitted: Fitted) -> Score:
+    task = setup.task
+    chosen = {"best_epoch": fitted.best_epoch, "num_epochs": fitted.num_epochs}
+    return Score(
+        encoder=label,
+        method=setup.method,
+        task=task.name,
+        split="test",
+        metric=task.metric,
+        metrics=fitted.test.metrics,
+        seed=run.seed,
+        num_train=len(run.splits["train"]),
+        fold=run.fold,
+        label_fraction=run.label_fraction,
+        settings={**chosen, "val": fitted.val.metrics, "val_loss": fitted.val.loss, "test_loss": fitted.test.loss},
+        per_sample=fitted.test.per_sample,
+    )
+
+
+def _settings(config: FinetuneConfig) -> dict[str, Any]:
+    """What a resumed run must share with its beginning, by dotted key."""
+    tree = config.model_dump(mode="json", exclude={"output"})
+    flat = {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
+    return {key: value for key, value in flat.items() if key not in _FREE_KEYS}
+
+
+def _ids_hash(labelled: LabelledSet) -> str:
+    ids = "\n".join(labelled.sample_id(index) for index in range(len(labelled)))
+    return hashlib.sha256(ids.encode()).hexdigest()
+
+
+def _facts(config: FinetuneConfig, labelled: LabelledSet) -> dict[str, Any]:
+    task = labelled.task
+    about = {"name": task.name, "kind": task.kind, "class_names": task.class_names, "num_samples": len(labelled)}
+    splits = {name: len(indices) for name, indices in labelled.splits.items()}
+    tree = config.model_dump(mode="json")
+    return {"config": tree, "set": {**about, "splits": splits}, "environment": environment(), **commit()}
+
+
+def _print(scores: Sequence[Score]) -> None:
+    for row in summarise(scores):
+        interval = f" [{row.low:.4f}, {row.high:.4f}]" if len(row.values) > 1 else ""
+        labels = f"{100 * row.label_fraction:g} % of the labels ({row.num_train})"
+        print(f"{row.encoder}  {row.method}  {labels}  test {row.metric} {row.mean:.4f}{interval}")
