@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mpmae.config_tree import load_tree
 from mpmae.errors import ConfigError
@@ -16,6 +17,7 @@ from mpmae.eval.plan import class_labels, plan_runs
 from mpmae.eval.probe import probe
 from mpmae.eval.probe_config import ProbeConfig, ProbeSection
 from mpmae.eval.scores import read_scores
+from mpmae.models import create_encoder
 from tests.eval.memory_set import MemorySet
 
 METHODS = ("knn", "ridge", "lbfgs", "adamw", "sgd")
@@ -145,6 +147,32 @@ def test_a_probe_writes_its_results_and_goes_on_after_a_kill(tmp_path, monkeypat
         probe(killed, resume=True, labelled=MemorySet(num_per_class=10, seed=5))
     more = killed.model_copy(update={"probe": killed.probe.model_copy(update={"methods": ("knn", "ridge", "lbfgs")})})
     assert len(probe(more, resume=True, labelled=labelled)) == len(whole) + 2 * 2 * 3
+
+
+def test_a_checkpoint_stands_beside_its_random_twin_and_keeps_its_features(tmp_path):
+    torch.manual_seed(7)
+    path = tmp_path / "model.safetensors"
+    save_file(create_encoder("convnextv2_atto", bands_in=("B2", "B3", "B4", "B8")).state_dict(), path)
+    labelled = MemorySet()
+    asked = config(tmp_path / "run", f"encoder.checkpoint={path}", f"probe.features_dir={tmp_path / 'features'}")
+    scores = probe(asked, labelled=labelled)
+    assert list(dict.fromkeys(score.encoder for score in scores)) == [str(path), "random init", "image statistics"]
+    read = labelled.num_reads
+    again = asked.model_copy(update={"output": asked.output.model_copy(update={"dir": tmp_path / "again"})})
+    assert probe(again, labelled=labelled) == scores
+    assert labelled.num_reads - read <= 16  # those of the set's identity
+    torch.manual_seed(8)
+    save_file(create_encoder("convnextv2_atto", bands_in=("B2", "B3", "B4", "B8")).state_dict(), path)
+    with pytest.raises(ConfigError, match="another evaluation: weights was"):
+        probe(asked, resume=True, labelled=labelled)
+
+
+def test_every_impossible_setting_is_told_at_once():
+    with pytest.raises(ConfigError) as raised:
+        config("x", "probe.ks=[5,0]", "probe.strengths=[0.0]", "probe.lrs=[]", "probe.methods=[svm]")
+    assert {problem.split("=")[0] for problem in raised.value.problems} == {
+        "override probe.ks", "override probe.strengths", "override probe.lrs", "override probe.methods"
+    }  # fmt: skip
 
 
 def test_label_maps_are_sent_elsewhere(tmp_path):
