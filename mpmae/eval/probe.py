@@ -72,7 +72,7 @@ def probe(config: ProbeConfig, *, resume: bool = False, labelled: LabelledSet | 
                     )
         scores = [log.scores[key] for key in sorted(asked, key=lambda key: _place(key, features, config))]
         _write(config, labelled, scores, features.facts, identity)
-    Console(highlight=False, width=None).print(terminal(results_table(scores)))
+    _console().print(terminal(results_table(scores)))
     return scores
 
 
@@ -193,6 +193,12 @@ def _identity(
 
 def _key(label: str, method: str, run: Run) -> Key:
     return label, method, run.seed, run.fold, run.label_fraction
+
+
+def _console() -> Console:
+    """Standard output; wide enough for a table in a log file."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
 
 
 def _place(key: Key, features: _Features, config: ProbeConfig) -> tuple:

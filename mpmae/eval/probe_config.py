@@ -1,11 +1,15 @@
 """The configuration of a probe: `load_tree(ProbeConfig, path, overrides)`."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from mpmae.config_tree import Float, Int, Section, TextPath
 from mpmae.eval.config import DatasetSection, EncoderSection, ImageSection, OutputSection
+
+Count = Annotated[Int, Field(gt=0)]
+Positive = Annotated[Float, Field(gt=0)]
+NotNegative = Annotated[Float, Field(ge=0)]
 
 
 class ProbeSection(Section):
@@ -14,13 +18,13 @@ class ProbeSection(Section):
     methods: tuple[Literal["knn", "ridge", "lbfgs", "adamw", "sgd"], ...] = Field(
         ("knn", "ridge", "lbfgs", "adamw"), min_length=1, description="knn, and the solvers of the linear probe"
     )
-    ks: tuple[Int, ...] = Field((5, 20), min_length=1, description="numbers of neighbours")
-    strengths: tuple[Float, ...] = Field(
+    ks: tuple[Count, ...] = Field((5, 20), min_length=1, description="numbers of neighbours")
+    strengths: tuple[Positive, ...] = Field(
         (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0), min_length=1, description="of the L2 penalty: ridge and lbfgs"
     )
-    lrs: tuple[Float, ...] = Field((3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), min_length=1, description="peak rates: adamw")
-    sgd_lrs: tuple[Float, ...] = Field((1e-3, 1e-2, 1e-1, 1.0), min_length=1, description="peak rates: sgd")
-    weight_decays: tuple[Float, ...] = Field((0.0, 1e-2, 1e-1), min_length=1, description="adamw and sgd")
+    lrs: tuple[Positive, ...] = Field((3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1), min_length=1, description="peak rates: adamw")
+    sgd_lrs: tuple[Positive, ...] = Field((1e-3, 1e-2, 1e-1, 1.0), min_length=1, description="peak rates: sgd")
+    weight_decays: tuple[NotNegative, ...] = Field((0.0, 1e-2, 1e-1), min_length=1, description="adamw and sgd")
     epochs: Int = Field(100, gt=0, description="adamw and sgd")
     batch_size: Int = Field(256, gt=0, description="adamw and sgd; smaller sets are one batch")
     fit_with_val: bool = Field(False, description="once the settings are chosen, fit them anew on train and val together")

@@ -98,9 +98,9 @@ def _bounds(row: Standing) -> tuple[float, float]:
 
 def _said(rows: Sequence[Standing]) -> str:
     what = "test images (bootstrap)" if any(row.images for row in rows) else "seeds (Student's t)"
-    return (
-        f"{rows[0].summary.task}: mean over {max(len(row.summary.values) for row in rows)} seeds; 95 % intervals over {what}"
-    )
+    num = max(len(row.summary.values) for row in rows)
+    mean = f"mean over {num} seeds" if num > 1 else "one seed"
+    return f"{rows[0].summary.task}: {mean}; 95 % intervals over {what}"
 
 
 def _plain(panel: Axes, grid: str) -> None:

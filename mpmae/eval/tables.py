@@ -35,30 +35,28 @@ class Standing:
     """A row's summary with what the images say: (mean, low, high), None where nothing is known of single images.
 
     gain: over random init of the same method and label fraction, paired by image; None for that row itself and without it.
+    seeds_agree: whether several seeds reached the same in all metrics and images: then their interval says nothing.
     """
 
     summary: Summary
     images: tuple[float, float, float] | None
     gain: tuple[float, float, float] | None
-
-    @property
-    def seeds_agree(self) -> bool:
-        """Whether several seeds reached exactly the same: then their interval says nothing."""
-        return len(self.summary.values) > 1 and len(set(self.summary.values)) == 1
+    seeds_agree: bool
 
 
 def standings(scores: Sequence[Score]) -> list[Standing]:
     """One per encoder, method, task, split and label fraction, in the order of first appearance."""
     summaries = summarise(scores)
-    images = [by_image(score for score in scores if _is_of(score, summary)) for summary in summaries]
+    groups = [[score for score in scores if _is_of(score, summary)] for summary in summaries]
+    images = [by_image(group) for group in groups]
     found = []
-    for summary, ours in zip(summaries, images, strict=True):
+    for summary, group, ours in zip(summaries, groups, images, strict=True):
         per_image = bool(ours) and summary.metric == "accuracy"
         random = next(
             (other for row, other in zip(summaries, images, strict=True) if _is_its_random_init(row, summary)), None
         )
         gain = paired_bootstrap(ours, random) if per_image and random and summary.encoder != RANDOM_INIT else None
-        found.append(Standing(summary, bootstrap(ours) if per_image else None, gain))
+        found.append(Standing(summary, bootstrap(ours) if per_image else None, gain, _agree(group)))
     return found
 
 
@@ -117,7 +115,7 @@ def title(metric: str) -> str:
 
 def percent(value: float, sign: str = "") -> str:
     """A fraction as a percentage without its sign: "61.3"."""
-    return UNKNOWN if math.isnan(value) else f"{100 * value:{sign}.1f}"
+    return UNKNOWN if math.isnan(value) else f"{round(100 * value, 1) + 0.0:{sign}.1f}"  # + 0.0: never "-0.0"
 
 
 def interval(low: float, high: float, sign: str = "") -> str:
@@ -149,6 +147,14 @@ def _notes(scores: Sequence[Score], rows: Sequence[Standing]) -> tuple[str, ...]
             " gain on random init: of the difference, paired by image."
         )
     return tuple(notes)
+
+
+def _agree(scores: Sequence[Score]) -> bool:
+    by_seed: dict[int, list[tuple]] = {}
+    for score in scores:
+        by_seed.setdefault(score.seed, []).append((score.fold, dict(score.metrics), dict(score.per_sample)))
+    first, *others = by_seed.values()
+    return bool(others) and all(reached == first for reached in others)
 
 
 def _is_of(score: Score, summary: Summary) -> bool:

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from mpmae.config_tree import load_tree
 from mpmae.errors import ConfigError
@@ -16,10 +17,11 @@ from mpmae.eval.plan import class_labels, plan_runs
 from mpmae.eval.probe import probe
 from mpmae.eval.probe_config import ProbeConfig, ProbeSection
 from mpmae.eval.scores import read_scores
+from mpmae.models import create_encoder
 from tests.eval.memory_set import MemorySet
 
 METHODS = ("knn", "ridge", "lbfgs", "adamw", "sgd")
-FAST = ProbeSection(methods=METHODS, ks=(5,), strengths=(1e-3, 1e-1), epochs=10)
+FAST = ProbeSection(methods=METHODS, ks=(5,), strengths=(1e-3, 1e-1), lrs=(1e-2, 1e-1), epochs=20)
 BANDS = "encoder.bands_in=[B2,B3,B4,B8]"
 
 
@@ -39,13 +41,13 @@ def known_features(labelled: MemorySet, right: bool) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
 @pytest.mark.parametrize("method", method_names(FAST))
 def test_the_right_features_solve_the_task_and_others_do_not(method, kind):
-    labelled = MemorySet(kind=kind)
+    labelled = MemorySet(num_per_class=40, kind=kind)
     labels, task = class_labels(labelled), labelled.task
     reached = {}
     for right in (True, False):
         features = known_features(labelled, right)
         if method.startswith("knn"):
-            features = features - features.mean(0)  # a cosine sees angles
+            features = (features - features.mean(0)) / features.std(0)  # a cosine sees angles
         division = Division.of(features, labels, labelled.splits, kind, task.num_classes)
         outcome = run_method(method, division, FAST, task.metric, seed=0)
         reached[right] = outcome.metrics[task.metric]
@@ -103,9 +105,9 @@ def test_label_fractions_are_nested_and_every_run_is_planned_once():
 
 def test_a_probe_writes_its_results_and_goes_on_after_a_kill(tmp_path, monkeypatch, capsys):
     labelled = MemorySet(num_per_class=10)
-    asked = config(tmp_path / "run", "dataset.num_folds=3", "dataset.label_fractions=[0.5,1]", "output.seeds=[0,1]")
+    asked = config(tmp_path / "run", "dataset.num_folds=3", "dataset.label_fractions=[0.5,1]")
     whole = probe(asked, labelled=labelled)
-    assert len(whole) == 2 * 3 * (2 * 2 * 3)  # encoders x methods x (seeds x fractions x folds)
+    assert len(whole) == 2 * 3 * (2 * 3)  # encoders x methods x (fractions x folds)
     assert {score.method for score in whole} == {"knn-5", "knn-20", "linear-ridge"}
     assert all(len(score.per_sample) in (13, 14) for score in whole)
     read, facts = read_scores(tmp_path / "run" / "scores.json")
@@ -119,7 +121,7 @@ def test_a_probe_writes_its_results_and_goes_on_after_a_kill(tmp_path, monkeypat
     real, done = probe_module.run_method, []
 
     def dies(*arguments, **options):
-        if len(done) == 20:
+        if len(done) == 10:
             raise KeyboardInterrupt
         done.append(1)
         return real(*arguments, **options)
@@ -144,7 +146,33 @@ def test_a_probe_writes_its_results_and_goes_on_after_a_kill(tmp_path, monkeypat
     with pytest.raises(ConfigError, match="another evaluation: set was"):
         probe(killed, resume=True, labelled=MemorySet(num_per_class=10, seed=5))
     more = killed.model_copy(update={"probe": killed.probe.model_copy(update={"methods": ("knn", "ridge", "lbfgs")})})
-    assert len(probe(more, resume=True, labelled=labelled)) == len(whole) + 2 * 2 * 3 * 2
+    assert len(probe(more, resume=True, labelled=labelled)) == len(whole) + 2 * 2 * 3
+
+
+def test_a_checkpoint_stands_beside_its_random_twin_and_keeps_its_features(tmp_path):
+    torch.manual_seed(7)
+    path = tmp_path / "model.safetensors"
+    save_file(create_encoder("convnextv2_atto", bands_in=("B2", "B3", "B4", "B8")).state_dict(), path)
+    labelled = MemorySet()
+    asked = config(tmp_path / "run", f"encoder.checkpoint={path}", f"probe.features_dir={tmp_path / 'features'}")
+    scores = probe(asked, labelled=labelled)
+    assert list(dict.fromkeys(score.encoder for score in scores)) == [str(path), "random init", "image statistics"]
+    read = labelled.num_reads
+    again = asked.model_copy(update={"output": asked.output.model_copy(update={"dir": tmp_path / "again"})})
+    assert probe(again, labelled=labelled) == scores
+    assert labelled.num_reads - read <= 16  # those of the set's identity
+    torch.manual_seed(8)
+    save_file(create_encoder("convnextv2_atto", bands_in=("B2", "B3", "B4", "B8")).state_dict(), path)
+    with pytest.raises(ConfigError, match="another evaluation: weights was"):
+        probe(asked, resume=True, labelled=labelled)
+
+
+def test_every_impossible_setting_is_told_at_once():
+    with pytest.raises(ConfigError) as raised:
+        config("x", "probe.ks=[5,0]", "probe.strengths=[0.0]", "probe.lrs=[]", "probe.methods=[svm]")
+    assert {problem.split("=")[0] for problem in raised.value.problems} == {
+        "override probe.ks", "override probe.strengths", "override probe.lrs", "override probe.methods"
+    }  # fmt: skip
 
 
 def test_label_maps_are_sent_elsewhere(tmp_path):
@@ -154,15 +182,17 @@ def test_label_maps_are_sent_elsewhere(tmp_path):
         probe(config(tmp_path / "run"), labelled=labelled)
 
 
-def test_the_launcher_probes_a_checkpoint(repo, tmp_path, shared_dir):
+def test_the_launcher_probes_a_set(repo, tmp_path, shared_dir):
     command = [sys.executable, str(repo / "launch/probe.py"), "--config", str(repo / "configs/eval/eurosat_probe.yaml")]
     overrides = [f"dataset.path={shared_dir / 'data/eurosat_ms'}", f"output.dir={tmp_path / 'run'}", "output.seeds=[0]"]
-    overrides += ["dataset.num_folds=null", "probe.methods=[knn,ridge]", "probe.baselines=[image_statistics]"]
+    overrides += [
+        "dataset.num_folds=null",
+        "probe.methods=[knn,ridge]",
+        "probe.baselines=[image_statistics]",
+        "image.size=16",
+    ]
     done = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "one seed" in done.stdout
     facts = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert len(facts["scores"]) == 2 * 3
-    again = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=240)
-    assert again.returncode == 2
-    assert "--resume auto" in again.stderr

@@ -45,7 +45,7 @@ def test_the_paired_difference_is_surer_than_two_intervals():
 
 
 def test_a_table_says_what_is_known():
-    scores = [score("ours", seed, [1, 1, 1, seed]) for seed in range(3)]
+    scores = [score("ours", seed, [1, 1, 1, min(seed, 1)]) for seed in range(3)]
     scores += [score("stats", seed, [1, 0, 1, 1]) for seed in range(3)]
     scores += [score(RANDOM_INIT, seed, [0, 1, 1, 0]) for seed in range(3)]
     table = results_table(scores)
@@ -59,6 +59,7 @@ def test_a_table_says_what_is_known():
     assert stats[7] == "37.5"
     assert any("All equal" in note for note in table.notes)
     assert not standings(scores)[0].seeds_agree
+    assert not standings([score("a", 0, [1, 0]), score("a", 1, [0, 1])])[0].seeds_agree  # as many, but others
 
 
 def test_one_seed_and_other_metrics_are_named_as_such():
@@ -74,9 +75,10 @@ def test_one_seed_and_other_metrics_are_named_as_such():
 
 
 def test_fractions_get_a_column_and_gains_of_their_own():
-    scores = [score(name, 0, right, label_fraction=share) for share, name, right in (
-        (0.1, "a", [1, 0, 0, 0]), (0.1, RANDOM_INIT, [0, 0, 0, 0]), (1.0, "a", [1, 1, 1, 0]), (1.0, RANDOM_INIT, [1, 1, 0, 0]),
-    )]  # fmt: skip
+    scores = [
+        score(name, 0, [int(i < num) for i in range(4)], label_fraction=share)
+        for share, name, num in ((0.1, "a", 1), (0.1, RANDOM_INIT, 0), (1.0, "a", 3), (1.0, RANDOM_INIT, 2))
+    ]
     table = results_table(scores)
     at = table.header.index("gain on random init")
     assert [row[2] for row in table.rows] == ["10 %", "10 %", "100 %", "100 %"]
