@@ -6,14 +6,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from mpmae.embed.opening import open_source
 from mpmae.embed.picture import draw_map
 from mpmae.embed.run import Done, embed
 from mpmae.embed.storage import STORED_DTYPES
 from mpmae.errors import ConfigError, MpmaeError
 from mpmae.eval.config import DatasetSection, EncoderSection, ImageSection
+from mpmae.eval.devices import find_device
 from mpmae.eval.encoders import ImageEncoder, build_encoder
 from mpmae.models.interop import Weights, as_weights
 from mpmae.shard_tools.progress import say
@@ -94,7 +93,7 @@ def _run(options: argparse.Namespace) -> None:
             options.output,
             dtype=options.dtype,
             batch_size=options.batch_size,
-            device=_device(options.device),
+            device=find_device(options.device, "--device"),
             num_workers=options.num_workers,
             origin={"checkpoint": weights.source, "step": weights.recorded("step")},
             progress=True,
@@ -116,17 +115,6 @@ def _encoder(options: argparse.Namespace) -> tuple[ImageEncoder, Weights]:
         )
     section = EncoderSection(checkpoint=options.checkpoint, bands_in=options.bands)
     return build_encoder(section, weights), weights
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        raise ConfigError(f"--device {name}: {error}; expected auto, cpu, cuda or cuda:N") from error
-    return device
 
 
 def _tell(done: Done, folder: Path, seconds: float) -> None:

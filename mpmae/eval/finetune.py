@@ -1,35 +1,36 @@
 """`finetune`: every run of a fine-tuning evaluation, pretrained beside from scratch, and what they reach."""
 
 import copy
-import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.distributed as dist
+from rich.console import Console
 
 from mpmae.engine.world import World, init_world
-from mpmae.errors import ConfigError
 from mpmae.eval.classification import classification_setup
 from mpmae.eval.dataset import LabelledSet
+from mpmae.eval.devices import find_device
 from mpmae.eval.encoders import ImageEncoder, build_encoder, random_twin
+from mpmae.eval.features import set_identity
 from mpmae.eval.finetune_config import FinetuneConfig
 from mpmae.eval.open_set import open_set
 from mpmae.eval.plan import Run, class_labels, plan_runs
 from mpmae.eval.prepare import Preparation
-from mpmae.eval.scores import Score, summarise, write_scores
+from mpmae.eval.results import write_results
+from mpmae.eval.score_log import held
+from mpmae.eval.scores import Score
+from mpmae.eval.tables import results_table, terminal
 from mpmae.eval.training import Fitted, Setup, fit
 from mpmae.eval.training_data import Examples
 from mpmae.eval.tuned import write_tuned_config
 from mpmae.export.config import WEIGHTS_NAME
 from mpmae.models.interop import Weights, as_weights
-from mpmae.provenance import commit, environment
 
-SCORES_NAME = "scores.json"
 # places, speed and what else may differ between the parts of a resumed run; its part of the labels is told apart
 _FREE_KEYS = (
     "dataset.path",
@@ -47,11 +48,11 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, labelled: Labelled
     """Scores on the test split of every run: encoders x label fractions x folds x seeds. Every rank calls it.
 
     Each run trains on its part of the labels, chooses the epoch on the validation split and reads the test split once.
-    output.dir gets scores.json and, in runs/, a folder per run: metrics.jsonl, result.json and the best weights as
-    model.safetensors with config.json, which `create_encoder` and `mpmae-export` read. resume: continue what output.dir
-    holds. labelled: the set, if it is open already. Raises ConfigError, DatasetError, CheckpointError and TrainingError.
+    output.dir gets scores.json, results.md, results.png and, in runs/, a folder per run: metrics.jsonl, result.json and the
+    best weights as model.safetensors with config.json, which `create_encoder` and `mpmae-export` read. resume: continue
+    what output.dir holds. labelled: the set, if it is open already. Raises ConfigError, DatasetError, CheckpointError and TrainingError.
     """
-    with opened_world(config.output.device) as world:
+    with opened_world(config.output.device) as world, held(config.output.dir) if world.rank == 0 else nullcontext():
         return _finetune(config, resume, labelled, world)
 
 
@@ -66,7 +67,7 @@ def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None
     build = _setup_builder(labelled.task.kind)
     cache_bytes = config.finetune.cache_bytes
     examples = Examples(labelled, config.output.num_workers, cache_bytes)
-    fixed = {**_settings(config), "set": labelled.task.name, "samples": _ids_hash(labelled)}
+    fixed = {**_settings(config), "set": labelled.task.name, "samples": set_identity(labelled)}
     scores: list[Score] = []
     for run in runs:
         for kind, encoder in _encoders(config, weights, like, run.seed):
@@ -94,10 +95,9 @@ def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None
                 has_best = not resume or (folder / WEIGHTS_NAME).is_file()  # not where it ended before and kept none
                 if labelled.task.kind == "segmentation" and has_best:
                     _draw(folder, setup, labelled, run.splits["test"], world, f"{encoder.label}, {_name(run)}")
-                facts = _facts(config, labelled) | {"preparation": preparation.facts}
-                write_scores(config.output.dir / SCORES_NAME, scores, facts)
+                write_results(config.output.dir, config, labelled, scores, {"preparation": preparation.facts})
     if world.rank == 0:
-        _print(scores)
+        Console(highlight=False).print(terminal(results_table(scores)))
     return scores
 
 
@@ -117,17 +117,6 @@ def opened_world(device: str) -> Iterator[World]:
     finally:
         if is_ours:
             world.close()
-
-
-def find_device(name: str) -> torch.device:
-    """The device of "auto", "cpu", "cuda" or "cuda:N". Raises ConfigError for one that is not there."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError as error:
-        raise ConfigError(f"output.device = {name}: {error}; expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"output.device = {name}: this process sees {torch.cuda.device_count()} GPUs; use auto or cpu")
-    return device
 
 
 def _encoders(
@@ -185,23 +174,3 @@ def _settings(config: FinetuneConfig) -> dict[str, Any]:
     tree = config.model_dump(mode="json", exclude={"output"})
     flat = {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
     return {key: value for key, value in flat.items() if key not in _FREE_KEYS}
-
-
-def _ids_hash(labelled: LabelledSet) -> str:
-    ids = "\n".join(labelled.sample_id(index) for index in range(len(labelled)))
-    return hashlib.sha256(ids.encode()).hexdigest()
-
-
-def _facts(config: FinetuneConfig, labelled: LabelledSet) -> dict[str, Any]:
-    task = labelled.task
-    about = {"name": task.name, "kind": task.kind, "class_names": task.class_names, "num_samples": len(labelled)}
-    splits = {name: len(indices) for name, indices in labelled.splits.items()}
-    tree = config.model_dump(mode="json")
-    return {"config": tree, "set": {**about, "splits": splits}, "environment": environment(), **commit()}
-
-
-def _print(scores: Sequence[Score]) -> None:
-    for row in summarise(scores):
-        interval = f" [{row.low:.4f}, {row.high:.4f}]" if len(row.values) > 1 else ""
-        labels = f"{100 * row.label_fraction:g} % of the labels ({row.num_train})"
-        print(f"{row.encoder}  {row.method}  {labels}  test {row.metric} {row.mean:.4f}{interval}")

@@ -118,6 +118,6 @@ def _found(path: Path, form: str) -> tuple[str, Path]:
     if tasks:
         raise DatasetError(f"dataset.path: {path} holds GEO-Bench tasks; name one of them: {few(tasks, 12)}")
     raise DatasetError(
-        f"dataset.path: {path} holds {few([p.name for _, p in there]) or 'no labelled set'} (dataset.format={form}); expected one "
-        f"GEO-Bench task ({SPECS}), one HDF5 file ({', '.join(_H5)}) or one CSV table"
+        f"dataset.path: {path} holds {few([p.name for _, p in there]) or 'no labelled set'} (dataset.format={form}); "
+        f"expected one GEO-Bench task ({SPECS}), one HDF5 file ({', '.join(_H5)}) or one CSV table"
     )

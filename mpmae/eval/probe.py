@@ -1,7 +1,6 @@
 """`probe`: what the features of an encoder are good for without training it, beside features that nobody trained."""
 
 import hashlib
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,20 +12,20 @@ from torch import Tensor
 from mpmae.errors import ConfigError
 from mpmae.eval.baselines import baseline_source, encoder_source
 from mpmae.eval.dataset import LabelledSet
+from mpmae.eval.devices import find_device
 from mpmae.eval.encoders import RANDOM_INIT, ImageEncoder, open_encoder
 from mpmae.eval.features import Source, kept_features, set_identity
 from mpmae.eval.methods import Division, method_names, run_method
 from mpmae.eval.open_set import open_set
 from mpmae.eval.plan import Run, class_labels, plan_runs
 from mpmae.eval.probe_config import ProbeConfig
-from mpmae.eval.probe_picture import write_picture
+from mpmae.eval.results import write_results
 from mpmae.eval.score_log import Key, open_log
-from mpmae.eval.scores import Score, write_scores
-from mpmae.eval.tables import markdown, percent, results_table, terminal
+from mpmae.eval.scores import Score
+from mpmae.eval.tables import percent, results_table, terminal
 from mpmae.files import write_whole
-from mpmae.provenance import commit, environment
 
-SCORES_NAME, RESULTS_NAME, PICTURE_NAME, CONFIG_NAME = "scores.json", "results.md", "results.png", "config.yaml"
+CONFIG_NAME = "config.yaml"
 _ENCODER = "encoder"
 _LABELS = {"image_statistics": "image statistics", "random_convolutions": "random convolutions", "random_init": RANDOM_INIT}
 # what may grow or move between the parts of a resumed evaluation: single scores do not depend on it
@@ -71,20 +70,10 @@ def probe(config: ProbeConfig, *, resume: bool = False, labelled: LabelledSet | 
                         f"{number}/{len(runs)} {_said(run)}, {keys[0][0]}: {reached}", markup=False, soft_wrap=True
                     )
         scores = [log.scores[key] for key in sorted(asked, key=lambda key: _place(key, features, config))]
-        _write(config, labelled, scores, features.facts, identity)
+        facts = {"inputs": features.facts, "identity": identity}
+        write_results(config.output.dir, config, labelled, scores, facts)
     _console().print(terminal(results_table(scores)))
     return scores
-
-
-def find_device(name: str) -> torch.device:
-    """The device of "auto", "cpu", "cuda" or "cuda:N". Raises ConfigError for one that is not there."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError as error:
-        raise ConfigError(f"output.device = {name}: {error}; expected auto, cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"output.device = {name}: this process sees {torch.cuda.device_count()} GPUs; use auto or cpu")
-    return device
 
 
 class _Features:
@@ -158,19 +147,6 @@ def _score(
         settings=outcome.settings,
         per_sample={name: float(value) for name, value in zip(ids, correct, strict=True)},
     )
-
-
-def _write(
-    config: ProbeConfig, labelled: LabelledSet, scores: list[Score], inputs: Mapping[str, Any], identity: Mapping[str, Any]
-) -> None:
-    folder, task = config.output.dir, labelled.task
-    about = {"name": task.name, "kind": task.kind, "class_names": task.class_names, "bands": task.band_names}
-    sizes = {"num_samples": len(labelled), "splits": {name: len(rows) for name, rows in labelled.splits.items()}}
-    facts = {"config": config.model_dump(mode="json"), "set": about | sizes, "inputs": inputs, "identity": identity}
-    write_scores(folder / SCORES_NAME, scores, {**facts, "environment": environment(), **commit()})
-    text = f"# {task.name}\n\n{markdown(results_table(scores))}\n![results]({PICTURE_NAME})\n"
-    write_whole(folder / RESULTS_NAME, text)
-    write_picture(scores, folder / PICTURE_NAME)
 
 
 def _identity(

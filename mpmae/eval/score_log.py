@@ -48,14 +48,21 @@ def open_log(folder: Path, identity: Mapping[str, Any], resume: bool) -> Iterato
     identity: plain values that all its scores depend on. Raises ConfigError: another process is at it, it cannot be written,
     it holds something and `resume` is False, or its scores were made with another identity.
     """
-    lock = _lock(folder)
-    try:
+    with held(folder):
         if not resume and any(path.name != LOCK_NAME for path in folder.iterdir()):
             raise ConfigError(
                 f"output.dir = {folder} is not empty; pass --resume auto to go on with it, or another output.dir"
             )
         _check(folder / IDENTITY_NAME, json.loads(json.dumps(identity)))
         yield ScoreLog(folder / LOG_NAME)
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other evaluations out of an output folder for the block. Raises ConfigError: in use, or it cannot be written."""
+    lock = _lock(folder)
+    try:
+        yield
     finally:
         os.close(lock)
 

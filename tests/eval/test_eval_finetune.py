@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from mpmae.errors import ConfigError
-from mpmae.eval.finetune import find_device, finetune
+from mpmae.eval.devices import find_device
+from mpmae.eval.finetune import finetune
 from mpmae.eval.finetune_config import FinetuneConfig, load_config
 from mpmae.eval.launcher import launch
 from mpmae.eval.scores import read_scores

@@ -1,4 +1,4 @@
-"""Results of a probe as a picture: accuracy over label fractions, or one row per method where there is one fraction."""
+"""Results as a picture: accuracy over label fractions, or one row per method where there is one fraction."""
 
 import math
 from collections.abc import Sequence
