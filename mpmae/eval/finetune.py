@@ -1,6 +1,7 @@
 """`finetune`: every run of a fine-tuning evaluation, pretrained beside from scratch, and what they reach."""
 
 import copy
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,7 +17,6 @@ from mpmae.eval.classification import classification_setup
 from mpmae.eval.dataset import LabelledSet
 from mpmae.eval.devices import find_device
 from mpmae.eval.encoders import ImageEncoder, build_encoder, random_twin
-from mpmae.eval.features import set_identity
 from mpmae.eval.finetune_config import FinetuneConfig
 from mpmae.eval.open_set import open_set
 from mpmae.eval.plan import Run, class_labels, plan_runs
@@ -50,7 +50,8 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, labelled: Labelled
     Each run trains on its part of the labels, chooses the epoch on the validation split and reads the test split once.
     output.dir gets scores.json, results.md, results.png and, in runs/, a folder per run: metrics.jsonl, result.json and the
     best weights as model.safetensors with config.json, which `create_encoder` and `mpmae-export` read. resume: continue
-    what output.dir holds. labelled: the set, if it is open already. Raises ConfigError, DatasetError, CheckpointError and TrainingError.
+    what output.dir holds. labelled: the set, if it is open already. Raises ConfigError, DatasetError, CheckpointError and
+    TrainingError.
     """
     with opened_world(config.output.device) as world, held(config.output.dir) if world.rank == 0 else nullcontext():
         return _finetune(config, resume, labelled, world)
@@ -67,7 +68,7 @@ def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None
     build = _setup_builder(labelled.task.kind)
     cache_bytes = config.finetune.cache_bytes
     examples = Examples(labelled, config.output.num_workers, cache_bytes)
-    fixed = {**_settings(config), "set": labelled.task.name, "samples": set_identity(labelled)}
+    fixed = {**_settings(config), "set": labelled.task.name, "samples": _ids_hash(labelled)}
     scores: list[Score] = []
     for run in runs:
         for kind, encoder in _encoders(config, weights, like, run.seed):
@@ -174,3 +175,8 @@ def _settings(config: FinetuneConfig) -> dict[str, Any]:
     tree = config.model_dump(mode="json", exclude={"output"})
     flat = {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
     return {key: value for key, value in flat.items() if key not in _FREE_KEYS}
+
+
+def _ids_hash(labelled: LabelledSet) -> str:
+    ids = "\n".join(labelled.sample_id(index) for index in range(len(labelled)))
+    return hashlib.sha256(ids.encode()).hexdigest()

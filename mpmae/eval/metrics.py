@@ -15,9 +15,6 @@ let_torchvision_import()
 import torchmetrics.classification as tm  # noqa: E402
 from torchmetrics import MetricCollection  # noqa: E402
 
-# whoever computes has all predictions: within a run of several ranks torchmetrics would else wait for the other ones
-_OPTIONS = {"validate_args": False, "sync_on_compute": False}
-
 
 def metric_names(kind: str) -> tuple[str, ...]:
     """The metrics that a task of this kind is reported in."""
@@ -28,12 +25,12 @@ class Metrics:
     """Collects predictions batch by batch and gives every metric of the task's kind, as fractions in [0, 1].
 
     Classes that neither appear nor are predicted do not count in macro averages. map_* rank by score; the others decide:
-    the best class, or for several labels each score above 0.5.
+    the best class, or for several labels each score above 0.5. over_ranks: `compute` is collective, and of what all ranks
+    have added.
     """
 
-    def __init__(self, kind: str, num_classes: int, device: torch.device | str = "cpu"):
-        self._kind = kind
-        self._metrics = MetricCollection(_metrics(kind, num_classes), compute_groups=True).to(device)
+    def __init__(self, kind: str, num_classes: int, device: torch.device | str = "cpu", *, over_ranks: bool = False):
+        self._metrics = MetricCollection(_metrics(kind, num_classes, over_ranks), compute_groups=True).to(device)
 
     def update(self, scores: Tensor, target: Tensor) -> None:
         """Add a batch.
@@ -70,16 +67,18 @@ def evaluate(kind: str, num_classes: int, scores: Tensor, target: Tensor) -> dic
     return metrics.compute()
 
 
-def _metrics(kind: str, num_classes: int) -> dict[str, tm.MulticlassAccuracy]:
+def _metrics(kind: str, num_classes: int, over_ranks: bool = False) -> dict[str, tm.MulticlassAccuracy]:
+    # without it torchmetrics waits for the other ranks, also where one alone computes
+    common = {"validate_args": False, "sync_on_compute": over_ranks}
     if kind == "multiclass":
-        options = {"num_classes": num_classes, **_OPTIONS}
+        options = {"num_classes": num_classes, **common}
         return {
             "accuracy": tm.MulticlassAccuracy(average="micro", **options),
             "accuracy_macro": tm.MulticlassAccuracy(average="macro", **options),
             "f1_macro": tm.MulticlassF1Score(average="macro", **options),
         }
     if kind == "multilabel":
-        options = {"num_labels": num_classes, **_OPTIONS}
+        options = {"num_labels": num_classes, **common}
         return {
             "f1_micro": tm.MultilabelF1Score(average="micro", **options),
             "f1_macro": tm.MultilabelF1Score(average="macro", **options),
@@ -87,7 +86,7 @@ def _metrics(kind: str, num_classes: int) -> dict[str, tm.MulticlassAccuracy]:
             "map_macro": tm.MultilabelAveragePrecision(average="macro", **options),
         }
     if kind == "segmentation":
-        options = {"num_classes": num_classes, **_OPTIONS, "ignore_index": IGNORED}
+        options = {"num_classes": num_classes, **common, "ignore_index": IGNORED}
         return {
             "miou": tm.MulticlassJaccardIndex(average="macro", **options),
             "accuracy": tm.MulticlassAccuracy(average="micro", **options),

@@ -271,7 +271,8 @@ class _Trainer:
         own = indices[world.rank :: world.world_size]
         size = self._section.micro_batch_size or self._section.batch_size
         pieces = [own[start : start + size] for start in range(0, len(own), size)]
-        metrics, correct = Metrics(task.kind, task.num_classes, world.device), {}
+        metrics = Metrics(task.kind, task.num_classes, world.device, over_ranks=world.world_size > 1)
+        correct: dict[str, float] = {}
         totals = torch.zeros(2, dtype=torch.float64, device=world.device)
         self._model.eval()
         with torch.inference_mode(), closing(self._examples.read(self._setup.prepare, pieces)) as batches:

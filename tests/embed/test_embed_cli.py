@@ -80,7 +80,7 @@ def test_the_end_tells_the_rate(checkpoint, shards_dir, tmp_path, capsys):
     [
         ({1: "nowhere"}, "nothing at nowhere"),
         ({0: "nowhere"}, "no checkpoint nowhere"),
-        ({4: "--device", 5: "cuda:99"}, "--device cuda:99"),
+        ({4: "--device", 5: "cuda:99"}, "--device = cuda:99"),
         ({4: "--split", 5: "tset"}, "no split 'tset'"),
         ({4: "--size", 5: "60"}, "multiples of its patch size"),
     ],
