@@ -6,18 +6,20 @@ from rich.console import Console
 
 from mpmae.config import RunConfig, load_config
 from mpmae.files import read_jsonl
+from mpmae.modalities import MODALITIES, TARGETS
 from mpmae.shard_tools.build import build
 from mpmae.train import pretrain
 
 REPO = Path(__file__).resolve().parents[1]
 STEPS, BATCH_SIZE, PEAK_LR = 300, 32, 1e-3
-VARIANTS = {"Sentinel-2 only": "modalities_out=[sentinel2]", "all modalities": None}
+_MAPS = tuple(name for name in TARGETS if MODALITIES[name].scope == "pixel")
+VARIANTS = {"Sentinel-2 only": ("sentinel2",), "all maps": _MAPS, "all modalities": TARGETS}
 
 
 def run_config(work: Path, variant: str, seed: int, steps: int = STEPS) -> RunConfig:
     """The configuration of one pretraining."""
-    modalities = VARIANTS[variant]
     changes = {
+        "model.modalities_out": f"[{', '.join(VARIANTS[variant])}]",
         "run.dir": work / f"{variant.replace(' ', '-').lower()}-seed{seed}",
         "data.shards": work / "shards",
         "data.num_workers": 1,
@@ -33,7 +35,7 @@ def run_config(work: Path, variant: str, seed: int, steps: int = STEPS) -> RunCo
         "engine.name": "ddp",
     }
     overrides = [f"{key}={'null' if value is None else value}" for key, value in changes.items()]
-    return load_config(REPO / "configs/run/demo.yaml", overrides + ([f"model.{modalities}"] if modalities else []))
+    return load_config(REPO / "configs/run/demo.yaml", overrides)
 
 
 def pretrain_all(source: Path, work: Path, seeds: int, steps: int, console: Console) -> dict[tuple[str, int], Path]:
