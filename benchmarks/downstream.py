@@ -1,10 +1,10 @@
 """Does pretraining help? A few labelled images, classified from features of random and of pretrained encoders.
 
-python benchmarks/downstream.py --tiles DIR --labelled eurosat_ms_270.h5      (pretrains 6 times, probes; writes a record)
+python benchmarks/downstream.py --tiles DIR --labelled eurosat_ms_270.h5      (pretrains 9 times, probes; writes a record)
 python benchmarks/downstream.py --tiles DIR --labelled FILE --steps 4 --seeds 1 --no-record
 
 --tiles is a folder in MMEarth's layout, --labelled an HDF5 file of Sentinel-2 L1C images with classes. For every seed one
-encoder is pretrained on Sentinel-2 alone and one on all modalities, for the same number of steps; then kNN and linear probes
+encoder is pretrained on Sentinel-2 alone, one on all maps and one on all modalities, for the same number of steps; then kNN and linear probes
 run in five folds, once a seed, beside the same encoder with random weights, statistics of the images and random
 convolutions (`mpmae.eval.probe`). Everything is kept in --work, so the same command goes on after an interruption.
 """
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from downstream_runs import BATCH_SIZE, PEAK_LR, REPO, STEPS, VARIANTS, pretrain_all
+from downstream_runs import BATCH_SIZE, PEAK_LR, REPO, STEPS, VARIANTS, losses, pretrain_all
 from record import clean_commit, write_record
 from rich.console import Console
 
@@ -61,7 +61,12 @@ def as_results(scores: Sequence[Score], folders: dict[tuple[str, int], Path]) ->
     for row in standings(scores):
         rows.append(dataclasses.asdict(row.summary) | {"over_images": row.images, "gain_on_random_init": row.gain})
     commits = sorted({json.loads((folder / "run.json").read_text())["commit"] for folder in folders.values()})
-    return {"table": dataclasses.asdict(table), "rows": rows, "pretraining_commits": commits}
+    return {
+        "table": dataclasses.asdict(table),
+        "rows": rows,
+        "losses": losses(folders),
+        "pretraining_commits": commits,
+    }
 
 
 def main() -> None:

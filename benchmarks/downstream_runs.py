@@ -1,5 +1,6 @@
 """The pretraining runs that `downstream.py` compares: which, and how long."""
 
+import statistics
 from pathlib import Path
 
 from rich.console import Console
@@ -51,6 +52,30 @@ def pretrain_all(source: Path, work: Path, seeds: int, steps: int, console: Cons
                 pretrain(config)
             folders[variant, seed] = config.run.dir
     return folders
+
+
+def losses(folders: dict[tuple[str, int], Path]) -> dict[str, dict[str, dict[str, float]]]:
+    """Variant -> modality -> losses at the end, mean of the seeds: training (last tenth of the steps), validation, trivial.
+
+    A training loss far below that of the validation split has been learnt by heart. Modalities without a tile are left out.
+    """
+    found: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
+    for (variant, _), folder in folders.items():
+        steps, last = read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / "validation.jsonl")[-1]
+        for name, loss in last["losses"].items():
+            trained = [
+                step["losses"][name] for step in steps[-max(1, len(steps) // 10) :] if step["losses"][name] is not None
+            ]
+            if loss is not None and trained:
+                row = sum(trained) / len(trained), loss, last["trivial"][name]
+                found.setdefault(variant, {}).setdefault(name, []).append(row)
+    keys = ("training", "validation", "trivial")
+    return {
+        variant: {
+            name: dict(zip(keys, map(statistics.mean, zip(*rows, strict=True)), strict=True)) for name, rows in names.items()
+        }
+        for variant, names in found.items()
+    }
 
 
 def _is_finished(config: RunConfig) -> bool:

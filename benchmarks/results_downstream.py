@@ -11,8 +11,10 @@ COLOURS = {
     "image statistics": "#b9a27c",
     "random convolutions": "#d98a29",
     "pretrained, Sentinel-2 only": "#6ea3d8",
-    "pretrained, all modalities": "#2563a8",
+    "pretrained, all maps": "#2563a8",
+    "pretrained, all modalities": "#7a4fa3",
 }
+VERDICT = ""
 
 
 def plot(record: dict[str, Any]) -> str:
@@ -58,8 +60,25 @@ def section(record: dict[str, Any]) -> str:
         "![accuracy by method and encoder](plots/downstream.svg)",
         "",
         text,
+        *loss_table(results["losses"]),
+        "",
+        VERDICT,
+        "",
     ]
     return "\n".join(lines)
+
+
+def loss_table(losses: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """Markdown: training and validation losses at the end of pretraining, by modality and variant."""
+    lines = ["Losses at the end of pretraining, training / validation (trivial predictor), mean of the seeds:", ""]
+    lines += [f"| modality | {' | '.join(losses)} |", "|---" * (1 + len(losses)) + "|"]
+    for name in dict.fromkeys(name for names in losses.values() for name in names):
+        cells = []
+        for names in losses.values():
+            row = names.get(name)
+            cells.append(f"{row['training']:.2f} / {row['validation']:.2f} ({row['trivial']:.2f})" if row else "–")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
 
 
 def readme(record: dict[str, Any]) -> str:
