@@ -4,9 +4,9 @@ python benchmarks/downstream.py --tiles DIR --labelled eurosat_ms_270.h5      (p
 python benchmarks/downstream.py --tiles DIR --labelled FILE --steps 4 --seeds 1 --no-record
 
 --tiles is a folder in MMEarth's layout, --labelled an HDF5 file of Sentinel-2 L1C images with classes. For every seed one
-encoder is pretrained on Sentinel-2 alone, one on all maps and one on all modalities, for the same number of steps; then kNN and linear probes
-run in five folds, once a seed, beside the same encoder with random weights, statistics of the images and random
-convolutions (`mpmae.eval.probe`). Everything is kept in --work, so the same command goes on after an interruption.
+encoder is pretrained on Sentinel-2 alone, one on all maps and one on all modalities, for the same number of steps; then kNN
+and linear probes run in five folds, once a seed, beside the same encoder with random weights, statistics of the images and
+random convolutions (`mpmae.eval.probe`). Everything is kept in --work, so the same command goes on after an interruption.
 """
 
 import argparse
