@@ -1,12 +1,13 @@
 """Does pretraining help? A few labelled images, classified from features of random and of pretrained encoders.
 
-python benchmarks/downstream.py --tiles DIR --labelled eurosat_ms_270.h5      (pretrains 9 times, probes; writes a record)
+python benchmarks/downstream.py --tiles DIR --labelled eurosat_ms_270.h5      (pretrains 7 times, probes; writes a record)
 python benchmarks/downstream.py --tiles DIR --labelled FILE --steps 4 --seeds 1 --no-record
 
 --tiles is a folder in MMEarth's layout, --labelled an HDF5 file of Sentinel-2 L1C images with classes. For every seed one
-encoder is pretrained on Sentinel-2 alone, one on all maps and one on all modalities, for the same number of steps; then kNN
-and linear probes run in five folds, once a seed, beside the same encoder with random weights, statistics of the images and
-random convolutions (`mpmae.eval.probe`). Everything is kept in --work, so the same command goes on after an interruption.
+encoder is pretrained on Sentinel-2 alone and one on all modalities, for the same number of steps, and for the first seed one
+on all maps without the targets of whole tiles. Then kNN and linear probes run in five folds, once a seed, beside the same
+encoder with random weights, statistics of the images and random convolutions (`mpmae.eval.probe`). Everything is kept in
+--work, so the same command goes on after an interruption.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def probe_config(options: argparse.Namespace, folder: Path, seed: int, baselines
 def all_scores(options: argparse.Namespace, folders: dict[tuple[str, int], Path]) -> list[Score]:
     """Test scores, baselines first; the encoder of a seed is probed with that seed's folds."""
     baselines, pretrained = [], []
-    for (variant, seed), folder in sorted(folders.items(), key=lambda item: list(VARIANTS).index(item[0][0])):
+    for (variant, seed), folder in folders.items():
         config = probe_config(options, folder, seed, BASELINES if variant == next(iter(VARIANTS)) else ())
         for score in probe(config, resume=True):
             if score.encoder == str(folder):

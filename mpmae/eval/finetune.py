@@ -21,6 +21,8 @@ from mpmae.eval.finetune_config import FinetuneConfig
 from mpmae.eval.open_set import open_set
 from mpmae.eval.plan import Run, class_labels, plan_runs
 from mpmae.eval.prepare import Preparation
+from mpmae.eval.probe import baseline_scores
+from mpmae.eval.probe_config import ProbeConfig, ProbeSection
 from mpmae.eval.results import write_results
 from mpmae.eval.score_log import held
 from mpmae.eval.scores import Score
@@ -36,7 +38,7 @@ _FREE_KEYS = (
     "dataset.path",
     "dataset.label_fractions",
     "encoder.checkpoint",
-    "finetune.baseline",
+    "finetune.baselines",
     "finetune.cache_bytes",
     "finetune.keep_weights",
     "finetune.save_interval_s",
@@ -98,8 +100,10 @@ def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None
                     _draw(folder, setup, labelled, run.splits["test"], world, f"{encoder.label}, {_name(run)}")
                 write_results(config.output.dir, config, labelled, scores, {"preparation": preparation.facts})
     if world.rank == 0:
+        scores += _untrained(config, labelled, labels, runs)
+        write_results(config.output.dir, config, labelled, scores, {"preparation": preparation.facts})
         Console(highlight=False).print(terminal(results_table(scores)))
-    return scores
+    return world.broadcast_object(scores)
 
 
 @contextmanager
@@ -126,7 +130,7 @@ def _encoders(
     """(what a folder is named, encoder) of each model that a run trains."""
     if weights is not None:
         yield "pretrained", copy.deepcopy(like)
-    if weights is None or config.finetune.baseline:
+    if weights is None or "random_init" in config.finetune.baselines:
         yield "scratch", random_twin(config.encoder, seed, config.finetune.drop_path)
 
 
@@ -149,6 +153,15 @@ def _draw(folder: Path, setup: Setup, labelled: LabelledSet, indices: np.ndarray
 
     title = f"{labelled.task.name}, test split: {setup.method}, {title}"
     draw_predictions(folder / "predictions.png", setup, labelled, indices, world.device, title)
+
+
+def _untrained(config: FinetuneConfig, labelled: LabelledSet, labels: np.ndarray, runs: list[Run]) -> list[Score]:
+    """Linear probes of features that nobody trained, for the same runs. They are of whole images: none for label maps."""
+    names = [name for name in config.finetune.baselines if name != "random_init"]
+    if labelled.task.kind == "segmentation" or not names:
+        return []
+    shared = {"output": config.output, "dataset": config.dataset, "encoder": config.encoder, "image": config.image}
+    return baseline_scores(ProbeConfig(**shared, probe=ProbeSection(methods=("lbfgs",))), names, labelled, labels, runs)
 
 
 def _score(setup: Setup, label: str, run: Run, fitted: Fitted) -> Score:

@@ -35,7 +35,10 @@ class FinetuneSection(Section):
     patience_epochs: Int | None = Field(
         None, gt=0, description="stop after so many epochs without a better validation; None: never"
     )
-    baseline: bool = Field(True, description="train the same architecture from scratch too")
+    baselines: tuple[Literal["random_init", "image_statistics", "random_convolutions"], ...] = Field(
+        ("random_init", "image_statistics", "random_convolutions"),
+        description="beside it: the same architecture from scratch, and linear probes of features that nobody trained",
+    )
     save_interval_s: Float = Field(60.0, ge=0, description="an interrupted run can lose so much time")
     keep_weights: bool = Field(True, description="of the best epoch of each run, as model.safetensors")
     cache_bytes: Int = Field(2 << 30, ge=0, description="memory of a rank for images that are read and prepared")

@@ -1,6 +1,7 @@
 """`probe`: what the features of an encoder are good for without training it, beside features that nobody trained."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,20 @@ def probe(config: ProbeConfig, *, resume: bool = False, labelled: LabelledSet | 
         write_results(config.output.dir, config, labelled, scores, facts)
     _console().print(terminal(results_table(scores)))
     return scores
+
+
+def baseline_scores(
+    config: ProbeConfig, names: Sequence[str], labelled: LabelledSet, labels: np.ndarray, runs: Sequence[Run]
+) -> list[Score]:
+    """Scores of the baselines `names` in runs that another evaluation has planned; features are kept as by `probe`."""
+    device = find_device(config.output.device)
+    features = _Features(config, labelled, None, set_identity(labelled), device)
+    return [
+        _score(config, labelled, labels, features.of(name, run), run, _key(features.label(name), method, run), device)
+        for run in runs
+        for name in names
+        for method in method_names(config.probe)
+    ]
 
 
 class _Features:

@@ -25,6 +25,7 @@ from tests.eval.labelled_files import write_h5
 
 BANDS = ("B2", "B3", "B4", "B8")
 QUICK = ["finetune.epochs=2", "finetune.lr=1e-3", "finetune.warmup_epochs=0", "finetune.batch_size=4", "output.device=cpu"]
+QUICK += ["finetune.baselines=[random_init]"]
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,20 @@ def test_every_run_has_a_score(evaluation, pretrained):
     assert {labelled.reads[int(i)] for i in labelled.splits["test"]} == {1}, "kept in memory from one run to the next"
 
 
+def test_features_that_nobody_trained_stand_beside_it(tmp_path):
+    keys = ["finetune.baselines=[image_statistics, random_convolutions]", "finetune.epochs=1", "output.seeds=[0]"]
+    config = load_config(None, [*QUICK, *keys, f"output.dir={tmp_path}", "dataset.label_fractions=[0.5,1]"])
+    scores = finetune(config, labelled=bright_bands(sizes=(12, 6, 6), side=16))
+    runs = [(score.encoder, score.method, score.label_fraction, score.num_train) for score in scores]
+    assert runs[:2] == [("random init", "finetune", 0.5, 6), ("random init", "finetune", 1.0, 12)]
+    untrained = [
+        (n, "linear-lbfgs", f, round(12 * f)) for f in (0.5, 1.0) for n in ("image statistics", "random convolutions")
+    ]
+    assert runs[2:] == untrained
+    assert read_scores(tmp_path / "scores.json")[0] == scores
+    assert "| random convolutions | linear-lbfgs | 50 % |" in (tmp_path / "results.md").read_text()
+
+
 @pytest.mark.parametrize("kind", ["pretrained", "scratch"])
 def test_the_best_weights_load_again(evaluation, tmp_path, kind):
     folder, labelled, _, scores = evaluation
@@ -113,7 +128,7 @@ def test_an_evaluation_goes_on_where_it_ended(evaluation):
 def test_a_frozen_encoder_keeps_its_weights(pretrained, tmp_path):
     labelled = bright_bands("multilabel", sizes=(12, 6, 6), side=8)
     keys = [f"encoder.checkpoint={pretrained}", f"output.dir={tmp_path}", "output.seeds=[0]", "finetune.freeze=true"]
-    config = load_config(None, [*QUICK, *keys, "finetune.baseline=false", "augment.mixup_alpha=0.5"])
+    config = load_config(None, [*QUICK, *keys, "finetune.baselines=[]", "augment.mixup_alpha=0.5"])
     (score,) = finetune(config, labelled=labelled)
     assert (score.method, score.metric) == ("finetune-head", "map_macro")
     before = create_encoder("convnextv2_atto", checkpoint=pretrained).state_dict()

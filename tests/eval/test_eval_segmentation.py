@@ -284,7 +284,7 @@ def test_pretrained_beside_scratch_and_what_is_kept(tmp_path):
     assert same(kept, unet.state_dict())
     assert read_weights(folder).bands_in == NAMES
 
-    linear = ("segmentation.method=linear", "finetune.baseline=false", f"output.dir={tmp_path / 'linear'}")
+    linear = ("segmentation.method=linear", "finetune.baselines=[]", f"output.dir={tmp_path / 'linear'}")
     finetune(configured(*options, *linear), labelled=coloured_blocks())
     weights = read_weights(tmp_path / "linear" / "runs" / "pretrained-labels100-seed0")
     assert describe(weights.state, "it").size == "small"
