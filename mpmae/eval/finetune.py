@@ -19,7 +19,7 @@ from mpmae.eval.devices import find_device
 from mpmae.eval.encoders import ImageEncoder, build_encoder, random_twin
 from mpmae.eval.finetune_config import FinetuneConfig
 from mpmae.eval.open_set import open_set
-from mpmae.eval.plan import Run, class_labels, plan_runs
+from mpmae.eval.plan import Run, class_labels, labels_identity, plan_runs
 from mpmae.eval.prepare import Preparation
 from mpmae.eval.results import write_results
 from mpmae.eval.score_log import held
@@ -68,7 +68,8 @@ def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None
     build = _setup_builder(labelled.task.kind)
     cache_bytes = config.finetune.cache_bytes
     examples = Examples(labelled, config.output.num_workers, cache_bytes)
-    fixed = {**_settings(config), "set": labelled.task.name, "samples": _ids_hash(labelled)}
+    about = {"set": labelled.task.name, "samples": _ids_hash(labelled), "labels": labels_identity(labelled, labels)}
+    fixed = {**_settings(config), **about}
     scores: list[Score] = []
     for run in runs:
         for kind, encoder in _encoders(config, weights, like, run.seed):

@@ -1,6 +1,5 @@
 """`probe`: what the features of an encoder are good for without training it, beside features that nobody trained."""
 
-import hashlib
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from mpmae.eval.encoders import RANDOM_INIT, ImageEncoder, open_encoder
 from mpmae.eval.features import Source, kept_features, set_identity
 from mpmae.eval.methods import Division, method_names, run_method
 from mpmae.eval.open_set import open_set
-from mpmae.eval.plan import Run, class_labels, plan_runs
+from mpmae.eval.plan import Run, class_labels, labels_identity, plan_runs
 from mpmae.eval.probe_config import ProbeConfig
 from mpmae.eval.results import write_results
 from mpmae.eval.score_log import Key, open_log
@@ -160,11 +159,8 @@ def _identity(
         for key, value in keys.items()
         if section not in _FREE_KEYS or (_FREE_KEYS[section] is not None and key not in _FREE_KEYS[section])
     }
-    divided = hashlib.sha256(labels.tobytes())
-    for split, rows in sorted(labelled.splits.items()):
-        divided.update(split.encode() + np.asarray(rows, np.int64).tobytes())
     weights = None if encoder is None else encoder.fingerprint()
-    return {**settings, "set": set_identity(labelled), "labels": divided.hexdigest(), "weights": weights}
+    return {**settings, "set": set_identity(labelled), "labels": labels_identity(labelled, labels), "weights": weights}
 
 
 def _key(label: str, method: str, run: Run) -> Key:
