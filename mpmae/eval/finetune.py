@@ -27,6 +27,7 @@ from mpmae.eval.scores import Score
 from mpmae.eval.tables import results_table, terminal
 from mpmae.eval.training import Fitted, Setup, fit
 from mpmae.eval.training_data import Examples
+from mpmae.eval.training_state import RESULT_NAME
 from mpmae.eval.tuned import write_tuned_config
 from mpmae.export.config import WEIGHTS_NAME
 from mpmae.models.interop import Weights, as_weights
@@ -77,6 +78,7 @@ def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None
             own = {"encoder": encoder.fingerprint(), "label_fraction": run.label_fraction, "fold": run.fold}
             setup = build(config, labelled.task, encoder, preparation, run.seed)
             kept = examples if setup.prepares_alike else Examples(labelled, config.output.num_workers, cache_bytes)
+            had_ended = (folder / RESULT_NAME).is_file()
             fitted = fit(
                 setup,
                 kept,
@@ -94,7 +96,7 @@ def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None
                 if (folder / WEIGHTS_NAME).is_file():
                     source = weights if kind == "pretrained" else None
                     write_tuned_config(folder, setup.model, encoder, source, labelled.task, preparation.facts)
-                has_best = not resume or (folder / WEIGHTS_NAME).is_file()  # not where it ended before and kept none
+                has_best = not had_ended or (folder / WEIGHTS_NAME).is_file()
                 if labelled.task.kind == "segmentation" and has_best:
                     _draw(folder, setup, labelled, run.splits["test"], world, f"{encoder.label}, {_name(run)}")
                 write_results(config.output.dir, config, labelled, scores, {"preparation": preparation.facts})
