@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from rich.console import Console
 
 from mpmae.engine.world import World, init_world
 from mpmae.eval.classification import classification_setup
@@ -21,10 +20,9 @@ from mpmae.eval.finetune_config import FinetuneConfig
 from mpmae.eval.open_set import open_set
 from mpmae.eval.plan import Run, class_labels, labels_identity, plan_runs
 from mpmae.eval.prepare import Preparation
-from mpmae.eval.results import write_results
+from mpmae.eval.results import print_results, write_results
 from mpmae.eval.score_log import held
 from mpmae.eval.scores import Score
-from mpmae.eval.tables import results_table, terminal
 from mpmae.eval.training import Fitted, Setup, fit
 from mpmae.eval.training_data import Examples
 from mpmae.eval.training_state import RESULT_NAME
@@ -101,7 +99,7 @@ def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None
                     _draw(folder, setup, labelled, run.splits["test"], world, f"{encoder.label}, {_name(run)}")
                 write_results(config.output.dir, config, labelled, scores, {"preparation": preparation.facts})
     if world.rank == 0:
-        Console(highlight=False).print(terminal(results_table(scores)))
+        print_results(scores)
     return scores
 
 

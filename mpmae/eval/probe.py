@@ -18,10 +18,10 @@ from mpmae.eval.methods import Division, method_names, run_method
 from mpmae.eval.open_set import open_set
 from mpmae.eval.plan import Run, class_labels, labels_identity, plan_runs
 from mpmae.eval.probe_config import ProbeConfig
-from mpmae.eval.results import write_results
+from mpmae.eval.results import print_results, write_results
 from mpmae.eval.score_log import Key, open_log
 from mpmae.eval.scores import Score
-from mpmae.eval.tables import percent, results_table, terminal
+from mpmae.eval.tables import percent
 from mpmae.files import write_whole
 
 CONFIG_NAME = "config.yaml"
@@ -71,7 +71,7 @@ def probe(config: ProbeConfig, *, resume: bool = False, labelled: LabelledSet | 
         scores = [log.scores[key] for key in sorted(asked, key=lambda key: _place(key, features, config))]
         facts = {"inputs": features.facts, "identity": identity}
         write_results(config.output.dir, config, labelled, scores, facts)
-    _console().print(terminal(results_table(scores)))
+    print_results(scores)
     return scores
 
 
@@ -165,12 +165,6 @@ def _identity(
 
 def _key(label: str, method: str, run: Run) -> Key:
     return label, method, run.seed, run.fold, run.label_fraction
-
-
-def _console() -> Console:
-    """Standard output; wide enough for a table in a log file."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=160)
 
 
 def _place(key: Key, features: _Features, config: ProbeConfig) -> tuple:
