@@ -112,7 +112,7 @@ def _example(schema: type[Section]) -> str:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(f"no configuration file {path}; see configs/run/")
+        raise ConfigError(f"no configuration file {path}; see configs/")
     try:
         tree = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:

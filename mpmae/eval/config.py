@@ -1,7 +1,7 @@
 """What evaluations have in common in their configurations: the labelled set, the encoder, the images, the output."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -20,7 +20,9 @@ class DatasetSection(Section):
     product_level: Literal["auto", "l1c", "l2a", "none"] = Field(
         "auto", description="Sentinel-2 product of the images; auto: what the set says or is known for; none: not known"
     )
-    label_fractions: tuple[Float, ...] = Field((1.0,), description="of the training split, stratified by class")
+    label_fractions: tuple[Annotated[Float, Field(gt=0, le=1)], ...] = Field(
+        (1.0,), min_length=1, description="of the training split, stratified by class"
+    )
     num_folds: Int | None = Field(
         None, ge=2, description="cross-validation over all samples instead of the set's own splits"
     )
@@ -55,4 +57,4 @@ class OutputSection(Section):
     dir: TextPath = Path("runs/eval")
     device: Text = Field("auto", description="auto, cpu, cuda or cuda:N")
     num_workers: Int = Field(2, ge=0, description="threads that read images")
-    seeds: tuple[Int, ...] = Field((0, 1, 2), min_length=1, description="one whole evaluation each")
+    seeds: tuple[Annotated[Int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1, description="one whole evaluation each")

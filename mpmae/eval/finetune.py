@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch.distributed as dist
-from rich.console import Console
 
 from mpmae.engine.world import World, init_world
 from mpmae.eval.classification import classification_setup
@@ -19,16 +18,16 @@ from mpmae.eval.devices import find_device
 from mpmae.eval.encoders import ImageEncoder, build_encoder, random_twin
 from mpmae.eval.finetune_config import FinetuneConfig
 from mpmae.eval.open_set import open_set
-from mpmae.eval.plan import Run, class_labels, plan_runs
+from mpmae.eval.plan import Run, class_labels, labels_identity, plan_runs
 from mpmae.eval.prepare import Preparation
 from mpmae.eval.probe import baseline_scores
 from mpmae.eval.probe_config import ProbeConfig, ProbeSection
-from mpmae.eval.results import write_results
+from mpmae.eval.results import print_results, write_results
 from mpmae.eval.score_log import held
 from mpmae.eval.scores import Score
-from mpmae.eval.tables import results_table, terminal
 from mpmae.eval.training import Fitted, Setup, fit
 from mpmae.eval.training_data import Examples
+from mpmae.eval.training_state import RESULT_NAME
 from mpmae.eval.tuned import write_tuned_config
 from mpmae.export.config import WEIGHTS_NAME
 from mpmae.models.interop import Weights, as_weights
@@ -70,7 +69,8 @@ def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None
     build = _setup_builder(labelled.task.kind)
     cache_bytes = config.finetune.cache_bytes
     examples = Examples(labelled, config.output.num_workers, cache_bytes)
-    fixed = {**_settings(config), "set": labelled.task.name, "samples": _ids_hash(labelled)}
+    about = {"set": labelled.task.name, "samples": _ids_hash(labelled), "labels": labels_identity(labelled, labels)}
+    fixed = {**_settings(config), **about}
     scores: list[Score] = []
     for run in runs:
         for kind, encoder in _encoders(config, weights, like, run.seed):
@@ -78,6 +78,7 @@ def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None
             own = {"encoder": encoder.fingerprint(), "label_fraction": run.label_fraction, "fold": run.fold}
             setup = build(config, labelled.task, encoder, preparation, run.seed)
             kept = examples if setup.prepares_alike else Examples(labelled, config.output.num_workers, cache_bytes)
+            had_ended = (folder / RESULT_NAME).is_file()
             fitted = fit(
                 setup,
                 kept,
@@ -95,14 +96,14 @@ def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None
                 if (folder / WEIGHTS_NAME).is_file():
                     source = weights if kind == "pretrained" else None
                     write_tuned_config(folder, setup.model, encoder, source, labelled.task, preparation.facts)
-                has_best = not resume or (folder / WEIGHTS_NAME).is_file()  # not where it ended before and kept none
+                has_best = not had_ended or (folder / WEIGHTS_NAME).is_file()
                 if labelled.task.kind == "segmentation" and has_best:
                     _draw(folder, setup, labelled, run.splits["test"], world, f"{encoder.label}, {_name(run)}")
                 write_results(config.output.dir, config, labelled, scores, {"preparation": preparation.facts})
     if world.rank == 0:
         scores += _untrained(config, labelled, labels, runs)
         write_results(config.output.dir, config, labelled, scores, {"preparation": preparation.facts})
-        Console(highlight=False).print(terminal(results_table(scores)))
+        print_results(scores)
     return world.broadcast_object(scores)
 
 

@@ -128,7 +128,7 @@ class GeoBenchSet:
         present = {split: np.zeros(self.task.num_classes, bool) for split in self.splits}
         split_of = {self._ids[i]: split for split, indices in self.splits.items() for i in indices}
         by_class, by_sample = self.folder / "label_map.json", self.folder / "label_stats.json"
-        class_map = _json(by_class) if self.task.kind == "multiclass" and by_class.is_file() else {}
+        class_map = _name_lists(by_class) if self.task.kind == "multiclass" and by_class.is_file() else {}
         if set(split_of) <= {name for names in class_map.values() for name in names}:
             for label, names in class_map.items():
                 index = checked_class(int(label) if label.isdecimal() else label, self.task, str(by_class))
@@ -139,7 +139,12 @@ class GeoBenchSet:
         if not set(split_of) <= set(stats):
             return None
         for name, split in split_of.items():
-            present[split] |= np.asarray(stats[name], np.float64).reshape(present[split].shape) > 0
+            try:
+                present[split] |= np.asarray(stats[name], np.float64).reshape(present[split].shape) > 0
+            except (TypeError, ValueError) as error:
+                raise DatasetError(
+                    f"{by_sample}: {name} has {str(stats[name])[:60]}; expected {self.task.num_classes} numbers, one a class"
+                ) from error
         return present
 
     def _path(self, index: int) -> Path:
@@ -190,7 +195,7 @@ class GeoBenchSet:
         if not path.is_file():
             there = sorted(p.name.removesuffix("_partition.json") for p in self.folder.glob("*_partition.json"))
             raise DatasetError(f"no partition file {path}; dataset.partition can be {few(there) or '(there is none)'}")
-        named = {str(split): [str(name) for name in names] for split, names in _json(path).items()}
+        named = _name_lists(path)
         ids = tuple(dict.fromkeys(name for names in named.values() for name in names))
         present = {p.stem for p in self.folder.glob("*.hdf5")}
         absent = [name for name in ids if name not in present]
@@ -288,6 +293,14 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise DatasetError(f"{path}: the top level is a {type(content).__name__}; expected names with their content")
     return content
+
+
+def _name_lists(path: Path) -> dict[str, list[str]]:
+    content = _json(path)
+    wrong = [f"{key}: {str(names)[:60]}" for key, names in content.items() if not isinstance(names, list)]
+    if wrong:
+        raise DatasetError(f"{path}: {few(wrong)}; expected lists of names; get it again")
+    return {key: [str(name) for name in names] for key, names in content.items()}
 
 
 def _shown(renamed: dict[str, str]) -> str:

@@ -3,7 +3,7 @@
 Shapes: B bands, H x W pixels, K classes.
 
     file         the image, relative to the table
-    label        class name or index; several separated by ";" make a multi-label set; or instead of it
+    label        class name, or index into classes.txt; several separated by ";" make a multi-label set; or instead of it
     label_file   a label map of the same size: class indices, its no-data value where there is no label
     split        optional: train, val (or valid, validation), test
     bands        optional: names separated by ";", where the files do not describe their bands
@@ -67,6 +67,8 @@ class GeoTiffTable:
             product_level=product_level if product_level in ("l1c", "l2a") else None,
         )
         self._index = {name: position for position, name in enumerate(self.task.class_names)}
+        if not any(name.isdecimal() for name in self._index):
+            self._index |= {str(position): position for position in self._index.values()}
         self.task = with_statistics(self, self.splits.get("train", np.arange(len(self))), progress)
 
     def __len__(self) -> int:
@@ -129,8 +131,10 @@ class GeoTiffTable:
         if len(values) != 1 or values.dtype.kind not in "iuf":
             raise DatasetError(f"{path}: {len(values)} bands of {values.dtype}; expected one of class indices")
         label = values[0].astype(np.float64)
+        is_fill = np.isnan(label)
         if fills[0] is not None:
-            label[values[0] == fills[0]] = IGNORED
+            is_fill |= values[0] == fills[0]
+        label[is_fill] = IGNORED
         return label
 
     def _bands(self) -> list[str]:
@@ -155,7 +159,10 @@ class GeoTiffTable:
     def _class_names(self, kind: str) -> tuple[str, ...]:
         listed = self.path.parent / "classes.txt"
         if listed.is_file():
-            return tuple(line.strip() for line in listed.read_text().splitlines() if line.strip())
+            names = tuple(line.strip() for line in listed.read_text().splitlines() if line.strip())
+            if len(set(names)) < len(names) or not names:
+                raise DatasetError(f"{listed}: {len(names)} names, {len(set(names))} different; expected each class once")
+            return names
         if kind == "segmentation":
             num = 1 + int(max(label.max() for label in in_order(self._label_map, self._rows)))
             return tuple(f"class {i}" for i in range(num))

@@ -9,6 +9,7 @@ Shapes: N samples, B bands, H x W pixels, K classes.
 """
 
 import json
+import math
 import os
 import threading
 from pathlib import Path
@@ -56,7 +57,7 @@ class LabelledH5:
             bands=tuple(bands),
             metric=METRICS[kind],
             product_level=level if level in ("l1c", "l2a") else None,
-            scale=float(facts.get("scale", 1.0)),
+            scale=float(facts.get("scale", 1)),
         )
         self.task = with_statistics(self, self.splits.get("train", np.arange(self._num)), progress)
 
@@ -147,6 +148,13 @@ class LabelledH5:
                 f"{self.path}: label of shape {list(label)} for image {list(image)} and {num_classes} classes; expected "
                 "[N], [N, K] or [N, H, W]"
             )
+        elif file["label"].dtype.kind not in ("iub" if kind == "multiclass" else "iubf"):
+            problems.append(f"{self.path}: label of type {file['label'].dtype}; expected whole numbers")
+        elif classes is None and kind == "multiclass" and np.max(file["label"][()]) < 1:
+            problems.append(f"{self.path}: no label above 0 and no `classes`; expected at least two classes")
+        scale = facts.get("scale", 1)
+        if not isinstance(scale, int | float) or not 0 < scale < math.inf:
+            problems.append(f"{self.path}: scale = {scale!r}; expected a number above 0")
         names = file["name"][()].tolist() if "name" in file else []
         if len(set(names)) < len(names) or ("name" in file and len(names) != image[0]):
             problems.append(f"{self.path}: {len(set(names))} different names of {image[0]} samples; expected one for each")

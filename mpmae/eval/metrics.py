@@ -14,6 +14,7 @@ let_torchvision_import()
 
 import torchmetrics.classification as tm  # noqa: E402
 from torchmetrics import MetricCollection  # noqa: E402
+from torchmetrics.utilities.data import dim_zero_cat  # noqa: E402
 
 
 def metric_names(kind: str) -> tuple[str, ...]:
@@ -24,9 +25,9 @@ def metric_names(kind: str) -> tuple[str, ...]:
 class Metrics:
     """Collects predictions batch by batch and gives every metric of the task's kind, as fractions in [0, 1].
 
-    Classes that neither appear nor are predicted do not count in macro averages. map_* rank by score; the others decide:
-    the best class, or for several labels each score above 0.5. over_ranks: `compute` is collective, and of what all ranks
-    have added.
+    Classes that neither appear nor are predicted do not count in macro averages, and in map_macro no class that does not
+    appear. map_* rank by score; the others decide: the best class, or for several labels each score above 0.5. over_ranks:
+    `compute` is collective, and of what all ranks have added.
     """
 
     def __init__(self, kind: str, num_classes: int, device: torch.device | str = "cpu", *, over_ranks: bool = False):
@@ -67,6 +68,21 @@ def evaluate(kind: str, num_classes: int, scores: Tensor, target: Tensor) -> dic
     return metrics.compute()
 
 
+class _MeanF1(tm.MultilabelF1Score):
+    """Over the labels that appear or are predicted; torchmetrics' own macro average takes 0 for the others."""
+
+    def compute(self) -> Tensor:
+        tp, fp, _, fn = self._final_state()
+        return super().compute()[tp + fp + fn > 0].mean()
+
+
+class _MeanAveragePrecision(tm.MultilabelAveragePrecision):
+    """Over the labels that appear; torchmetrics' own macro average takes 0 for the others."""
+
+    def compute(self) -> Tensor:
+        return super().compute()[dim_zero_cat(self.target).sum(0) > 0].mean()
+
+
 def _metrics(kind: str, num_classes: int, over_ranks: bool = False) -> dict[str, tm.MulticlassAccuracy]:
     # without it torchmetrics waits for the other ranks, also where one alone computes
     common = {"validate_args": False, "sync_on_compute": over_ranks}
@@ -81,9 +97,9 @@ def _metrics(kind: str, num_classes: int, over_ranks: bool = False) -> dict[str,
         options = {"num_labels": num_classes, **common}
         return {
             "f1_micro": tm.MultilabelF1Score(average="micro", **options),
-            "f1_macro": tm.MultilabelF1Score(average="macro", **options),
+            "f1_macro": _MeanF1(average="none", **options),
             "map_micro": tm.MultilabelAveragePrecision(average="micro", **options),
-            "map_macro": tm.MultilabelAveragePrecision(average="macro", **options),
+            "map_macro": _MeanAveragePrecision(average="none", **options),
         }
     if kind == "segmentation":
         options = {"num_classes": num_classes, **common, "ignore_index": IGNORED}

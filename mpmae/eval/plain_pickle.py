@@ -21,6 +21,7 @@ import numpy as np
 from mpmae.errors import DatasetError
 
 MAX_BYTES = 8 * 2**20  # genuine ones reach about 170 kB
+MAX_PARTS, MAX_TUPLE_PARTS = 1_000_000, 10_000  # parts of parts, those that are shared counted wherever they stand
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -81,13 +82,17 @@ class Record:
 def loads(data: bytes, where: str) -> Any:
     """The content of a pickle: dicts, lists, tuples, sets, texts, numbers, dates, numpy arrays and scalars, Records.
 
-    where: the file, for messages. Raises DatasetError when the pickle asks for anything else, is malformed or too large.
+    where: the file, for messages. Raises DatasetError when the pickle asks for anything else, is malformed, or is too large:
+    also where a few bytes unfold to a lot.
     """
     if len(data) > MAX_BYTES:
         raise DatasetError(f"{where}: a pickle of {len(data):,} bytes; expected at most {MAX_BYTES:,}")
     try:
         _look_over(data)
-        return _settle(_Unpickler(data).load(), {})
+        value = _settle(_Unpickler(data).load(), {})
+        if _num_parts(value, {}) > MAX_PARTS:
+            raise ValueError(f"it unfolds to more than {MAX_PARTS:,} parts")
+        return value
     except _RefusedError as error:
         raise DatasetError(
             f"{where} asks for {error}, which is no plain data: GEO-Bench does not write it. The file is refused; get it "
@@ -118,12 +123,42 @@ class _RefusedError(Exception):
 
 
 def _look_over(data: bytes) -> None:
-    """Refuse opcodes with other uses than plain data, and memo numbers that would make the reader allocate at will."""
+    """Refuse opcodes with other uses than plain data, and memo numbers that would make the reader allocate at will.
+
+    So are tuples that hold each other over and over: as a key of a dict their hash would take for ever.
+    """
+    stack: list[int | None] = []  # as the reader's: the parts of a tuple, 1 for anything else, None for a mark
+    memo: dict[int, int] = {}
     for opcode, argument, _ in pickletools.genops(data):
-        if opcode.name not in _OPCODES:
-            raise _RefusedError(f"the pickle opcode {opcode.name}")
-        if "PUT" in opcode.name and int(argument) > len(data):
+        name, parts = opcode.name, 1
+        if name not in _OPCODES:
+            raise _RefusedError(f"the pickle opcode {name}")
+        if "PUT" in name and int(argument) > len(data):
             raise ValueError(f"memo number {argument} in {len(data)} bytes")
+        taken = _taken(stack, opcode)
+        if "TUPLE" in name:
+            parts += sum(taken)
+        elif "GET" in name:
+            parts = memo.get(int(argument), 1)
+        elif "PUT" in name:
+            memo[int(argument)] = stack[-1]
+        elif name in ("MEMOIZE", "DUP"):
+            parts = taken[0]
+        if name == "MEMOIZE":
+            memo[len(memo)] = parts
+        if parts > MAX_TUPLE_PARTS:
+            raise ValueError(f"a tuple unfolds to more than {MAX_TUPLE_PARTS:,} parts")
+        stack += [None] if name == "MARK" else [parts] * len(opcode.stack_after)
+
+
+def _taken(stack: list[int | None], opcode: pickletools.OpcodeInfo) -> list[int | None]:
+    """What an opcode takes off the stack: all above the last mark, or a number of its own."""
+    below, taken = list(opcode.stack_before), []
+    if pickletools.markobject in below or (opcode.name == "POP" and stack and stack[-1] is None):
+        while (top := stack.pop()) is not None:
+            taken.append(top)
+        below = below[: below.index(pickletools.markobject)] if pickletools.markobject in below else []
+    return taken + [stack.pop() for _ in below]
 
 
 class _Unpickler(pickle.Unpickler):
@@ -254,6 +289,22 @@ def _settle(value: Any, done: dict[int, Any]) -> Any:
         done[id(value)] = (type(value)(_each(value, done)), value)
         return done[id(value)][0]
     raise _RefusedError(f"a {type(value).__name__}")
+
+
+def _num_parts(value: Any, known: dict[int, int]) -> int:
+    """How many parts a settled value has, with parts of parts; one that is shared counts wherever it stands."""
+    if isinstance(value, Record):
+        parts = (value.args, value.state)
+    elif isinstance(value, dict):
+        parts = (*value.keys(), *value.values())
+    elif isinstance(value, list | tuple | set | frozenset):
+        parts = value
+    else:
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 1  # inside itself
+        known[id(value)] = 1 + sum(_num_parts(part, known) for part in parts)
+    return known[id(value)]
 
 
 def _each(values: Any, done: dict[int, Any]) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 Shapes: N samples, K classes.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -41,6 +42,14 @@ def plan_runs(labelled: LabelledSet, labels: np.ndarray, section: DatasetSection
                 train = np.asarray(cut["train"])
                 part = train if share == 1 else fraction(labels, train, share, seed)
                 yield Run(seed, share, None if section.num_folds is None else number, {**cut, "train": part}, train)
+
+
+def labels_identity(labelled: LabelledSet, labels: np.ndarray) -> str:
+    """A hash of what runs are planned from: `class_labels` and the set's own splits."""
+    digest = hashlib.sha256(labels.tobytes())
+    for split, rows in sorted(labelled.splits.items()):
+        digest.update(split.encode() + np.asarray(rows, np.int64).tobytes())
+    return digest.hexdigest()
 
 
 def class_labels(labelled: LabelledSet, num_workers: int = 2) -> np.ndarray:

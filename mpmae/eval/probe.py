@@ -1,6 +1,5 @@
 """`probe`: what the features of an encoder are good for without training it, beside features that nobody trained."""
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,12 +17,12 @@ from mpmae.eval.encoders import RANDOM_INIT, ImageEncoder, open_encoder
 from mpmae.eval.features import Source, kept_features, set_identity
 from mpmae.eval.methods import Division, method_names, run_method
 from mpmae.eval.open_set import open_set
-from mpmae.eval.plan import Run, class_labels, plan_runs
+from mpmae.eval.plan import Run, class_labels, labels_identity, plan_runs
 from mpmae.eval.probe_config import ProbeConfig
-from mpmae.eval.results import write_results
+from mpmae.eval.results import print_results, write_results
 from mpmae.eval.score_log import Key, open_log
 from mpmae.eval.scores import Score
-from mpmae.eval.tables import percent, results_table, terminal
+from mpmae.eval.tables import percent
 from mpmae.files import write_whole
 
 CONFIG_NAME = "config.yaml"
@@ -73,7 +72,7 @@ def probe(config: ProbeConfig, *, resume: bool = False, labelled: LabelledSet | 
         scores = [log.scores[key] for key in sorted(asked, key=lambda key: _place(key, features, config))]
         facts = {"inputs": features.facts, "identity": identity}
         write_results(config.output.dir, config, labelled, scores, facts)
-    _console().print(terminal(results_table(scores)))
+    print_results(scores)
     return scores
 
 
@@ -175,21 +174,12 @@ def _identity(
         for key, value in keys.items()
         if section not in _FREE_KEYS or (_FREE_KEYS[section] is not None and key not in _FREE_KEYS[section])
     }
-    divided = hashlib.sha256(labels.tobytes())
-    for split, rows in sorted(labelled.splits.items()):
-        divided.update(split.encode() + np.asarray(rows, np.int64).tobytes())
     weights = None if encoder is None else encoder.fingerprint()
-    return {**settings, "set": set_identity(labelled), "labels": divided.hexdigest(), "weights": weights}
+    return {**settings, "set": set_identity(labelled), "labels": labels_identity(labelled, labels), "weights": weights}
 
 
 def _key(label: str, method: str, run: Run) -> Key:
     return label, method, run.seed, run.fold, run.label_fraction
-
-
-def _console() -> Console:
-    """Standard output; wide enough for a table in a log file."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=160)
 
 
 def _place(key: Key, features: _Features, config: ProbeConfig) -> tuple:

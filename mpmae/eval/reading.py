@@ -75,10 +75,17 @@ def checked_splits(named: Mapping[str, Sequence[int]], num_samples: int, where: 
     problems, splits, owner = [], {}, {}
     for name, indices in named.items():
         split = SPLIT_NAMES.get(str(name).strip().lower())
-        array = np.asarray(indices, np.int64).reshape(-1)
         if split is None or split in splits:
             problems.append(f"{where}: a split {name!r}; expected each of {', '.join(SPLITS)} once")
             continue
+        if not isinstance(indices, Sequence | np.ndarray) or isinstance(indices, str | bytes):
+            problems.append(f"{where}: split {name} is of type {type(indices).__name__}; expected a list of sample indices")
+            continue
+        wrong = [i for i in indices if isinstance(i, bool) or not isinstance(i, int | np.integer)]
+        if wrong:
+            problems.append(f"{where}: split {name} holds {few([repr(i) for i in wrong])}; expected indices of samples")
+            continue
+        array = np.asarray(indices, np.int64).reshape(-1)
         outside = array[(array < 0) | (array >= num_samples)]
         if outside.size:
             problems.append(f"{where}: split {name} names {few(outside)}; the set has the samples 0..{num_samples - 1}")

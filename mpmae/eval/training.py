@@ -198,7 +198,7 @@ class _Trainer:
         loss, grad_norm, lr = self._train(epoch)
         val = self._evaluate(self._splits["val"])
         value = val.metrics[self._setup.task.metric]
-        if self._best is None or value > self._best["value"]:
+        if self._best is None or value > self._best["value"] or (math.isnan(self._best["value"]) and not math.isnan(value)):
             weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self._model.state_dict().items()}
             self._best = {"epoch": epoch, "value": value, "val": asdict(val), "weights": weights}
         self.epoch = epoch + 1

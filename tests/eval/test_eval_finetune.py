@@ -1,5 +1,6 @@
 """`finetune` as a whole: every run, what it writes, its weights read again, the command."""
 
+import copy
 import json
 import logging
 import subprocess
@@ -123,6 +124,10 @@ def test_an_evaluation_goes_on_where_it_ended(evaluation):
     other = config.model_copy(update={"finetune": config.finetune.model_copy(update={"weight_decay": 0.5})})
     with pytest.raises(ConfigError, match=r"finetune.weight_decay was 0.05, now 0.5"):
         finetune(other, resume=True, labelled=labelled)
+    moved = copy.copy(labelled)
+    moved.splits = {**labelled.splits, "train": labelled.splits["test"], "test": labelled.splits["train"][:6]}
+    with pytest.raises(ConfigError, match=r"labels was"):
+        finetune(config, resume=True, labelled=moved)
 
 
 def test_a_frozen_encoder_keeps_its_weights(pretrained, tmp_path):
@@ -167,7 +172,7 @@ def test_the_command(repo, tmp_path):
     command = [sys.executable, str(repo / "launch" / "finetune.py"), *QUICK, *keys]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "random init" in done.stdout
+    assert "gain on random init" in done.stdout, "a table of a log file is as wide as it needs to be"
     assert "images of 8 x 8 px are taken as they are" in done.stderr
     scores, _ = read_scores(tmp_path / "out" / "scores.json")
     assert [score.task for score in scores] == ["bright"]

@@ -304,6 +304,7 @@ def test_a_sample_whose_pickle_asks_for_more(tmp_path):
         ("default_partition.json", b'{"train": ["a"], "test": ["a"]}', "also in train"),
         ("default_partition.json", b'{"train": ["a"], "dev": []}', "a split 'dev'"),
         ("default_partition.json", b'{"train": ["a", "b"]}', "names 1 samples of 2 .*: b;"),
+        ("default_partition.json", b'{"train": null, "test": "a"}', "train: None, test: a; expected lists of names"),
     ],
 )
 def test_broken_folders(tmp_path, name, content, message):
@@ -352,6 +353,9 @@ def test_classes_of_label_maps_are_known_from_the_statistics(tmp_path, caplog):
     found = open_set(DatasetSection(path=folder), progress=False)
     assert found.task.kind == "segmentation"
     assert "split test has no sample of class 1" in caplog.text
+    (folder / "label_stats.json").write_text(json.dumps({name: [1.0] for name in samples}))
+    with pytest.raises(DatasetError, match=r"label_stats.json: \S+ has \[1.0\]; expected 2 numbers"):
+        open_set(DatasetSection(path=folder), progress=False)
     (folder / "label_stats.json").unlink()
     caplog.clear()
     open_set(DatasetSection(path=folder, product_level="l2a"), progress=False)

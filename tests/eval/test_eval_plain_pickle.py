@@ -61,13 +61,26 @@ def test_shared_and_recursive_parts_stay_shared():
     assert found[0][1] is found[0]
 
 
-def test_many_references_take_no_time():
-    bomb = ("x",)
-    for _ in range(60):
-        bomb = (bomb, bomb)
+def key_of_tuples(num_levels: int, protocol: int) -> bytes:
+    """A dict whose key is a tuple of the same tuple twice, and so on, as opcodes: building it here would take for ever."""
+    number = (lambda i: b"q" + bytes([i])) if protocol < 4 else (lambda i: b"\x94")
+    levels = b"".join(b"h%bh%b\x86%b0" % (bytes([i]), bytes([i]), number(i + 1)) for i in range(num_levels))
+    return b"\x80%bK\x01\x85%b0%b}h%bNs." % (bytes([protocol]), number(0), levels, bytes([num_levels]))
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_a_few_bytes_that_unfold_to_a_lot_are_refused_at_once(protocol):
     started = time.monotonic()
-    loads(pickle.dumps(bomb, 4), "x")
+    for pair in (lambda one: (one, one), lambda one: [one, one], lambda one: {1: one, 2: one}):
+        bomb = pair("x")
+        for _ in range(60):
+            bomb = pair(bomb)
+        with pytest.raises(DatasetError, match="unfolds to more than"):
+            loads(pickle.dumps(bomb, protocol), "x")
+    with pytest.raises(DatasetError, match="a tuple unfolds to more than"):
+        loads(key_of_tuples(60, protocol), "x")
     assert time.monotonic() - started < 2
+    assert list(loads(key_of_tuples(2, protocol), "x")) == [(((1,), (1,)), ((1,), (1,)))]
 
 
 @pytest.mark.parametrize("module", ["geobench.dataset", "geobench.io.dataset", "ccb.io.dataset"])

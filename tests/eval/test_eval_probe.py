@@ -1,6 +1,7 @@
 """The probe as a whole: what solves the synthetic task, what is read once, and how it goes on after a kill."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -173,6 +174,9 @@ def test_every_impossible_setting_is_told_at_once():
     assert {problem.split("=")[0] for problem in raised.value.problems} == {
         "override probe.ks", "override probe.strengths", "override probe.lrs", "override probe.methods"
     }  # fmt: skip
+    for text in ("output.seeds=[0,-1]", "dataset.label_fractions=[]", "dataset.label_fractions=[0.1,1.5]"):
+        with pytest.raises(ConfigError, match=f"override {re.escape(text)}"):
+            config("x", text)
 
 
 def test_label_maps_are_sent_elsewhere(tmp_path):

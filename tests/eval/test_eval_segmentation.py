@@ -293,6 +293,17 @@ def test_pretrained_beside_scratch_and_what_is_kept(tmp_path):
     mpmae.create_encoder("convnextv2_small", checkpoint=weights)
 
 
+def test_pictures_are_of_the_best_weights_or_none(tmp_path):
+    """Where weights are not kept, a run that had ended draws nothing; one that ends under --resume does."""
+    keys = ("finetune.epochs=1", "finetune.keep_weights=false", "segmentation.num_pictures=1", f"output.dir={tmp_path}")
+    options = (*TRAINING, *keys)
+    finetune(configured(*options), resume=True, labelled=coloured_blocks())
+    (picture,) = (tmp_path / "runs").glob("*/predictions.png")
+    picture.unlink()
+    finetune(configured(*options), resume=True, labelled=coloured_blocks())
+    assert not picture.exists()
+
+
 def test_a_run_cut_off_in_the_frozen_phase_goes_on(tmp_path, monkeypatch):
     options = (*TRAINING, "finetune.epochs=4", "segmentation.frozen_fraction=0.5", "finetune.save_interval_s=0")
     (whole,) = finetune(configured(*options, f"output.dir={tmp_path / 'whole'}"), labelled=coloured_blocks())

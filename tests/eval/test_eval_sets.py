@@ -98,6 +98,14 @@ def test_the_shared_set(shared_dir):
         ({"splits": {"train": [12]}}, "split train names 12; the set has the samples 0..11"),
         ({"splits": {"train": [0, 1], "val": [1]}}, "split val has samples that are also in train"),
         ({"splits": {"train": [0], "dev": [1]}}, "a split 'dev'"),
+        ({"splits": {"train": ["image-0", "image-1"]}}, "split train holds 'image-0', 'image-1'; expected indices"),
+        ({"splits": {"train": [0.7, 1]}}, "split train holds 0.7; expected indices"),
+        ({"splits": {"train": None}}, "split train is of type NoneType; expected a list"),
+        ({"label": np.array([b"water"] * 12)}, r"label of type \|S5; expected whole numbers"),
+        ({"label": np.zeros(12)}, "label of type float64; expected whole numbers"),
+        ({"label": np.zeros(12, int), "classes": None}, "no label above 0 and no `classes`"),
+        ({"scale": "x"}, "scale = 'x'; expected a number above 0"),
+        ({"scale": 0.0}, "scale = 0.0; expected a number above 0"),
     ],
 )
 def test_h5_files_that_do_not_fit(tmp_path, change, message):
@@ -177,6 +185,30 @@ def test_label_maps_of_a_table(tmp_path):
     write_tif(tmp_path / "maps" / "2.tif", maps[:, :4])
     with pytest.raises(DatasetError, match=r"maps/2.tif of \[4, 8\] px for images/2.tif of \[8, 8\] px"):
         GeoTiffTable(path, progress=False).label(2)
+
+
+def test_label_maps_of_floats_have_no_label_where_they_are_nan(tmp_path):
+    pytest.importorskip("rasterio")
+    maps = (np.arange(64).reshape(1, 8, 8) % 3).astype(np.float32)
+    maps[0, 0, 0] = np.nan
+    for i, no_data in enumerate((None, np.nan)):
+        write_tif(tmp_path / "maps" / f"{i}.tif", maps, no_data=no_data)
+    found = GeoTiffTable(write_tifs(tmp_path, ["maps/0.tif", "maps/1.tif"], column="label_file"), progress=False)
+    assert found.task.num_classes == 3
+    assert [found.label(i)[0, :3].tolist() for i in (0, 1)] == [[IGNORED, 1, 2]] * 2
+
+
+def test_classes_of_a_table_by_index(tmp_path):
+    pytest.importorskip("rasterio")
+    path = write_tifs(tmp_path, ["1", "0", "2"])
+    (tmp_path / "classes.txt").write_text("water\nforest\ntown\n")
+    assert [int(GeoTiffTable(path, progress=False).label(i)) for i in range(3)] == [1, 0, 2]
+    (tmp_path / "classes.txt").write_text("10\n20\n30\n")  # names that are numbers are no indices
+    with pytest.raises(DatasetError, match=r"has the label '1'; expected 10, 20, 30"):
+        GeoTiffTable(path, progress=False).label(0)
+    (tmp_path / "classes.txt").write_text("water\nwater\n")
+    with pytest.raises(DatasetError, match=r"2 names, 1 different"):
+        GeoTiffTable(path, progress=False)
 
 
 def test_bands_named_in_the_table(tmp_path):

@@ -132,6 +132,14 @@ def test_the_epoch_is_chosen_on_validation_and_tested_once(tmp_path):
     assert [record["best_epoch"] for record in records] == [0, 1, 1, 1]
 
 
+def test_an_epoch_without_a_metric_is_not_the_best(tmp_path, monkeypatch):
+    labelled = bright_bands(sizes=(4, 10, 10))
+    values = iter([math.nan, 0.2, math.nan, 0.1, 0.4])
+    monkeypatch.setattr(training.Metrics, "compute", lambda self: {"accuracy": next(values)})
+    fitted = run(ScriptedSetup(labelled, {"val": [1] * 4, "test": [1] * 4}, epochs=4), labelled, tmp_path / "run")
+    assert (fitted.best_epoch, fitted.val.metrics["accuracy"], fitted.test.metrics["accuracy"]) == (1, 0.2, 0.4)
+
+
 def test_patience_ends_a_run(tmp_path):
     labelled = bright_bands(sizes=(4, 10, 10))
     num_right = {"val": [2, 7, 7, 5, 9], "test": [1] * 5}
