@@ -1,5 +1,6 @@
 """The pretraining runs that `downstream.py` compares: which, and how long."""
 
+import json
 from pathlib import Path
 
 from rich.console import Console
@@ -46,11 +47,19 @@ def pretrain_all(source: Path, work: Path, seeds: int, steps: int, console: Cons
             config = run_config(work, variant, seed, steps)
             if not _is_finished(config):
                 console.rule(f"pretraining, {variant}, seed {seed}")
-                pretrain(config)
+                stopped = pretrain(config)
+                if stopped:
+                    raise SystemExit(f"stopped by {stopped.reason} after step {stopped.step}; the same command goes on")
             folders[variant, seed] = config.run.dir
     return folders
 
 
 def _is_finished(config: RunConfig) -> bool:
+    record = config.run.dir / "run.json"
+    if record.exists():
+        steps = json.loads(record.read_text())["config"]["train"]["max_steps"]
+        if steps != config.train.max_steps:
+            asked = config.train.max_steps
+            raise SystemExit(f"{config.run.dir} is a run of {steps} steps, not {asked}; give another --work")
     lines = read_jsonl(config.run.dir / "validation.jsonl")
     return bool(lines) and lines[-1]["step"] == config.train.max_steps
