@@ -1,5 +1,6 @@
 """The pretraining runs that `downstream.py` compares: which, and how long."""
 
+import json
 import statistics
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from rich.console import Console
 from mpmae.config import RunConfig, load_config
 from mpmae.files import read_jsonl
 from mpmae.modalities import MODALITIES, TARGETS
+from mpmae.shard_files import load_manifest
 from mpmae.shard_tools.build import build
 from mpmae.train import pretrain
 
@@ -42,15 +44,20 @@ def run_config(work: Path, variant: str, seed: int, steps: int = STEPS) -> RunCo
 
 def pretrain_all(source: Path, work: Path, seeds: int, steps: int, console: Console) -> dict[tuple[str, int], Path]:
     """The run folders by variant and seed; runs that are not finished are begun or continued."""
-    if not (work / "shards" / "manifest.json").exists():
-        build(source, work / "shards")
+    shards = work / "shards"
+    if not (shards / "manifest.json").exists():
+        build(source, shards)
+    if (name := load_manifest(shards).source.name) != source.name:
+        raise SystemExit(f"{shards} was made from {name}, not from {source.name}; give another --work")
     folders = {}
     for variant in VARIANTS:
         for seed in range(1 if variant in ONE_SEED else seeds):
             config = run_config(work, variant, seed, steps)
             if not _is_finished(config):
                 console.rule(f"pretraining, {variant}, seed {seed}")
-                pretrain(config)
+                stopped = pretrain(config)
+                if stopped:
+                    raise SystemExit(f"stopped by {stopped.reason} after step {stopped.step}; the same command goes on")
             folders[variant, seed] = config.run.dir
     return folders
 
@@ -80,5 +87,11 @@ def losses(folders: dict[tuple[str, int], Path]) -> dict[str, dict[str, dict[str
 
 
 def _is_finished(config: RunConfig) -> bool:
+    record = config.run.dir / "run.json"
+    if record.exists():
+        steps = json.loads(record.read_text())["config"]["train"]["max_steps"]
+        if steps != config.train.max_steps:
+            asked = config.train.max_steps
+            raise SystemExit(f"{config.run.dir} is a run of {steps} steps, not {asked}; give another --work")
     lines = read_jsonl(config.run.dir / "validation.jsonl")
     return bool(lines) and lines[-1]["step"] == config.train.max_steps

@@ -7,6 +7,7 @@ Scores are fractions in [0, 1], None where features were not finite. A record of
 encoder before its first step.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -39,7 +40,7 @@ def method_title(method: str) -> str:
 
 def percent(score: float | None) -> str:
     """A score for people: "61.2 %", or "-" for none."""
-    return f"{100 * score:.1f} %" if isinstance(score, int | float) else "-"
+    return f"{100 * score:.1f} %" if isinstance(score, int | float) and math.isfinite(score) else "-"
 
 
 def summary(record: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """The command `mpmae-embed`: feature vectors of every tile of a set, as GeoParquet, and a map of them."""
 
 import argparse
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ from mpmae.eval.encoders import ImageEncoder, build_encoder
 from mpmae.models.interop import Weights, as_weights
 from mpmae.shard_tools.progress import say
 
+_KEYS = re.compile(r"\b(?:dataset|image)\.(partition|product_level|normalise|size|fit)\b")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code is returned (2: an error, told on stderr)."""
@@ -24,9 +27,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(options)
     except MpmaeError as error:
-        print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)
+        print("\n".join(f"error: {in_options(problem)}" for problem in error.problems), file=sys.stderr)
         return 2
     return 0
+
+
+def in_options(text: str) -> str:
+    """A message of an evaluation, with this command's options instead of configuration keys."""
+    text = text.replace("dataset.path: ", "").replace(" (dataset.format=auto)", "")
+    return _KEYS.sub(lambda key: "--" + key[1].replace("_", "-"), text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,7 +93,7 @@ def _run(options: argparse.Namespace) -> None:
     )
     say(f"{source.title}: {', '.join(f'{num:,} tiles {split}' for split, num in source.num_tiles.items())}")
     for what, fact in source.facts.items():
-        say(f"{what}: {_told(fact)}")
+        say(f"{what}: {in_options(_told(fact))}")
     started_s = time.monotonic()
     try:
         done = embed(

@@ -6,6 +6,7 @@ Shapes: N tiles, T windows of an image, B bands, S image side in pixels, D featu
 import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -141,24 +142,15 @@ def _batches(out: EmbeddingFolder, todo: Sequence[int], batch_size: int) -> Iter
 def encode_images(
     encoder: ImageEncoder, images: Tensor | Sequence[Tensor], device: torch.device, batch_size: int
 ) -> np.ndarray:
-    """The vectors float32 [N, D] of images [T, B, S, S] each; neighbours of one size go through the encoder together."""
-    if not torch.is_tensor(images):
-        groups = [torch.stack(group) for group in _of_one_size(images)]
-        return np.concatenate([encode_images(encoder, group, device, batch_size) for group in groups])
+    """The vectors float32 [N, D] of images [T, B, S, S] each; windows of one size go through the encoder together."""
+    vectors = []
     with torch.inference_mode():
-        windows = images.flatten(0, 1).split(batch_size)
-        vectors = torch.cat([encoder(part.to(device, non_blocking=True)).float().cpu() for part in windows])
-        return vectors.unflatten(0, images.shape[:2]).mean(1).numpy()
-
-
-def _of_one_size(images: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    group: list[Tensor] = []
-    for image in images:
-        if group and image.shape != group[0].shape:
-            yield group
-            group = []
-        group.append(image)
-    yield group
+        for _, group in groupby(images, key=lambda image: image.shape[1:]):
+            alike = list(group)
+            windows = torch.cat(alike).split(batch_size)
+            found = torch.cat([encoder(part.to(device, non_blocking=True)).float().cpu() for part in windows])
+            vectors += [of_image.mean(0) for of_image in found.split([len(image) for image in alike])]
+    return torch.stack(vectors).numpy()
 
 
 def _write(

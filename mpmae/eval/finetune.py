@@ -12,6 +12,7 @@ import numpy as np
 import torch.distributed as dist
 
 from mpmae.engine.world import World, init_world
+from mpmae.errors import ConfigError
 from mpmae.eval.classification import classification_setup
 from mpmae.eval.dataset import LabelledSet
 from mpmae.eval.devices import find_device
@@ -60,6 +61,11 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, labelled: Labelled
 
 def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None, world: World) -> list[Score]:
     labelled = open_set(config.dataset, progress=world.rank == 0) if labelled is None else labelled
+    if labelled.task.kind != "segmentation" and "segmentation" in config.model_fields_set:
+        raise ConfigError(
+            f"segmentation: {labelled.task.name} has classes of whole images ({labelled.task.kind}) and no label maps; leave the "
+            "section out, or give a set with label maps as dataset.path"
+        )
     labels = class_labels(labelled, config.output.num_workers)
     runs = list(plan_runs(labelled, labels, config.dataset, config.output.seeds))
     weights = None if config.encoder.checkpoint is None else as_weights(config.encoder.checkpoint)

@@ -71,8 +71,7 @@ def _pretrain(config: RunConfig, world: World, requests: StopRequests, watchdog:
     check_same(facts_of(config, setup.ds_config, setup.manifest), world)
     model = build_model(config, setup.manifest)
     probe_set = open_probe_set(config, setup.manifest, model)
-    if probe_set:
-        check_same(probe_set.facts(), world)
+    check_same(probe_set.facts() if probe_set else {}, world)
     stage = zero_stage(setup.ds_config) if setup.ds_config else None
     with (
         claimed(config, world),

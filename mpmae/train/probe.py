@@ -30,6 +30,7 @@ from mpmae.train.data import num_bytes
 from mpmae.train.probe_set import ProbeSet
 
 BATCH_SIZE = 32
+MAX_WINDOWS = 64  # at a time through the encoder: large images have many, and the training's memory is beside them
 STRENGTHS = tuple(10.0**power for power in range(-6, 3))
 _PREFIX = "encoder."
 
@@ -57,8 +58,9 @@ class Probe:
     def run(self, stop_asked: Callable[[], bool]) -> dict[str, Any] | None:
         """What the metrics record gets: scores by method, as fractions, and on what; None when it was given up.
 
-        That is when `stop_asked` says so on any rank, which is asked between batches. Scores are None on ranks other than 0,
-        and where features are not finite.
+        That is when `stop_asked` says so on any rank, which is asked between batches. Scores are None where features are
+        not finite. They are the same on every rank, and all ranks wait for them here: in the next step's forward the wait
+        would pass for a slow rank.
         """
         started, device = time.perf_counter(), self._engine.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -69,7 +71,7 @@ class Probe:
             if self._world.rank == 0 and bool(features.isfinite().all()):
                 scores = self._scores(features.cpu())
         return {
-            **scores,
+            **self._world.broadcast_object(scores),
             "metric": self._set.labelled.task.metric,
             "num_train": self._set.num_train,
             "num_val": self._set.num_val,
@@ -187,6 +189,6 @@ def _vectors(encoder: ImageEncoder, images: list[Tensor]) -> Tensor:
     device = next(encoder.parameters()).device
     for _, group in groupby(images, key=lambda image: image.shape[1:]):
         alike = list(group)
-        found = encoder(torch.cat(alike).to(device))
+        found = torch.cat([encoder(part.to(device)) for part in torch.cat(alike).split(MAX_WINDOWS)])
         vectors += [windows.mean(0) for windows in found.split([len(image) for image in alike])]
     return torch.stack(vectors)

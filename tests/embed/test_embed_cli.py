@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 import mpmae
 from mpmae.embed import read_embeddings
-from mpmae.embed.cli import main
+from mpmae.embed.cli import in_options, main
 from mpmae.eval.config import EncoderSection
 from mpmae.eval.encoders import open_encoder
 from mpmae.loader import Augmentation, CpuLoader, ShardReader
@@ -112,3 +112,24 @@ def test_the_code_of_the_documentation_runs(done, repo):
     names: dict = {}
     exec(block.replace("runs/NAME/embeddings", str(done)), names)
     assert len(names["table"]) == len(names["vectors"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        ("no file a.json; dataset.partition can be b", "no file a.json; --partition can be b"),
+        ("the level is not known (dataset.product_level)", "the level is not known (--product-level)"),
+        ("image.size = 20: a multiple of 8", "--size = 20: a multiple of 8"),
+        ("dataset.path: x holds no labelled set (dataset.format=auto); expected", "x holds no labelled set; expected"),
+    ],
+)
+def test_messages_name_options(told, expected):
+    assert in_options(told) == expected
+
+
+def test_what_is_said_of_a_labelled_set_names_options(checkpoint, tmp_path, capsys):
+    (tmp_path / "nothing").mkdir()
+    assert main([str(checkpoint), str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "holds no labelled set; expected" in told
+    assert "dataset." not in told

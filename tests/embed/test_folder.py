@@ -14,6 +14,7 @@ import torch
 from mpmae.embed import read_embeddings
 from mpmae.embed.folder import LOCK_NAME, claimed
 from mpmae.embed.parquet import own_metadata
+from mpmae.embed.run import encode_images
 from mpmae.errors import EmbeddingError
 from tests.embed.made import MadeTiles, run, small_encoder
 from tests.train.write_calls import restore, states_during, tree_of
@@ -245,3 +246,13 @@ def test_a_vector_that_is_no_number_stops_it(tmp_path):
         run(tmp_path, source)
     assert not (tmp_path / "part-00001.parquet").exists()
     assert LOCK_NAME in {path.name for path in tmp_path.iterdir()}
+
+
+def test_windows_of_unequal_numbers_go_through_the_encoder_together(monkeypatch):
+    encoder, images = small_encoder(), [torch.rand(1 + i % 2, 3, 16, 16) for i in range(6)]
+    with torch.no_grad():
+        expected = torch.stack([encoder(image).mean(0) for image in images]).numpy()
+    sizes, forward = [], type(encoder).forward
+    monkeypatch.setattr(type(encoder), "forward", lambda self, x: sizes.append(len(x)) or forward(self, x))
+    np.testing.assert_allclose(encode_images(encoder, images, torch.device("cpu"), 8), expected, atol=1e-6)
+    assert sizes == [8, 1]

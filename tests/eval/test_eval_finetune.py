@@ -228,3 +228,9 @@ def test_defaults_are_those_of_the_published_code():
     assert (section.epochs, section.warmup_epochs, section.blr, section.min_lr) == (100, 20, 5e-4, 1e-6)
     assert (section.weight_decay, section.layer_decay, section.head_init_scale) == (0.05, 1.0, 0.001)
     assert (section.batch_size, config.augment.smoothing) == (64, 0.1)
+
+
+def test_settings_of_another_kind_of_task_are_refused(tmp_path):
+    config = load_config(None, [*QUICK, f"output.dir={tmp_path}", "segmentation.method=linear"])
+    with pytest.raises(ConfigError, match="segmentation: .* has classes of whole images .* leave the section out"):
+        finetune(config, labelled=bright_bands(sizes=(12, 6, 6), side=8))

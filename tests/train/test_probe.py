@@ -20,7 +20,7 @@ from mpmae.eval.features import Source, image_features
 from mpmae.eval.knn import knn_shares
 from mpmae.eval.open_set import open_set
 from mpmae.eval.prepare import Preparation
-from mpmae.probe_record import scores_of
+from mpmae.probe_record import percent, scores_of
 from mpmae.train import dry_run, loop, pretrain
 from mpmae.train.compatibility import check_compatible, checkpoint_meta
 from mpmae.train.stopping import StopRequests
@@ -162,6 +162,21 @@ def test_a_resumed_run_goes_on_with_it(alone):
     assert trained(alone / "resumed") == trained(alone / "with")
 
 
+def test_many_windows_go_through_the_encoder_in_turns():
+    from mpmae.train.probe import MAX_WINDOWS, _vectors
+
+    sizes, weight = [], torch.zeros(1)
+    encoder = mock.Mock(side_effect=lambda x: sizes.append(len(x)) or x.mean((2, 3)), parameters=lambda: iter([weight]))
+    images = [torch.rand(25, 2, 4, 4) for _ in range(4)] + [torch.rand(1, 2, 8, 8)]
+    expected = torch.stack([image.mean((0, 2, 3)) for image in images])
+    torch.testing.assert_close(_vectors(encoder, images), expected)
+    assert sizes == [MAX_WINDOWS, 100 - MAX_WINDOWS, 1]
+
+
+def test_a_score_that_is_no_number_is_told_as_none():
+    assert [percent(score) for score in (0.5, None, float("nan"))] == ["50.0 %", "-", "-"]
+
+
 def test_a_probe_that_fails_does_not_end_the_run(alone):
     expected = probes(alone / "with")
     assert probes(alone / "unreadable") == {step: expected[step] for step in (0, 4)}, "images not kept are read again"
@@ -194,6 +209,37 @@ def test_it_says_what_an_evaluation_of_the_checkpoint_says(alone, settings):
 def test_weights_cut_over_two_ranks_say_the_same(alone, settings, tmp_path):
     run_ranks(started, 2, (str(tmp_path), settings, FSDP), tmp_path / "processes")
     assert probes(tmp_path / "fsdp") == probes(alone / "with")
+
+
+def told_to_each(world_argument: tuple[str, tuple[str, ...]]) -> tuple[list[dict], str]:
+    """What a run's probes gave this rank, and the error of a run whose second rank has no probe."""
+    from mpmae.train.probe import Probe
+
+    folder, settings = world_argument
+    rank = init_world("toy").rank
+    hold_process_group("test")
+    given, run = [], Probe.run
+
+    def noted(self, stop_asked):
+        given.append(scores_of({"probe": run(self, stop_asked)}))
+        return None
+
+    with mock.patch.object(Probe, "run", noted):
+        run_one(Path(folder) / "run", (*settings, "engine.name=ddp"))
+    try:
+        run_one(Path(folder) / "unlike", (*settings, *[WITHOUT] * rank))
+    except ConfigError as error:
+        return given, str(error)
+    return given, "nothing was raised"
+
+
+def test_all_ranks_wait_for_the_scores_and_have_the_same_set(alone, settings, tmp_path):
+    (first, told), (second, told_again) = run_ranks(told_to_each, 2, (str(tmp_path), settings), tmp_path / "processes")
+    assert first == second
+    assert all(score is not None for scores in second for score in scores.values())
+    assert len(second) == 3
+    assert told == told_again
+    assert re.search(r"images and labels of probe.dataset differs: \w{16} on rank 0, \(absent\) on rank 1", told)
 
 
 @pytest.mark.slow
