@@ -9,7 +9,6 @@ from rich.console import Console
 from mpmae.config import RunConfig, load_config
 from mpmae.files import read_jsonl
 from mpmae.modalities import MODALITIES, TARGETS
-from mpmae.shard_files import load_manifest
 from mpmae.shard_tools.build import build
 from mpmae.train import pretrain
 
@@ -44,11 +43,8 @@ def run_config(work: Path, variant: str, seed: int, steps: int = STEPS) -> RunCo
 
 def pretrain_all(source: Path, work: Path, seeds: int, steps: int, console: Console) -> dict[tuple[str, int], Path]:
     """The run folders by variant and seed; runs that are not finished are begun or continued."""
-    shards = work / "shards"
-    if not (shards / "manifest.json").exists():
-        build(source, shards)
-    if (name := load_manifest(shards).source.name) != source.name:
-        raise SystemExit(f"{shards} was made from {name}, not from {source.name}; give another --work")
+    if not (work / "shards" / "manifest.json").exists():
+        build(source, work / "shards")
     folders = {}
     for variant in VARIANTS:
         for seed in range(1 if variant in ONE_SEED else seeds):

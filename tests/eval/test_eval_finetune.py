@@ -232,5 +232,5 @@ def test_defaults_are_those_of_the_published_code():
 
 def test_settings_of_another_kind_of_task_are_refused(tmp_path):
     config = load_config(None, [*QUICK, f"output.dir={tmp_path}", "segmentation.method=linear"])
-    with pytest.raises(ConfigError, match="segmentation: .* has classes of whole images .* leave the section out"):
+    with pytest.raises(ConfigError, match=r"segmentation: .* has classes of whole images .* leave the section out"):
         finetune(config, labelled=bright_bands(sizes=(12, 6, 6), side=8))
