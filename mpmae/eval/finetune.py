@@ -63,7 +63,7 @@ def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None
     labelled = open_set(config.dataset, progress=world.rank == 0) if labelled is None else labelled
     if labelled.task.kind != "segmentation" and "segmentation" in config.model_fields_set:
         raise ConfigError(
-            f"segmentation: {labelled.task.name} has classes of whole images ({labelled.task.kind}) and no label maps; leave "
+            f"segmentation: {labelled.task.name} has classes of whole images ({labelled.task.kind}), no label maps; leave "
             "the section out, or give a set with label maps as dataset.path"
         )
     labels = class_labels(labelled, config.output.num_workers)
