@@ -16,14 +16,15 @@ COLOURS = {
     "pretrained, all modalities": "#7a4fa3",
 }
 VERDICT = (
-    "What this can show: 270 images and a few hundred tiles of 25 places say whether features move in the right direction, "
-    "not how good a model is. Read the gain beside its interval: one that holds 0 says nothing either way. Pretraining on "
-    "Sentinel-2 alone beats the same encoder with random weights in nearest neighbours and not measurably in linear probes; "
-    "statistics of the bands and random convolutions beat both, as ten classes told by their colours let them. With all "
-    "modalities the same number of steps does not beat random weights. Why, by the losses: Sentinel-2, the one modality that "
-    "all tiles have and that transfers, is learnt half as far in the same steps, while targets that few tiles or places have "
-    "(land cover, biome, eco-region, latitude) end far lower in training than in validation: they are learnt by heart. Without "
-    "the targets of whole tiles (all maps) it is the same, so those alone are not the reason."
+    "What this can show: 270 images and a few hundred tiles of 25 places say whether features move in the right "
+    "direction, not how good a model is. Read the gain beside its interval: one that holds 0 says nothing either way. "
+    "Pretraining on Sentinel-2 alone beats the same encoder with random weights with 20 nearest neighbours, and not "
+    "measurably otherwise; statistics of the bands and random convolutions beat both, as ten classes told by their "
+    "colours let them. With all modalities the same number of steps does not beat random weights. Why, by the losses: "
+    "Sentinel-2, the one modality that all tiles have and that transfers, is learnt half as far in the same steps, "
+    "while targets that few tiles or places have (land cover, biome, eco-region, latitude) end far lower in training "
+    "than in validation: they are learnt by heart. Without the targets of whole tiles (all maps) it is the same, so "
+    "those alone are not the reason."
 )
 
 
