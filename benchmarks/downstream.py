@@ -32,13 +32,15 @@ METHODS = ("knn", "ridge", "lbfgs")
 BASELINES = ("random_init", "image_statistics", "random_convolutions")
 
 
-def probe_config(options: argparse.Namespace, folder: Path, seed: int, baselines: Sequence[str]) -> ProbeConfig:
+def probe_config(
+    options: argparse.Namespace, folder: Path, seed: int, baselines: Sequence[str], methods: Sequence[str] = METHODS
+) -> ProbeConfig:
     """The evaluation of one pretraining; baselines take bands and statistics from its checkpoint, so all see the same."""
     tree: dict[str, Any] = {
         "output": {"dir": str(options.work / "probes" / folder.name), "seeds": [seed]},
         "dataset": {"path": str(options.labelled), "product_level": "l1c", "num_folds": NUM_FOLDS},
         "encoder": {"checkpoint": str(folder)},
-        "probe": {"methods": list(METHODS), "baselines": list(baselines)},
+        "probe": {"methods": list(methods), "baselines": list(baselines)},
     }
     return validate_tree(ProbeConfig, tree, "benchmarks/downstream.py")
 
@@ -70,26 +72,21 @@ def as_results(scores: Sequence[Score], folders: dict[tuple[str, int], Path]) ->
     }
 
 
-def main() -> None:
-    """Pretrain what is not there yet, probe, and write the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def arguments(description: str) -> argparse.Namespace:
+    """The command line of both downstream benchmarks."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiles", type=Path, required=True, help="folder in MMEarth's layout, for pretraining")
     parser.add_argument("--labelled", type=Path, required=True, help="HDF5 file with images and classes")
     parser.add_argument("--work", type=Path, default=REPO / "build" / "downstream", help="where runs and probes are kept")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--no-record", action="store_true")
-    options = parser.parse_args()
-    if not options.no_record:
-        clean_commit()
-    console = Console()
-    folders = pretrain_all(options.tiles, options.work, options.seeds, options.steps, console)
-    scores = all_scores(options, folders)
-    table = results_table(scores)
-    console.print(terminal(table))
-    if options.no_record:
-        return
-    case = {
+    return parser.parse_args()
+
+
+def as_case(options: argparse.Namespace) -> dict[str, Any]:
+    """What the records say of what was run."""
+    return {
         "labelled": options.labelled.name,
         "tiles": options.tiles.name,
         "model": "mpmae_atto",
@@ -99,7 +96,20 @@ def main() -> None:
         "seeds": options.seeds,
         "folds": NUM_FOLDS,
     }
-    console.print(f"record: {write_record('downstream', case, as_results(scores, folders)).relative_to(REPO)}")
+
+
+def main() -> None:
+    """Pretrain what is not there yet, probe, and write the record."""
+    options = arguments(__doc__)
+    if not options.no_record:
+        clean_commit()
+    console = Console()
+    folders = pretrain_all(options.tiles, options.work, options.seeds, options.steps, console)
+    scores = all_scores(options, folders)
+    console.print(terminal(results_table(scores)))
+    if not options.no_record:
+        path = write_record("downstream", as_case(options), as_results(scores, folders))
+        console.print(f"record: {path.relative_to(REPO)}")
 
 
 if __name__ == "__main__":

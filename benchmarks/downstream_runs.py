@@ -3,6 +3,7 @@
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -19,8 +20,8 @@ VARIANTS = {"Sentinel-2 only": ("sentinel2",), "all modalities": TARGETS, "all m
 ONE_SEED = ("all maps",)  # tells what the tile targets do; one run is enough for that
 
 
-def run_config(work: Path, variant: str, seed: int, steps: int = STEPS) -> RunConfig:
-    """The configuration of one pretraining."""
+def run_config(work: Path, variant: str, seed: int, steps: int = STEPS, **more: Any) -> RunConfig:
+    """The configuration of one pretraining. more: dotted keys that differ."""
     changes = {
         "model.modalities_out": f"[{', '.join(VARIANTS[variant])}]",
         "run.dir": work / f"{variant.replace(' ', '-').lower()}-seed{seed}",
@@ -36,6 +37,7 @@ def run_config(work: Path, variant: str, seed: int, steps: int = STEPS) -> RunCo
         "checkpoint.keep_last": 1,
         "checkpoint.resume": "auto",
         "engine.name": "ddp",
+        **more,
     }
     overrides = [f"{key}={'null' if value is None else value}" for key, value in changes.items()]
     return load_config(REPO / "configs/run/demo.yaml", overrides)
@@ -43,19 +45,24 @@ def run_config(work: Path, variant: str, seed: int, steps: int = STEPS) -> RunCo
 
 def pretrain_all(source: Path, work: Path, seeds: int, steps: int, console: Console) -> dict[tuple[str, int], Path]:
     """The run folders by variant and seed; runs that are not finished are begun or continued."""
-    if not (work / "shards" / "manifest.json").exists():
-        build(source, work / "shards")
     folders = {}
     for variant in VARIANTS:
         for seed in range(1 if variant in ONE_SEED else seeds):
             config = run_config(work, variant, seed, steps)
-            if not _is_finished(config):
-                console.rule(f"pretraining, {variant}, seed {seed}")
-                stopped = pretrain(config)
-                if stopped:
-                    raise SystemExit(f"stopped by {stopped.reason} after step {stopped.step}; the same command goes on")
+            pretrain_one(config, source, work, console)
             folders[variant, seed] = config.run.dir
     return folders
+
+
+def pretrain_one(config: RunConfig, source: Path, work: Path, console: Console) -> None:
+    """Begin or continue a run that is not finished. SystemExit when it was stopped."""
+    if not (work / "shards" / "manifest.json").exists():
+        build(source, work / "shards")
+    if _is_finished(config):
+        return
+    console.rule(f"pretraining, {config.run.dir.name}")
+    if stopped := pretrain(config):
+        raise SystemExit(f"stopped by {stopped.reason} after step {stopped.step}; the same command goes on")
 
 
 def losses(folders: dict[tuple[str, int], Path]) -> dict[str, dict[str, dict[str, float]]]:

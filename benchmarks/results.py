@@ -238,6 +238,7 @@ SECTIONS = (  # in the order of RESULTS.md
         "downstream",
         results_downstream.readme,
     ),
+    Section("downstream curve", results_downstream.curve_section),
     Section("order", results_order.section, "order", results_order.plot),
     Section("data steps", data_section, readme_mark="disk", readme=readme_disk),
     Section("loader", results_loader.section, "loader", results_loader.plot),

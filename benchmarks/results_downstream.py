@@ -92,6 +92,31 @@ def loss_table(losses: dict[str, dict[str, dict[str, float]]]) -> list[str]:
     return lines
 
 
+def curve_section(record: dict[str, Any]) -> str:
+    """Markdown of a downstream curve record."""
+    case, results = record["case"], record["results"]
+    methods = list(results["random_init"])
+    lines = [
+        "### Features in the course of pretraining",
+        "",
+        f"Sentinel-2 only, first seed, {case['steps']} steps, otherwise as above; {record['date'][:10]}, {machine(record)}. "
+        "Made by `python benchmarks/downstream_curve.py`. Accuracy in percent, mean of the folds.",
+        "",
+        f"| step | validation loss of Sentinel-2 | {' | '.join(methods)} |",
+        "|---" * (2 + len(methods)) + "|",
+        f"| random init | – | {_cells(results['random_init'], methods)} |",
+    ]
+    lines += [
+        f"| {point['step']} | {point['sentinel2_loss']:.2f} | {_cells(point['accuracy'], methods)} |"
+        for point in results["points"]
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _cells(accuracy: dict[str, float], methods: list[str]) -> str:
+    return " | ".join(f"{100 * accuracy[method]:.1f}" for method in methods)
+
+
 def readme(record: dict[str, Any]) -> str:
     """README's sentence: kNN and linear accuracy of the pretrained encoders beside random weights."""
     rows = record["results"]["rows"]

@@ -41,7 +41,9 @@ def test_the_code_of_the_page_runs(repo, shards_dir):
     assert isinstance(names["order"].order, WindowOrder)
 
 
-@pytest.mark.parametrize("name", ["data.md", "integrations.md", "kernels.md", "multi_node.md"])
+@pytest.mark.parametrize(
+    "name", ["data.md", "downstream.md", "embeddings.md", "integrations.md", "kernels.md", "multi_node.md"]
+)
 def test_the_links_of_a_page_lead_somewhere(repo, name):
     page = (repo / "docs" / name).read_text()
     headings = {

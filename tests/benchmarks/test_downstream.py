@@ -57,6 +57,15 @@ def test_the_page_says_what_the_record_holds(record):
     assert "on held-out images" in picture
 
 
+def test_the_curve(record):
+    from results_downstream import curve_section
+
+    points = [{"step": 20, "sentinel2_loss": 0.6, "accuracy": {"knn-5": 0.48}}]
+    text = curve_section(record | {"results": {"points": points, "random_init": {"knn-5": 0.55}}})
+    assert "| random init | – | 55.0 |" in text
+    assert "| 20 | 0.60 | 48.0 |" in text
+
+
 def test_the_variants(tmp_path):
     from downstream_runs import VARIANTS, run_config
 
