@@ -24,7 +24,7 @@ VERDICT = (
     "Sentinel-2, the one modality that all tiles have and that transfers, is learnt half as far in the same steps, "
     "while targets that few tiles or places have (land cover, biome, eco-region, latitude) end far lower in training "
     "than in validation: they are learnt by heart. Without the targets of whole tiles (all maps) it is the same, so "
-    "those alone are not the reason. Sentinel-2 alone goes through the same low: below, its features are worse than "
+    "those alone are not the reason. Sentinel-2 alone goes through the same low: below, its neighbours are worse than "
     "random ones until its loss has fallen further than all modalities bring it in these steps."
 )
 
