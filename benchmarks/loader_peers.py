@@ -7,16 +7,15 @@ persist; its files are on the local disk and it shuffles. Options are their defa
 import itertools
 import json
 from collections.abc import Callable, Iterable
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import h5py
-import torch
 from loader_tiles import ONE_HOT, Tile, Transform, peer_tile, peer_tiles, replicate
 from loader_work import EPOCH_END, Batches, Loaded, Views, Work
 from torch.utils.data import DataLoader, Dataset
 
+from mpmae.eval.torchvision_import import let_torchvision_import
 from mpmae.modalities import TARGETS
 
 CHUNK_MB = 64  # size of their files: what litdata and streaming advise
@@ -130,14 +129,8 @@ def open_litdata(work: Work, folder: Path, num_workers: int, views: Views) -> Ba
 
 
 def import_streaming() -> Any:
-    """mosaicml-streaming, which imports torchvision, whose wheel on PyPI is built for CUDA.
-
-    Beside a CPU build of torch its operators cannot load, yet it registers their output shapes; declared first, it can.
-    """
-    if not torch.version.cuda and "+cpu" not in metadata.version("torchvision"):
-        for name in ("nms", "qnms"):
-            if not hasattr(torch.ops.torchvision, name):
-                torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    """mosaicml-streaming, which imports torchvision: PyPI's does not import beside a CPU build of torch unaided."""
+    let_torchvision_import()
     import streaming
 
     return streaming

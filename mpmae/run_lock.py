@@ -2,12 +2,38 @@
 
 import contextlib
 import fcntl
+import logging
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from mpmae.errors import ConfigError
+
 LOCK_NAME = ".lock"
+PATIENCE_S = 1.0  # `mpmae-runs list` and `mpmae-checkpoint prune` hold the lock for an instant
+_LOG = logging.getLogger(__name__)
+
+
+def claim_folder(folder: Path, key: str, who: str) -> int:
+    """The descriptor of a folder's lock, held until it is closed; the folder is made if need be.
+
+    key: of the configuration that names the folder. who: holds such folders, for messages. Raises ConfigError: another
+    process holds it, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(f"{key} = {folder} cannot be written: {error.strerror}; give another {key}") from error
+    try:
+        lock_file(lock, PATIENCE_S)
+    except BlockingIOError:
+        os.close(lock)
+        raise ConfigError(f"{key} = {folder} is in use by another {who}; wait for it, or give another {key}") from None
+    except OSError as error:  # some network file systems have no locks, and work must go on there too
+        _LOG.warning("%s cannot be locked (%s): nothing keeps a second %s out of it", folder, error.strerror, who)
+    return lock
 
 
 @contextlib.contextmanager

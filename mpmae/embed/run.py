@@ -6,19 +6,18 @@ Shapes: N tiles, T windows of an image, B bands, S image side in pixels, D featu
 import importlib.metadata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mpmae.embed import parquet
 from mpmae.embed.folder import EmbeddingFolder, claimed
 from mpmae.embed.source import Tiles, TileSource, join_tiles, no_tiles
 from mpmae.embed.storage import StoredDtype
 from mpmae.eval.encoders import ImageEncoder
+from mpmae.eval.windows import window_means
 from mpmae.in_order import in_order
 from mpmae.shard_tools.progress import Meter
 
@@ -123,7 +122,7 @@ def _fill(
     tiles: list[Tiles] = []
     vectors: list[np.ndarray] = []
     for (number, positions), read in zip(batches, in_order(source.read, requested(), max(num_workers, 1)), strict=True):
-        vectors.append(encode_images(encoder, read.images, device, batch_size))
+        vectors.append(window_means(encoder, read.images, device, batch_size).numpy())
         tiles.append(replace(read, images=()))
         if positions[-1] == out.positions(number)[-1]:
             _write(out, number, tiles, vectors, dtype, source)
@@ -137,20 +136,6 @@ def _batches(out: EmbeddingFolder, todo: Sequence[int], batch_size: int) -> Iter
         positions = np.asarray(out.positions(number), np.int64)
         for first in range(0, len(positions), batch_size):
             yield number, positions[first : first + batch_size]
-
-
-def encode_images(
-    encoder: ImageEncoder, images: Tensor | Sequence[Tensor], device: torch.device, batch_size: int
-) -> np.ndarray:
-    """The vectors float32 [N, D] of images [T, B, S, S] each; windows of one size go through the encoder together."""
-    vectors = []
-    with torch.inference_mode():
-        for _, group in groupby(images, key=lambda image: image.shape[1:]):
-            alike = list(group)
-            windows = torch.cat(alike).split(batch_size)
-            found = torch.cat([encoder(part.to(device, non_blocking=True)).float().cpu() for part in windows])
-            vectors += [of_image.mean(0) for of_image in found.split([len(image) for image in alike])]
-    return torch.stack(vectors).numpy()
 
 
 def _write(

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from mpmae.errors import DatasetError
 from mpmae.eval.dataset import LabelledSet
 from mpmae.eval.progress import progress
+from mpmae.eval.windows import MAX_WINDOWS, window_means
 from mpmae.files import write_whole
 from mpmae.in_order import in_order
 
 FORMAT_VERSION = 1
-_WINDOWS_PER_BATCH = 64
 _NUM_HASHED_IMAGES = 16
 _LOG = logging.getLogger(__name__)
 
@@ -88,13 +88,12 @@ def image_features(
     def read(index: int) -> Tensor:
         return source.prepare(labelled.image(int(index)))
 
-    vectors: list[Tensor] = []
-    with torch.inference_mode(), closing(_read_all(read, indices, num_workers)) as images:
+    vectors: list[Tensor] = []  # of a batch each
+    with closing(_read_all(read, indices, num_workers)) as images:
         shown = progress(images, f"features of {featuriser.label}", len(indices))
         for group in _groups(shown):
-            found = featuriser(torch.cat(group).to(device, non_blocking=True)).float().cpu()
-            vectors += [windows.mean(0) for windows in found.split([len(windows) for windows in group])]
-    features = torch.stack(vectors)
+            vectors.append(window_means(featuriser, group, device))
+    features = torch.cat(vectors)
     broken = (~features.isfinite().all(1)).nonzero().flatten().tolist()
     if broken:
         names = ", ".join(labelled.sample_id(int(indices[at])) for at in broken[:5])
@@ -151,7 +150,7 @@ def set_identity(labelled: LabelledSet) -> str:
 
 def _read_all(read: Callable[[int], Tensor], indices: Sequence[int], num_workers: int) -> Iterator[Tensor]:
     if num_workers:
-        yield from in_order(read, indices, num_workers, depth=2 * _WINDOWS_PER_BATCH)
+        yield from in_order(read, indices, num_workers, depth=2 * MAX_WINDOWS)
     else:
         yield from map(read, indices)
 
@@ -161,7 +160,7 @@ def _groups(images: Iterator[Tensor]) -> Iterator[list[Tensor]]:
     group: list[Tensor] = []
     for windows in images:
         num = sum(len(others) for others in group)
-        if group and (windows.shape[1:] != group[0].shape[1:] or num + len(windows) > _WINDOWS_PER_BATCH):
+        if group and (windows.shape[1:] != group[0].shape[1:] or num + len(windows) > MAX_WINDOWS):
             yield group
             group = []
         group.append(windows)

@@ -11,10 +11,9 @@ from typing import Any
 from mpmae.errors import ConfigError
 from mpmae.eval.scores import Score
 from mpmae.files import read_jsonl, write_whole
-from mpmae.run_lock import LOCK_NAME, lock_file
+from mpmae.run_lock import LOCK_NAME, claim_folder
 
 LOG_NAME, IDENTITY_NAME = "scores.jsonl", "evaluation.json"
-_PATIENCE_S = 1.0
 Key = tuple[str, str, int, int | None, float]
 
 
@@ -60,27 +59,11 @@ def open_log(folder: Path, identity: Mapping[str, Any], resume: bool) -> Iterato
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Keep other evaluations out of an output folder for the block. Raises ConfigError: in use, or it cannot be written."""
-    lock = _lock(folder)
+    lock = claim_folder(folder, "output.dir", "evaluation")
     try:
         yield
     finally:
         os.close(lock)
-
-
-def _lock(folder: Path) -> int:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ConfigError(f"output.dir = {folder} cannot be written: {error.strerror}; give another output.dir") from error
-    try:
-        lock_file(lock, _PATIENCE_S)
-    except BlockingIOError:
-        os.close(lock)
-        raise ConfigError(f"output.dir = {folder} is in use by another evaluation; wait for it, or give another") from None
-    except OSError:  # some network file systems have no locks
-        pass
-    return lock
 
 
 def _check(path: Path, identity: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ Shapes: N images, T windows of an image, C bands, S image side, D features, K cl
 import copy
 import time
 from collections.abc import Callable
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from mpmae.eval.encoders import ImageEncoder
 from mpmae.eval.knn import knn_shares
 from mpmae.eval.linear import Examples, Judge, Standardise, best_fit, ridge
 from mpmae.eval.metrics import evaluate
+from mpmae.eval.windows import window_means
 from mpmae.in_order import in_order
 from mpmae.models import create_encoder
 from mpmae.probe_record import LINEAR, knn_method
@@ -30,7 +30,6 @@ from mpmae.train.data import num_bytes
 from mpmae.train.probe_set import ProbeSet
 
 BATCH_SIZE = 32
-MAX_WINDOWS = 64  # at a time through the encoder: large images have many, and the training's memory is beside them
 STRENGTHS = tuple(10.0**power for power in range(-6, 3))
 _PREFIX = "encoder."
 
@@ -102,7 +101,7 @@ class Probe:
                 if number < len(self._own) and problem is None:
                     own = self._own[number]
                     images = self._kept[number] if number < len(self._kept) else self._read(own)
-                    features[own.start : own.stop] = _vectors(encoder, images)
+                    features[own.start : own.stop] = window_means(encoder, images, features.device)
             except MpmaeError as error:
                 problem = error
             self._tick()
@@ -181,14 +180,3 @@ def _blueprint(engine: Engine, config: RunConfig, probe_set: ProbeSet) -> ImageE
             grn_eps=model.encoder.grn_eps,
         )
     return ImageEncoder(backbone, probe_set.encoder_input, "the run").eval()
-
-
-def _vectors(encoder: ImageEncoder, images: list[Tensor]) -> Tensor:
-    """[N, D] of images [T, C, S, S] of any numbers and sizes: the mean over an image's windows."""
-    vectors: list[Tensor] = []
-    device = next(encoder.parameters()).device
-    for _, group in groupby(images, key=lambda image: image.shape[1:]):
-        alike = list(group)
-        found = torch.cat([encoder(part.to(device)) for part in torch.cat(alike).split(MAX_WINDOWS)])
-        vectors += [windows.mean(0) for windows in found.split([len(image) for image in alike])]
-    return torch.stack(vectors)

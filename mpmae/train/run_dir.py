@@ -1,7 +1,6 @@
 """The run folder: one run at a time, never another run's, writable from the first moment on."""
 
 import contextlib
-import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +8,8 @@ from pathlib import Path
 from mpmae.config import RunConfig
 from mpmae.engine import World
 from mpmae.errors import ConfigError
-from mpmae.run_lock import LOCK_NAME, lock_file
+from mpmae.run_lock import LOCK_NAME, claim_folder
 from mpmae.train.checkpoint import Checkpoints
-
-PATIENCE_S = 1.0  # `mpmae-runs list` and `mpmae-checkpoint prune` hold the lock for an instant
-_LOG = logging.getLogger(__name__)
 
 
 def check_vacant(config: RunConfig) -> None:
@@ -67,19 +63,7 @@ def _is_own_checkpoint(config: RunConfig) -> bool:
 
 def _claim(config: RunConfig) -> int:
     """The descriptor of the locked lock file."""
-    folder = config.run.dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ConfigError(f"run.dir = {folder} cannot be written: {error.strerror}; give another run.dir") from error
-    try:
-        lock_file(lock, PATIENCE_S)
-    except BlockingIOError:
-        os.close(lock)
-        raise ConfigError(f"run.dir = {folder} is in use by another run; wait for it, or give another run.dir") from None
-    except OSError as error:  # some network file systems have no locks, and runs must work there too
-        _LOG.warning("%s cannot be locked (%s): nothing keeps a second run out of it", folder, error.strerror)
+    lock = claim_folder(config.run.dir, "run.dir", "run")
     try:
         check_vacant(config)
     except ConfigError:

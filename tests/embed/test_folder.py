@@ -14,8 +14,8 @@ import torch
 from mpmae.embed import read_embeddings
 from mpmae.embed.folder import LOCK_NAME, claimed
 from mpmae.embed.parquet import own_metadata
-from mpmae.embed.run import encode_images
 from mpmae.errors import EmbeddingError
+from mpmae.eval.windows import window_means
 from tests.embed.made import MadeTiles, run, small_encoder
 from tests.train.write_calls import restore, states_during, tree_of
 
@@ -254,5 +254,5 @@ def test_windows_of_unequal_numbers_go_through_the_encoder_together(monkeypatch)
         expected = torch.stack([encoder(image).mean(0) for image in images]).numpy()
     sizes, forward = [], type(encoder).forward
     monkeypatch.setattr(type(encoder), "forward", lambda self, x: sizes.append(len(x)) or forward(self, x))
-    np.testing.assert_allclose(encode_images(encoder, images, torch.device("cpu"), 8), expected, atol=1e-6)
+    np.testing.assert_allclose(window_means(encoder, images, "cpu", 8), expected, atol=1e-6)
     assert sizes == [8, 1]

@@ -163,13 +163,13 @@ def test_a_resumed_run_goes_on_with_it(alone):
 
 
 def test_many_windows_go_through_the_encoder_in_turns():
-    from mpmae.train.probe import MAX_WINDOWS, _vectors
+    from mpmae.eval.windows import MAX_WINDOWS, window_means
 
     sizes, weight = [], torch.zeros(1)
     encoder = mock.Mock(side_effect=lambda x: sizes.append(len(x)) or x.mean((2, 3)), parameters=lambda: iter([weight]))
     images = [torch.rand(25, 2, 4, 4) for _ in range(4)] + [torch.rand(1, 2, 8, 8)]
     expected = torch.stack([image.mean((0, 2, 3)) for image in images])
-    torch.testing.assert_close(_vectors(encoder, images), expected)
+    torch.testing.assert_close(window_means(encoder, images, "cpu"), expected)
     assert sizes == [MAX_WINDOWS, 100 - MAX_WINDOWS, 1]
 
 
