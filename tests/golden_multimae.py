@@ -16,6 +16,7 @@ from mpmae.models.multimae.positions import sincos_table
 from mpmae.models.multimae.sampler import TokenSample, choose_tokens, domain_shares, tokens_per_domain
 from tests.golden_cases import STORED_AS_FLOAT32, TOLERANCES, Case, Findings, Tolerance, fill
 
+
 def check_multimae(case: Case, dtype: torch.dtype, trajectory: bool) -> Findings:
     """What the model gives for a case against what the published code gave."""
     tolerance, found = TOLERANCES[dtype], Findings()

@@ -1,4 +1,4 @@
-"""Models: MP-MAE and MultiMAE, the dense ConvNeXt V2 and U-Net for downstream use, their presets and checkpoints from elsewhere."""
+"""Models: MP-MAE and MultiMAE, the dense ConvNeXt V2 and U-Net for downstream use, presets, checkpoints from elsewhere."""
 
 from mpmae.lazy import lazy_exports
 

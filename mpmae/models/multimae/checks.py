@@ -99,8 +99,8 @@ def check_data(batch: Batch, available: Tensor, names: Sequence[str]) -> None:
         ids = ", ".join(str(int(batch.sample_ids[row])) for row in empty[:_SHOWN])
         more = f" and {len(empty) - _SHOWN} more" if len(empty) > _SHOWN else ""
         raise ConfigError(
-            f"batch: no data in any input domain ({', '.join(names)}) for {len(empty)} of {len(batch)} samples, ids {ids}{more}; "
-            "leave them out of the split, or add an input domain that they have"
+            f"batch: no data in any input domain ({', '.join(names)}) for {len(empty)} of {len(batch)} samples, "
+            f"ids {ids}{more}; leave them out of the split, or add an input domain that they have"
         )
 
 

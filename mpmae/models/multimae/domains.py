@@ -1,7 +1,7 @@
 """Domains: what MultiMAE takes in and gives out, each a view of the bands of one modality in a batch.
 
 Shapes: N samples, C channels, S image side in pixels, H side of a domain's map (S / its stride).
-Source: "MultiMAE meets Earth Observation", arXiv 2505.14951; code multimae-meets-eo, `domain_config.py`, `dataset_folder.py`.
+Source: "MultiMAE meets Earth Observation", arXiv 2505.14951; multimae-meets-eo, `domain_config.py`, `dataset_folder.py`.
 """
 
 import difflib

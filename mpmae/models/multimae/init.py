@@ -1,9 +1,9 @@
 """Initial weights of MultiMAE, those of the published code.
 
-Linear layers are Xavier uniform with biases 0, each decoder's by its own shape, and attention's queries, keys and values each
-by theirs; patch embeddings likewise, their biases as torch's convolutions start (uniform within 1 / sqrt(fan in)). Normal with
-standard deviation 0.02: global token, domain embeddings of the decoders, class embeddings. Mask tokens and log variances
-start at 0, normalisations at 1 and 0.
+Linear layers are Xavier uniform with biases 0, each decoder's by its own shape, and attention's queries, keys and values
+each by theirs; patch embeddings likewise, their biases as torch's convolutions start (uniform within 1 / sqrt(fan in)).
+Normal with standard deviation 0.02: global token, domain embeddings of the decoders, class embeddings. Mask tokens and log
+variances start at 0, normalisations at 1 and 0.
 Source: multimae-meets-eo, `multimae.py`, `input_adapters.py`, `output_adapters.py`.
 """
 

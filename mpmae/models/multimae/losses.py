@@ -6,10 +6,10 @@ Default reduction: per sample the mean over the valid values of the domain's hid
 divided by the number of tiles of the GLOBAL batch that have the domain's modality. A sample without such values contributes
 0 and no gradient. So the shares of all micro batches and ranks add up to the loss of the global batch, however it is cut.
 
-What `quirks` does instead, after the published code (multimae-meets-eo, `criterion.py`): every value counts, data or not, and
-the samples' means are averaged over the samples of the local micro batch that have a hidden patch (its part of the global
-batch is the share). A sample whose domain is fully visible drops out of that mean, but its gradient is 0/0, NaN; a micro
-batch without any hidden patch has a loss of 0 and no gradient.
+What `quirks` does instead, after the published code (multimae-meets-eo, `criterion.py`): every value counts, data or not,
+and the samples' means are averaged over the samples of the local micro batch that have a hidden patch; the share is that
+mean times the micro batch's part of the global batch. A sample whose domain is fully visible drops out of that mean, but its
+gradient is 0/0, NaN; a micro batch without any hidden patch has a loss of 0 and no gradient.
 """
 
 import torch

@@ -143,7 +143,7 @@ def _size_problems(img_size: int, patch_size: int, domains: Sequence[Domain]) ->
         problems.append(f"img_size = {img_size} is not a multiple of patch_size = {patch_size}; use {near}")
     coarse = {domain.name: domain.stride for domain in domains if patch_size % domain.stride}
     problems += [
-        f"patch_size = {patch_size} is not a multiple of {stride}, the stride of {name}; use one that is, or leave {name} out"
+        f"patch_size = {patch_size} is not a multiple of {stride}, the stride of {name}; use one, or leave {name} out"
         for name, stride in coarse.items()
     ]
     return problems

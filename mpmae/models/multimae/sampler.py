@@ -58,10 +58,11 @@ def choose_tokens(
 ) -> TokenSample:
     """`budget` tokens of each sample: from each domain the `counts` ones of the lowest priority number, then made exact.
 
-    counts: int64 [N, K]. first: bool [N, K], domains that fill what is missing before others do. priority, refill: [N, K, L].
-    available: bool [N, K, L]. When the counts do not add up to the budget, those of the largest refill number drop out, or
-    available ones of the lowest one join. When there are fewer available tokens than the budget, others follow, not real.
-    Rows are ascending, what is not real last.
+    counts: int64 [N, K]. first: bool [N, K], domains that fill what is missing before others do. priority, refill: numbers
+    [N, K, L]. available: bool [N, K, L].
+    When the counts do not add up to the budget, those of the largest refill number drop out, or available ones of the lowest
+    one join. When there are fewer available tokens than the budget, others follow, not real. Rows are ascending, what is not
+    real last.
     """
     rank = torch.where(available, priority, torch.inf).argsort(dim=2, stable=True).argsort(dim=2)
     kept = (rank < counts[:, :, None]) & available
