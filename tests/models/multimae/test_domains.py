@@ -58,7 +58,8 @@ def test_classes_are_those_next_to_the_middle_of_each_cell(make_batch):
     values, valid = view_of(domain_of("semseg"), batch, None, torch.float32)
     expected = ids[:, 0, 2::4, 2::4].clone()
     expected[0, 0, 1] = 11
-    assert values.shape == (1, 6, 6) and torch.equal(values, expected)
+    assert values.shape == (1, 6, 6)
+    assert torch.equal(values, expected)
     assert (~valid).nonzero().tolist() == [[0, 0, 1]]
 
 

@@ -121,5 +121,6 @@ def test_a_sample_depends_on_its_id_alone():
 def test_numbers_stay_in_range():
     numbers = draw(500)
     for values in (numbers.subset, numbers.priority, numbers.refill):
-        assert values.min() >= 0 and values.max() < 1
+        assert values.min() >= 0
+        assert values.max() < 1
     assert draw(500, alphas=(1e-3,) * 3).log_gammas.isfinite().all()
