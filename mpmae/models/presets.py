@@ -58,6 +58,8 @@ def create_model(name: str, **options: Any) -> MPMAE | MultiMAE:
     options: as in `mpmae.models.presets.create_mpmae` and `mpmae.models.multimae.presets.create_multimae`.
     Raises ConfigError with every problem at once; for options that the other family has, before anything else is looked at.
     """
+    if not name.startswith(("mpmae", "multimae")):
+        raise ConfigError([f"create_model: {problem}" for problem in name_problems(name, list_models())])
     create = create_multimae if name.startswith("multimae") else create_mpmae
     known = [key for key in inspect.signature(create).parameters if key != "name"]
     unknown = [key for key in options if key not in known]
@@ -125,7 +127,7 @@ def create_mpmae(
         problems.append("grn_scope = 'batch': the dense encoder takes the norm per sample; leave grn_scope out")
     if encoder == "dense" and gelu != "erf":
         problems.append(f"gelu = {gelu!r}: the dense encoder has the exact one; leave gelu out")
-    problems += name_problems(name, list_models())
+    problems += name_problems(name, list_mpmae())
     problems += _size_problems(img_size, patch_size, decoder_dim, decoder_depth)
     if encoder == "dense" and reference_quirks and not problems:
         problems += _published_dense_problems(img_size, patch_size, stem)

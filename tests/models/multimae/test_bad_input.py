@@ -51,6 +51,8 @@ def test_create_model(options, messages):
 def test_other_names():
     with pytest.raises(ConfigError, match="unknown model 'multimae_bas'; did you mean multimae_base"):
         mpmae.create_model("multimae_bas")
+    with pytest.raises(ConfigError, match="unknown model 'multmae_base'; did you mean multimae_base"):
+        mpmae.create_model("multmae_base")
     with pytest.raises(ConfigError, match="mpmae_atto has no option 'domains_in'; it has img_size"):
         mpmae.create_model("mpmae_atto", domains_in=("rgb",))
 

@@ -3,6 +3,8 @@
 docs/quirks.md lists them with the names of these tests.
 """
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,3 +162,13 @@ def test_the_published_number_for_no_data(make_batch, quirks):
     else:
         with pytest.raises(ConfigError, match="class id 11, expected at most 10"):
             model(batch, sample)
+
+
+def test_the_page_names_every_test(repo):
+    """The section of docs/quirks.md lists all tests of this file, and others with the file that has them."""
+    page = (repo / "docs" / "quirks.md").read_text().split("## MultiMAE")[1]
+    elsewhere = re.findall(r"`(tests/\S+\.py)`, `(test_\w+)`", page)
+    assert all(f"def {name}(" in (repo / path).read_text() for path, name in elsewhere)
+    named = set(re.findall(r"`(test_\w+)`", page)) - {name for _, name in elsewhere}
+    here = {name for name in globals() if name.startswith("test_")} - {"test_the_page_names_every_test"}
+    assert named == here
