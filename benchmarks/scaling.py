@@ -25,7 +25,7 @@ from scaling_hardware import assumptions
 from scaling_measure import Sizes, StepsWanted, time_collectives, time_steps, timings
 from scaling_predict import predictions
 
-from mpmae.models.presets import list_models
+from mpmae.models.presets import list_mpmae
 
 WHAT, LOADER_CASE = "scaling model", "mpmae cpu, lz4"
 
@@ -113,7 +113,7 @@ def main() -> None:
     links = measure_links(plan, num_cores)
     steps = measure_steps(plan, links, num_cores)
     loader = loader_rate()
-    points = predictions(list_models(), loader["images_per_core_s"])
+    points = predictions(list_mpmae(), loader["images_per_core_s"])
     case = {
         "precision": "fp32 here, bf16 on GPUs", "img_size": 56, "patch_size": 8, "check_batch": plan.check_batch,
         "fit_batches": plan.fit_batches, "steps": plan.steps, "sizes": plan.sizes._asdict(), "num_cores": num_cores,

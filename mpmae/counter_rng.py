@@ -24,6 +24,8 @@ class Stream(IntEnum):
     SHARD_ORDER = 5
     SYNTH = 6
     WINDOW = 7
+    TOKENS = 8
+    SHARES = 9
     AUGMENT = 10
     DROP_PATH = 11
 

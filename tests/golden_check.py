@@ -16,6 +16,7 @@ import torch
 from tests.golden_cases import TOLERANCES, Case, Findings, read_manifest
 from tests.golden_dense import check_dense
 from tests.golden_fcmae import check_fcmae
+from tests.golden_multimae import check_multimae, check_multimae_losses
 from tests.golden_tables import check_tables
 
 
@@ -25,9 +26,13 @@ def cases(folder: Path) -> list[str]:
 
 
 def kind_of(entry: dict) -> str | None:
-    """ "fcmae" (MP-MAE), "dense" (classifier or U-Net), or None for a case of something else."""
+    """ "fcmae" (MP-MAE), "multimae", its "multimae_losses", "dense" (classifier, U-Net), or None for something else."""
     if "loss_order" in entry and "params" in entry:
         return "fcmae"
+    if "token_order" in entry:
+        return "multimae"
+    if set(entry) == {"file", "loss", "note"}:
+        return "multimae_losses"
     return "dense" if str(entry.get("model", "")).startswith("convnextv2_") else None
 
 
@@ -36,6 +41,10 @@ def check(folder: Path, name: str, dtype: torch.dtype, trajectory: bool = True) 
     case = Case(folder, name)
     kind = kind_of(case.entry)
     assert kind, f"{name} is of no kind that can be checked"
+    if kind == "multimae_losses":
+        return check_multimae_losses(case, dtype)
+    if kind == "multimae":
+        return check_multimae(case, dtype, trajectory)
     return check_fcmae(case, dtype, trajectory) if kind == "fcmae" else check_dense(case, dtype)
 
 

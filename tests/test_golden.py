@@ -59,6 +59,13 @@ def test_a_wrong_epsilon_is_found(monkeypatch, name, epsilon, what):
     assert any(what in failure for failure in failures)
 
 
+def test_wrongly_resized_positions_are_found(monkeypatch):
+    """The published MultiMAE resizes the positions of class maps bilinearly, of images bicubically."""
+    monkeypatch.setattr("mpmae.models.multimae.adapters.ClassAdapter.position_mode", "bicubic")
+    failures = check(GOLDEN, "multimae_tiny_p8_56", torch.float64, trajectory=False).failures
+    assert any("total loss" in failure for failure in failures)
+
+
 def write_case(folder, name, model, config, seed=7):
     """A case of the golden format whose numbers are our own: 2 samples of 56 px, Sentinel-2 alone."""
     shapes = published(model, {name: value.detach() for name, value in model.named_parameters()})

@@ -1,4 +1,4 @@
-"""Models: MP-MAE, the dense ConvNeXt V2 and U-Net for downstream use, their presets and checkpoints from elsewhere."""
+"""Models: MP-MAE and MultiMAE, the dense ConvNeXt V2 and U-Net for downstream use, presets, checkpoints from elsewhere."""
 
 from mpmae.lazy import lazy_exports
 
@@ -6,6 +6,8 @@ __all__ = [
     "MPMAE",
     "ConvNeXtV2",
     "MPMAEOutput",
+    "MultiMAE",
+    "MultiMAEOutput",
     "UNet",
     "create_encoder",
     "create_model",
@@ -18,6 +20,8 @@ _HOME_OF = {
     "MPMAE": "mpmae.models.mpmae",
     "ConvNeXtV2": "mpmae.models.dense",
     "MPMAEOutput": "mpmae.models.mpmae",
+    "MultiMAE": "mpmae.models.multimae.model",
+    "MultiMAEOutput": "mpmae.models.multimae.model",
     "UNet": "mpmae.models.unet",
     "create_encoder": "mpmae.models.encoders",
     "create_model": "mpmae.models.presets",

@@ -11,7 +11,8 @@ from mpmae.modalities import MODALITIES
 from mpmae.models.dense import STEM_PADDINGS, STEMS, ConvNeXtV2
 from mpmae.models.interop import Architecture, Weights, as_weights, describe, load_encoder
 from mpmae.models.mpmae import INPUT
-from mpmae.models.presets import SIZES, band_problems, name_problems, patch_size_problems
+from mpmae.models.named import band_problems, name_problems
+from mpmae.models.presets import SIZES, patch_size_problems
 from mpmae.models.unet import UNet
 
 _PREFIX = "convnextv2_"

@@ -1,11 +1,13 @@
-"""The sizes of the model and `create_model`, which checks every argument and builds one.
+"""`create_model`, the sizes of MP-MAE and `create_mpmae`, which checks every argument and builds one.
 
 Source of the sizes: Woo et al., "ConvNeXt V2", arXiv 2301.00808, table 13; of the rest: Nedungadi et al., "MMEarth",
 arXiv 2405.02771.
 """
 
 import difflib
+import inspect
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mpmae.errors import ConfigError
 from mpmae.masking import num_visible
@@ -15,6 +17,9 @@ from mpmae.models.dense import grid_side
 from mpmae.models.encoder import FIRST_TILE_SIDE, STEMS
 from mpmae.models.init import INITS, initialise
 from mpmae.models.mpmae import ENCODERS, INPUT, MPMAE
+from mpmae.models.multimae.model import MultiMAE
+from mpmae.models.multimae.presets import create_multimae, list_multimae
+from mpmae.models.named import band_problems, name_problems
 
 # name -> (channels, depths) of the four stages
 SIZES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -38,11 +43,32 @@ _CHOICES = {
 
 
 def list_models() -> list[str]:
-    """The names that `create_model` knows, smallest first."""
+    """The names that `create_model` knows: those of MP-MAE, then those of MultiMAE, each smallest first."""
+    return [*list_mpmae(), *list_multimae()]
+
+
+def list_mpmae() -> list[str]:
+    """The names that `create_mpmae` knows, smallest first."""
     return [f"mpmae_{size}" for size in SIZES]
 
 
-def create_model(
+def create_model(name: str, **options: Any) -> MPMAE | MultiMAE:
+    """A new model with random weights: an MP-MAE or a MultiMAE, by its name, one of `list_models()`.
+
+    options: as in `mpmae.models.presets.create_mpmae` and `mpmae.models.multimae.presets.create_multimae`.
+    Raises ConfigError with every problem at once; for options that the other family has, before anything else is looked at.
+    """
+    if not name.startswith(("mpmae", "multimae")):
+        raise ConfigError([f"create_model: {problem}" for problem in name_problems(name, list_models())])
+    create = create_multimae if name.startswith("multimae") else create_mpmae
+    known = [key for key in inspect.signature(create).parameters if key != "name"]
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        raise ConfigError([f"create_model: {name} has no option {key!r}; it has {', '.join(known)}" for key in unknown])
+    return create(name, **options)
+
+
+def create_mpmae(
     name: str,
     *,
     img_size: int = 56,
@@ -64,7 +90,7 @@ def create_model(
 ) -> MPMAE:
     """A new MP-MAE with random weights.
 
-    name: one of `list_models()`. img_size, patch_size: pixels; patch_size is 8 times a power of two and divides img_size.
+    name: one of `list_mpmae()`. img_size, patch_size: pixels; patch_size is 8 times a power of two and divides img_size.
     bands_in: Sentinel-2 bands that the encoder reads; None: all but B10. modalities_out: the targets, by name or as
     {name: bands or None for the default ones}; the losses keep the order of `mpmae.modalities.ALL_TARGETS`.
     mask_ratio: hidden fraction, in [0, 1). encoder: "sparse" (computes visible patches only) or "dense" (computes every
@@ -101,7 +127,7 @@ def create_model(
         problems.append("grn_scope = 'batch': the dense encoder takes the norm per sample; leave grn_scope out")
     if encoder == "dense" and gelu != "erf":
         problems.append(f"gelu = {gelu!r}: the dense encoder has the exact one; leave gelu out")
-    problems += name_problems(name, list_models())
+    problems += name_problems(name, list_mpmae())
     problems += _size_problems(img_size, patch_size, decoder_dim, decoder_depth)
     if encoder == "dense" and reference_quirks and not problems:
         problems += _published_dense_problems(img_size, patch_size, stem)
@@ -147,15 +173,6 @@ def create_model(
     )
     initialise(model, init)
     return model
-
-
-def name_problems(name: str, known: Sequence[str]) -> list[str]:
-    """What is wrong with the name of a model: nothing or that it is unknown, with the closest known one."""
-    if name in known:
-        return []
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]}?" if close else "."
-    return [f"unknown model {name!r}{hint} Known: {', '.join(known)}"]
 
 
 def patch_size_problems(patch_size: int) -> list[str]:
@@ -230,16 +247,3 @@ def _bands_out(
 def _default_bands(name: str, available: tuple[str, ...]) -> tuple[str, ...]:
     """The modality's usual bands, as far as the set holds them."""
     return tuple(band for band in spec_of(name).model_bands if band in available)
-
-
-def band_problems(where: str, name: str, bands: Sequence[str], available: tuple[str, ...]) -> list[str]:
-    """What is wrong with a list of a modality's bands; `where` names the argument that holds it."""
-    missing = [band for band in bands if band not in available]
-    problems = []
-    if missing:
-        problems.append(f"{where}: {name} has no band {', '.join(missing)}; the set has {', '.join(available)}")
-    if len(set(bands)) != len(bands):
-        problems.append(f"{where}: {name} lists a band twice: {', '.join(bands)}")
-    if not bands:
-        problems.append(f"{where}: {name} has an empty list of bands; the set has {', '.join(available)}")
-    return problems

@@ -18,9 +18,9 @@ def points(repo):
     try:
         from scaling_predict import predictions
 
-        from mpmae.models.presets import list_models
+        from mpmae.models.presets import list_mpmae
 
-        return predictions(list_models(), 3000.0)
+        return predictions(list_mpmae(), 3000.0)
     finally:
         sys.path.remove(str(repo / "benchmarks"))
 
@@ -30,11 +30,11 @@ def test_every_cell_is_predicted(points):
     from scaling_model import ENGINES, TERMS
     from scaling_predict import GPU_COUNTS
 
-    from mpmae.models.presets import list_models
+    from mpmae.models.presets import list_mpmae
 
     cells = [(p["cluster"], p["scaling"], p["model"], p["num_gpus"]) for p in points]
     names = [cluster.name for cluster in CLUSTERS]
-    assert sorted(cells) == sorted(itertools.product(names, ("weak", "strong"), list_models(), GPU_COUNTS))
+    assert sorted(cells) == sorted(itertools.product(names, ("weak", "strong"), list_mpmae(), GPU_COUNTS))
     assert (GPU_COUNTS[0], GPU_COUNTS[-1]) == (1, 1024)
     for point in points:
         assert point["bottleneck"] in TERMS

@@ -7,8 +7,9 @@ from mpmae.cost import model_cost
 from mpmae.kernels import checks
 from mpmae.loader.batch import Batch
 from mpmae.modalities import spec_of
-from mpmae.models import create_model, list_models
+from mpmae.models import create_model
 from mpmae.models.mpmae import INPUT
+from mpmae.models.presets import list_mpmae
 from tests.cost.flops import counted, fake_mode
 
 NUM_SAMPLES = 2
@@ -103,7 +104,7 @@ def test_operations_are_those_of_torchs_counter(options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("encoder", ["sparse", "dense"])
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", list_mpmae())
 def test_operations_of_every_preset(name, encoder):
     check_against_torch(name=name, encoder=encoder)
 

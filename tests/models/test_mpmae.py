@@ -21,6 +21,10 @@ PARAMETERS = {
     "mpmae_base": 92_250_746,
     "mpmae_large": 201_243_002,
     "mpmae_huge": 662_958_842,
+    "multimae_tiny": 9_991_280,
+    "multimae_small": 26_304_176,
+    "multimae_base": 90_780_464,  # as the published code counts
+    "multimae_large": 308_512_304,
 }
 
 
