@@ -18,7 +18,6 @@ from mpmae.config_tree import Beta, Float, Int, Location, Section, Text, TextPat
 from mpmae.durations import seconds_of
 from mpmae.remote_store import shown
 
-
 _SECRET_WORDS = {"key", "secret", "password", "passphrase", "token", "sas", "credential", "credentials", "connection"}
 _SECRET_WORDS |= {"auth", "authorization", "bearer", "cookie", "cookies", "sig"}
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # of account_key, accountKey, X-Api-Key, SAS
