@@ -8,10 +8,12 @@ import numpy as np
 import torch
 
 from mpmae.config import RunConfig
+from mpmae.config_model import MPMAESection, MultiMAESection
 from mpmae.errors import ConfigError
 from mpmae.loader import Augmentation, Batch, BatchPlan, CpuLoader, ShardReader, TrainOrder
 from mpmae.loader.folder import ShardFolder, shard_folder
 from mpmae.loader.tiers import HostTier, num_fitting
+from mpmae.models.multimae.domains import modalities_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -94,7 +96,10 @@ def _with_host_tier(reader: ShardReader, budget_bytes: int, device_budget_bytes:
 
 
 def _modalities(config: RunConfig) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(("sentinel2", *config.model.modalities_out)))
+    model = config.model
+    if isinstance(model, MultiMAESection):
+        return modalities_of((*model.domains_in, *model.domains_out))
+    return tuple(dict.fromkeys(("sentinel2", *model.modalities_out)))
 
 
 def _settings(config: RunConfig, training: bool) -> dict[str, Any]:
@@ -106,5 +111,6 @@ def _settings(config: RunConfig, training: bool) -> dict[str, Any]:
         "augmentation": Augmentation(hflip=data.hflip, vflip=data.vflip) if training else Augmentation.none(),
         "num_workers": data.num_workers,
         "prefetch": data.prefetch,
-        "reference_quirks": config.model.reference_quirks,
+        # of MP-MAE's published loader; MultiMAE's model has all of its own
+        "reference_quirks": config.model.reference_quirks and isinstance(config.model, MPMAESection),
     }
