@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mpmae.domains import NORM_DOMAIN, NORM_HEAD
 from mpmae.loader.batch import Batch
 from mpmae.modalities import band_indices
 from mpmae.models.losses import weigh
@@ -23,9 +24,6 @@ from mpmae.models.multimae.losses import domain_share
 from mpmae.models.multimae.positions import positions, sincos_table, table_side
 from mpmae.models.multimae.sampler import TokenSample, sample_tokens
 from mpmae.models.multimae.vit import Block
-
-NORM_HEAD = "norm_rgb"
-NORM_DOMAIN = "rgb"
 
 
 class MultiMAEOutput(NamedTuple):
