@@ -9,10 +9,10 @@ from pydantic import Discriminator, Field, Tag, ValidationError, WrapValidator
 from pydantic_core import PydanticCustomError
 
 from mpmae.config_tree import Float, Int, Section, Text
+from mpmae.domains import PUBLISHED_DOMAINS, modalities_of
 from mpmae.modalities import TARGETS
 
 MULTIMAE = "multimae"
-PUBLISHED_DOMAINS = ("rgb", "depth", "semseg", "ired", "sired", "ebands")
 
 
 def _one_error(kind: str, message: str) -> WrapValidator:
@@ -61,6 +61,16 @@ class MPMAESection(Section):
     init: Literal["reference", "convnextv2"] = "convnextv2"
     reference_quirks: bool = False
 
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What a batch must hold."""
+        return tuple(dict.fromkeys(("sentinel2", *self.modalities_out)))
+
+    @property
+    def loader_quirks(self) -> bool:
+        """Whether the loader, too, does what the published code does."""
+        return self.reference_quirks
+
 
 class MultiMAESection(Section):
     """A MultiMAE."""
@@ -79,6 +89,16 @@ class MultiMAESection(Section):
     decoder_depth: Int = Field(2, ge=0)
     decoder_num_heads: Int = Field(8, gt=0)
     reference_quirks: bool = False
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What a batch must hold. Raises ConfigError for a name of no domain."""
+        return modalities_of((*self.domains_in, *self.domains_out))
+
+    @property
+    def loader_quirks(self) -> bool:
+        """Whether the loader, too, does what the published code does: the model has all of that itself."""
+        return False
 
 
 def _family(value: Any) -> str:

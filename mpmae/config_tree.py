@@ -152,7 +152,7 @@ def _text_keys(schema: type[Section]) -> set[str]:
         for section in schema.model_fields
         for kind in kinds_of(schema, section).values()
         for key, field in kind.model_fields.items()
-        if get_origin(field.annotation) is not dict
+        if get_origin(field.annotation) not in (dict, tuple)
         and {field.annotation, *get_args(field.annotation)} & {str, Path, Text, TextPath}
     }
 

@@ -8,12 +8,10 @@ import numpy as np
 import torch
 
 from mpmae.config import RunConfig
-from mpmae.config_model import MPMAESection, MultiMAESection
 from mpmae.errors import ConfigError
 from mpmae.loader import Augmentation, Batch, BatchPlan, CpuLoader, ShardReader, TrainOrder
 from mpmae.loader.folder import ShardFolder, shard_folder
 from mpmae.loader.tiers import HostTier, num_fitting
-from mpmae.models.multimae.domains import modalities_of
 
 _LOG = logging.getLogger(__name__)
 
@@ -62,7 +60,7 @@ def cpu_loader(
     training: with the random changes of `data`, else centre crops without flips. Raises ConfigError when the image does not
     fit the tiles, ShardError when the set lacks a modality.
     """
-    return CpuLoader(reader, modalities or _modalities(config), **_settings(config, training))
+    return CpuLoader(reader, modalities or config.model.modalities, **_settings(config, training))
 
 
 def open_loader(config: RunConfig, reader: ShardReader, *, training: bool) -> Loader:
@@ -83,7 +81,7 @@ def open_loader(config: RunConfig, reader: ShardReader, *, training: bool) -> Lo
         raise ConfigError(f"data.device_cache_gb = {data.device_cache_gb}: there is no GPU here; set it to 0")
     budget_bytes = num_bytes(data.device_cache_gb) if training else 0
     options = {"device_id": device_id, "device_budget_bytes": budget_bytes}
-    return DaliLoader(reader, _modalities(config), **_settings(config, training), **options)
+    return DaliLoader(reader, config.model.modalities, **_settings(config, training), **options)
 
 
 def _with_host_tier(reader: ShardReader, budget_bytes: int, device_budget_bytes: int) -> HostTier:
@@ -95,13 +93,6 @@ def _with_host_tier(reader: ShardReader, budget_bytes: int, device_budget_bytes:
     return tier
 
 
-def _modalities(config: RunConfig) -> tuple[str, ...]:
-    model = config.model
-    if isinstance(model, MultiMAESection):
-        return modalities_of((*model.domains_in, *model.domains_out))
-    return tuple(dict.fromkeys(("sentinel2", *model.modalities_out)))
-
-
 def _settings(config: RunConfig, training: bool) -> dict[str, Any]:
     """What every loader takes."""
     data = config.data
@@ -111,6 +102,5 @@ def _settings(config: RunConfig, training: bool) -> dict[str, Any]:
         "augmentation": Augmentation(hflip=data.hflip, vflip=data.vflip) if training else Augmentation.none(),
         "num_workers": data.num_workers,
         "prefetch": data.prefetch,
-        # of MP-MAE's published loader; MultiMAE's model has all of its own
-        "reference_quirks": config.model.reference_quirks and isinstance(config.model, MPMAESection),
+        "reference_quirks": config.model.loader_quirks,
     }

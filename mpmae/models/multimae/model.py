@@ -11,22 +11,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mpmae.domains import NORM_DOMAIN, NORM_HEAD, Domain, modalities_of
 from mpmae.loader.batch import Batch
 from mpmae.modalities import band_indices
 from mpmae.models.losses import weigh
 from mpmae.models.multimae import checks
 from mpmae.models.multimae.adapters import adapter_of
 from mpmae.models.multimae.decoders import Decoders
-from mpmae.models.multimae.domains import Domain, View, map_of, modalities_of, patches_of, view_of
+from mpmae.models.multimae.domains import View, map_of, patches_of, view_of
 from mpmae.models.multimae.draw import TokenDraw, draw_tokens, random_draw
 from mpmae.models.multimae.losses import domain_share
 from mpmae.models.multimae.positions import positions, sincos_table, table_side
 from mpmae.models.multimae.sampler import TokenSample, sample_tokens
 from mpmae.models.multimae.vit import Block
 from mpmae.shard_format import Manifest
-
-NORM_HEAD = "norm_rgb"
-NORM_DOMAIN = "rgb"
 
 
 class MultiMAEOutput(NamedTuple):
