@@ -14,7 +14,7 @@ import torch.distributed as dist
 from mpmae.engine.world import World, init_world
 from mpmae.errors import ConfigError
 from mpmae.eval.classification import classification_setup
-from mpmae.eval.dataset import LabelledSet
+from mpmae.eval.dataset import LabelledSet, Task
 from mpmae.eval.devices import find_device
 from mpmae.eval.encoders import ImageEncoder, build_encoder, random_twin
 from mpmae.eval.finetune_config import FinetuneConfig
@@ -69,7 +69,7 @@ def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None
     labels = class_labels(labelled, config.output.num_workers)
     runs = list(plan_runs(labelled, labels, config.dataset, config.output.seeds))
     weights = None if config.encoder.checkpoint is None else as_weights(config.encoder.checkpoint)
-    like = build_encoder(config.encoder, weights, drop_path_rate=config.finetune.drop_path)
+    like = build_encoder(config.encoder, weights, drop_path_rate=config.finetune.drop_path, task=labelled.task)
     preparation = Preparation(labelled.task, like.input, config.image)
     preparation(labelled.image(int(runs[0].splits["train"][0])))  # settles the sizes before anything is trained
     build = _setup_builder(labelled.task.kind)
@@ -79,7 +79,7 @@ def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None
     fixed = {**_settings(config), **about}
     scores: list[Score] = []
     for run in runs:
-        for kind, encoder in _encoders(config, weights, like, run.seed):
+        for kind, encoder in _encoders(config, weights, like, run.seed, labelled.task):
             folder = config.output.dir / "runs" / f"{kind}-{_name(run)}"
             own = {"encoder": encoder.fingerprint(), "label_fraction": run.label_fraction, "fold": run.fold}
             setup = build(config, labelled.task, encoder, preparation, run.seed)
@@ -132,13 +132,13 @@ def opened_world(device: str) -> Iterator[World]:
 
 
 def _encoders(
-    config: FinetuneConfig, weights: Weights | None, like: ImageEncoder, seed: int
+    config: FinetuneConfig, weights: Weights | None, like: ImageEncoder, seed: int, task: Task
 ) -> Iterator[tuple[str, ImageEncoder]]:
     """(what a folder is named, encoder) of each model that a run trains."""
     if weights is not None:
         yield "pretrained", copy.deepcopy(like)
     if weights is None or "random_init" in config.finetune.baselines:
-        yield "scratch", random_twin(config.encoder, seed, config.finetune.drop_path)
+        yield "scratch", random_twin(config.encoder, seed, config.finetune.drop_path, task)
 
 
 def _name(run: Run) -> str:

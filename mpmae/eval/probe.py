@@ -49,7 +49,7 @@ def probe(config: ProbeConfig, *, resume: bool = False, labelled: LabelledSet | 
     task = labelled.task
     if task.kind == "segmentation":
         raise ConfigError(f"{task.name} asks for label maps, which have no single feature vector; use launch/finetune.py")
-    encoder = None if config.encoder.checkpoint is None else open_encoder(config.encoder)
+    encoder = None if config.encoder.checkpoint is None else open_encoder(config.encoder, task=task)
     labels = class_labels(labelled, config.output.num_workers)
     identity = _identity(config, labelled, labels, encoder)
     with open_log(config.output.dir, identity, resume) as log:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpmae.loader.batch import Batch
+from mpmae.models.dense import initialise_dense
 from mpmae.models.multimae.adapters import adapter_of
 from mpmae.models.multimae.checks import domain_subset, known_full
 from mpmae.models.multimae.domains import Domain, View, patches_of, view_of
@@ -23,7 +24,6 @@ from mpmae.models.multimae.vit import NORM_EPS, Block
 
 POOLINGS = ("mean", "global")
 NUM_STAGES = 4
-_HEAD_STD = 0.02
 
 
 class Tokens(NamedTuple):
@@ -87,8 +87,9 @@ class MultiMAEBackbone(nn.Module):
         self.global_tokens = nn.Parameter(torch.zeros(1, 1, dim))
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.encoder = nn.ModuleList(DroppedBlock(dim, num_heads, rate) for rate in rates)
-        reduction = {"num_chs": dim * len(self.domains), "reduction": patch_size}
-        self.feature_info = [{**reduction, "module": f"encoder.{last}"} for last in self._last_blocks()]
+        num_domains = len(self.domains)
+        info = {"num_chs": dim * num_domains, "reduction": patch_size, "num_parts": num_domains}
+        self.feature_info = [{**info, "module": f"encoder.{last}"} for last in self._last_blocks()]
 
     @property
     def num_layers(self) -> int:
@@ -209,8 +210,7 @@ class MultiMAEViT(MultiMAEBackbone):
         if num_classes:
             like = self.norm.weight
             self.head = nn.Linear(self.num_features, num_classes).to(like.device, like.dtype)
-            nn.init.trunc_normal_(self.head.weight, std=_HEAD_STD)
-            nn.init.zeros_(self.head.bias)
+            initialise_dense(self.head)
 
     def forward_vector(self, image: Tensor) -> Tensor:
         """The pooled vector [N, E] of images [N, C, S, S], not normalised."""
