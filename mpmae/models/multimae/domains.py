@@ -1,93 +1,33 @@
-"""Domains: what MultiMAE takes in and gives out, each a view of the bands of one modality in a batch.
+"""Domains of a batch: their values in the model's units, cut into patches and put together again.
 
 Shapes: N samples, C channels, S image side in pixels, H side of a domain's map (S / its stride).
-Source: "MultiMAE meets Earth Observation", arXiv 2505.14951; multimae-meets-eo, `domain_config.py`, `dataset_folder.py`.
+Source: "MultiMAE meets Earth Observation", arXiv 2505.14951; multimae-meets-eo, `dataset_folder.py`.
 """
 
-import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpmae.errors import ConfigError
+from mpmae.domains import CLASS_STRIDE, DOMAINS, PUBLISHED_DOMAINS, Domain, domain_of, in_order
 from mpmae.loader.batch import Batch
-from mpmae.modalities import ALL_TARGETS, spec_of
 
-CLASS_STRIDE = 4
+__all__ = [
+    "CLASS_STRIDE",
+    "DOMAINS",
+    "PUBLISHED_DOMAINS",
+    "Domain",
+    "View",
+    "domain_of",
+    "in_order",
+    "map_of",
+    "patches_of",
+    "standardise_truncated",
+    "truncated_statistics",
+    "view_of",
+]
 DEPTH_EPS = 1e-6
-
-
-@dataclass(frozen=True)
-class Domain:
-    """One input or output of MultiMAE.
-
-    bands: of the modality, in the order of the channels; empty for class ids. stride: pixels of the image on a side of one
-    pixel of the domain. loss: "squared", "absolute" or "classes". standardise: per sample, by `standardise_truncated`.
-    num_classes: of class ids, with one more, the last, that stands for no data in the input and is never a target.
-    """
-
-    name: str
-    modality: str
-    bands: tuple[str, ...]
-    loss: Literal["squared", "absolute", "classes"] = "squared"
-    stride: int = 1
-    standardise: bool = False
-
-    @property
-    def num_classes(self) -> int:
-        """Classes with the one for no data; 0 for a continuous domain."""
-        return spec_of(self.modality).num_classes + 1 if self.loss == "classes" else 0
-
-    @property
-    def num_channels(self) -> int:
-        """Values predicted per pixel: bands, or logits of the classes."""
-        return self.num_classes or len(self.bands)
-
-
-# Names and order are those of the published code, so that its weights find their place.
-_PUBLISHED = (
-    Domain("rgb", "sentinel2", ("B4", "B3", "B2")),
-    Domain("depth", "aster", ("elevation",), "absolute", standardise=True),
-    Domain("semseg", "esa_worldcover", (), "classes", CLASS_STRIDE),
-    Domain("ired", "sentinel2", ("B5", "B6", "B7")),
-    Domain("sired", "sentinel2", ("B11", "B12")),
-    Domain("ebands", "sentinel2", ("B8A", "B8")),
-)
-PUBLISHED_DOMAINS: tuple[str, ...] = tuple(domain.name for domain in _PUBLISHED)
-
-
-def _of_modality(name: str) -> Domain:
-    spec = spec_of(name)
-    if spec.kind == "categorical":
-        return Domain(name, name, (), "classes", CLASS_STRIDE)
-    return Domain(name, name, spec.model_bands)
-
-
-DOMAINS: dict[str, Domain] = {
-    domain.name: domain
-    for domain in (*_PUBLISHED, *(_of_modality(name) for name in ALL_TARGETS if spec_of(name).scope == "pixel"))
-}
-
-
-def domain_of(name: str) -> Domain:
-    """The domain of that name: a published one, or a map modality with all of its usual bands by its own name.
-
-    ConfigError, with the known names, for another one.
-    """
-    if name in DOMAINS:
-        return DOMAINS[name]
-    close = difflib.get_close_matches(name, DOMAINS, n=1, cutoff=0.5)
-    hint = f"; did you mean {close[0]}?" if close else "."
-    raise ConfigError(f"unknown domain {name!r}{hint} Known: {', '.join(DOMAINS)}")
-
-
-def in_order(names: Sequence[str]) -> tuple[str, ...]:
-    """The names in the order of the tokens, each once; names must be known."""
-    return tuple(name for name in DOMAINS if name in names)
 
 
 class View(NamedTuple):
@@ -136,9 +76,15 @@ def _class_view(domain: Domain, ids: Tensor, valid: Tensor, quirks: bool) -> Vie
 
 
 def standardise_truncated(values: Tensor, valid: Tensor) -> Tensor:
-    """`values` [N, C, H, H] per sample minus the mean over sqrt(variance + 1e-6) of its values between 10 % and 90 %.
+    """`values` [N, C, H, H] per sample minus the mean over the deviation of `truncated_statistics`; 0 where not `valid`."""
+    mean, deviation = truncated_statistics(values, valid)
+    return torch.where(valid, ((values.flatten(1) - mean) / deviation).view_as(values), 0)
 
-    Only values marked in `valid` (bool) are ranked; the others come out as 0. The variance is the unbiased one.
+
+def truncated_statistics(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and sqrt(variance + 1e-6), [N, 1], of each sample's values [N, C, H, H] between its 10 % and its 90 %.
+
+    Only values marked in `valid` (bool) are ranked. The variance is the unbiased one.
     Source: multimae-meets-eo, `engine_pretraining.py`.
     """
     flat, present = values.flatten(1), valid.flatten(1)
@@ -150,8 +96,7 @@ def standardise_truncated(values: Tensor, valid: Tensor) -> Tensor:
     ranked, num = torch.where(inside, ranked, 0), (end - first).clamp(min=1)
     mean = ranked.sum(1, keepdim=True) / num
     square = torch.where(inside, ranked - mean, 0).square().sum(1, keepdim=True)
-    deviation = (square / (num - 1).clamp(min=1) + DEPTH_EPS).sqrt()
-    return torch.where(valid, ((flat - mean) / deviation).view_as(values), 0)
+    return mean, (square / (num - 1).clamp(min=1) + DEPTH_EPS).sqrt()
 
 
 def patches_of(values: Tensor, side: int) -> Tensor:

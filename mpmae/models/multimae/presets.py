@@ -7,11 +7,12 @@ arXiv 2505.14951 and the published `default-config.yaml`.
 import math
 from collections.abc import Mapping, Sequence
 
+from mpmae.domains import NORM_DOMAIN
 from mpmae.errors import ConfigError
 from mpmae.modalities import MODALITIES
 from mpmae.models.multimae.domains import PUBLISHED_DOMAINS, Domain, domain_of, in_order
 from mpmae.models.multimae.init import initialise
-from mpmae.models.multimae.model import NORM_DOMAIN, MultiMAE
+from mpmae.models.multimae.model import MultiMAE
 from mpmae.models.multimae.positions import TABLE_SIZE_PX
 from mpmae.models.named import band_problems, name_problems
 
