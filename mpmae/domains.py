@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mpmae.errors import ConfigError
-from mpmae.modalities import ALL_TARGETS, MODALITIES, spec_of
+from mpmae.modalities import ALL_TARGETS, MODALITIES, ModalitySpec, spec_of
 
 CLASS_STRIDE = 4
 NORM_HEAD = "norm_rgb"  # no domain, but one more output: NORM_DOMAIN with each patch normalised
@@ -101,6 +101,18 @@ def title_of(name: str) -> str:
     if name in _TITLES:
         return _TITLES[name]
     return MODALITIES[name].title if name in MODALITIES else name
+
+
+def target_domain(name: str) -> str:
+    """The domain that a target reconstructs: its own name but for `norm_rgb`."""
+    return NORM_DOMAIN if name == NORM_HEAD else name
+
+
+def map_modality(name: str) -> ModalitySpec | None:
+    """The modality that a map shows: a domain, `norm_rgb` or a modality by its own name; None for what is no map."""
+    domain = DOMAINS.get(target_domain(name))
+    spec = MODALITIES.get(domain.modality if domain else name)
+    return spec if spec and spec.scope == "pixel" else None
 
 
 def loss_order(names: Sequence[str]) -> list[str]:
