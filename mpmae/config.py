@@ -10,28 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, ValidationInfo, WrapValidator, field_serializer, field_validator
+from pydantic import Field, ValidationInfo, field_serializer, field_validator
 from pydantic_core import PydanticCustomError
 
+from mpmae.config_model import ModelSection, MPMAESection
 from mpmae.config_tree import Beta, Float, Int, Location, Section, Text, TextPath, keys_of, load_tree, validate_tree
 from mpmae.durations import seconds_of
-from mpmae.modalities import TARGETS
 from mpmae.remote_store import shown
-
-
-def _names_or_bands(value: Any, validate_union: Any) -> Any:
-    """One error instead of one for each member of the union."""
-    try:
-        return validate_union(value)
-    except ValidationError:
-        raise PydanticCustomError(
-            "names_or_bands",
-            "expected names, as in [sentinel2, biome], or names with their bands, as in {sentinel2: [B4, B3], biome: null}",
-        ) from None
-
-
-Targets = Annotated[dict[str, tuple[str, ...] | None] | tuple[str, ...], WrapValidator(_names_or_bands)]
-
 
 _SECRET_WORDS = {"key", "secret", "password", "passphrase", "token", "sas", "credential", "credentials", "connection"}
 _SECRET_WORDS |= {"auth", "authorization", "bearer", "cookie", "cookies", "sig"}
@@ -116,27 +101,6 @@ def _secrets(options: Mapping[str, Any], above: str = "") -> set[str]:
         elif _SECRET_WORDS & {word.lower() for word in _WORD.findall(str(name))} and value not in _PUBLIC_TOKENS:
             found.add(f"{above}{name}")
     return found
-
-
-class ModelSection(Section):
-    """What is trained; names and meanings as in `mpmae.create_model`."""
-
-    name: Text = "mpmae_atto"
-    img_size: Int = Field(56, gt=0)
-    patch_size: Int = Field(8, gt=0)
-    bands_in: tuple[str, ...] | None = Field(None, description="Sentinel-2 bands the encoder reads; None: all but B10")
-    modalities_out: Targets = Field(TARGETS, description="as names or as {name: bands or null}")
-    mask_ratio: Float = Field(0.6, gt=0, lt=1)
-    encoder: Literal["sparse", "dense"] = "sparse"
-    stem: Literal["mmearth", "convnext"] = "mmearth"
-    loss_weighting: Literal["uncertainty", "unweighted"] = "uncertainty"
-    norm_pix_loss: bool = True
-    decoder_dim: Int = Field(512, gt=0)
-    decoder_depth: Int = Field(1, gt=0)
-    grn_scope: Literal["sample", "batch"] | None = Field(None, description="None: batch with reference_quirks, else sample")
-    gelu: Literal["erf", "tanh", "poly"] = Field("erf", description="erf is exact; poly and tanh take fewer instructions")
-    init: Literal["reference", "convnextv2"] = "convnextv2"
-    reference_quirks: bool = False
 
 
 class TrainSection(Section):
@@ -262,7 +226,7 @@ class RunConfig(Section):
 
     run: RunSection = RunSection()
     data: DataSection = DataSection()
-    model: ModelSection = ModelSection()
+    model: ModelSection = MPMAESection()
     train: TrainSection = TrainSection()
     optim: OptimSection = OptimSection()
     checkpoint: CheckpointSection = CheckpointSection()

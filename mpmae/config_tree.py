@@ -100,13 +100,25 @@ def validate_tree(schema: type[Tree], tree: dict[str, Any], where: str, origins:
 
 def keys_of(schema: type[Section]) -> list[str]:
     """All keys, dotted."""
-    return [f"{section}.{key}" for section, f in schema.model_fields.items() for key in f.annotation.model_fields]
+    return list(dict.fromkeys(f"{section}.{key}" for section in schema.model_fields for key in _fields(schema, section)))
+
+
+def kinds_of(schema: type[Section], section: str) -> dict[str, type[Section]]:
+    """By tag, the classes that a section may be of: those of a tagged union, or one without a tag."""
+    annotation = schema.model_fields[section].annotation
+    if isinstance(annotation, type):
+        return {"": annotation}
+    return {tag.tag: kind for kind, tag in map(get_args, get_args(annotation))}
+
+
+def _fields(schema: type[Section], section: str) -> list[str]:
+    return [key for kind in kinds_of(schema, section).values() for key in kind.model_fields]
 
 
 def _example(schema: type[Section]) -> str:
     """A key with its default, for messages."""
-    section, field = next(iter(schema.model_fields.items()))
-    key, first = next(iter(field.annotation.model_fields.items()))
+    section = next(iter(schema.model_fields))
+    key, first = next(iter(next(iter(kinds_of(schema, section).values())).model_fields.items()))
     return f"{section}.{key}={first.default}"
 
 
@@ -137,20 +149,22 @@ def _text_keys(schema: type[Section]) -> set[str]:
     """Dotted keys whose value is a text or a path."""
     return {
         f"{section}.{key}"
-        for section, f in schema.model_fields.items()
-        for key, field in f.annotation.model_fields.items()
-        if get_origin(field.annotation) is not dict
+        for section in schema.model_fields
+        for kind in kinds_of(schema, section).values()
+        for key, field in kind.model_fields.items()
+        if get_origin(field.annotation) not in (dict, tuple)
         and {field.annotation, *get_args(field.annotation)} & {str, Path, Text, TextPath}
     }
 
 
 def _explain(schema: type[Section], error: dict[str, Any], where: str, origins: Mapping[str, str]) -> str:
-    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).removeprefix(".")
+    loc = list(error["loc"])
+    kinds = kinds_of(schema, loc[0]) if loc[0] in schema.model_fields else {}
+    tag = loc.pop(1) if len(loc) > 1 and loc[1] in kinds else ""  # of the kind that the section's values chose
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
     origin = [text for given, text in origins.items() if _is_within(key, given) or _is_within(given, key)]
     if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(key, [*keys_of(schema), *schema.model_fields], n=1, cutoff=0.5)
-        hint = f"; did you mean {close[0]}?" if close else f"; known sections: {', '.join(schema.model_fields)}"
-        return f"{origin[-1] if origin else where}: unknown key {key}{hint}"
+        return f"{origin[-1] if origin else where}: unknown key {key}{_hint(schema, key, loc[0], tag)}"
     message = error["msg"][0].lower() + error["msg"][1:]
     if error["type"] == "secret_in_options":  # the values must not reach a log
         return f"{'override' if origin else where}: {key}: {message}"
@@ -158,6 +172,17 @@ def _explain(schema: type[Section], error: dict[str, Any], where: str, origins: 
         return f"{where}: {key} = {error['input']!r}: {message}"
     part = f" at {key}" if key not in origins else ""
     return f"{origin[-1]}{part}: {message}"
+
+
+def _hint(schema: type[Section], key: str, section: str, tag: str) -> str:
+    """What may be meant by an unknown key; `tag`: the kind of its section, if there are several."""
+    known = keys_of(schema)
+    if tag:
+        if key in known:
+            return f": a {tag} has no such key"
+        known = [f"{section}.{name}" for name in kinds_of(schema, section)[tag].model_fields]
+    close = difflib.get_close_matches(key, [*known, *schema.model_fields], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; known sections: {', '.join(schema.model_fields)}"
 
 
 def _is_within(key: str, outer: str) -> bool:

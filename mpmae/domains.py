@@ -4,7 +4,7 @@ Source: "MultiMAE meets Earth Observation", arXiv 2505.14951; multimae-meets-eo,
 """
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,6 +94,11 @@ def domain_of(name: str) -> Domain:
 def in_order(names: Sequence[str]) -> tuple[str, ...]:
     """The names in the order of the tokens, each once; names must be known."""
     return tuple(name for name in DOMAINS if name in names)
+
+
+def modalities_of(names: Iterable[str]) -> tuple[str, ...]:
+    """The modalities that the named domains are views of, each once; ConfigError as `domain_of`."""
+    return tuple(dict.fromkeys(domain_of(name).modality for name in names))
 
 
 def title_of(name: str) -> str:

@@ -196,14 +196,26 @@ class Manifest(_Strict):
 
     def input_statistics(self, bands: Sequence[str]) -> dict[str, dict[str, list[float]]]:
         """Mean and std of Sentinel-2 `bands`, in raw units, by key of `band_stats` (`sentinel2_l1c`, `sentinel2_l2a`)."""
-        available = next((entry.bands for entry in self.pixels if entry.name == "sentinel2"), None)
+        table = self.statistics_of("sentinel2", bands)
+        return {key: {name: entry[name] for name in ("mean", "std")} for key, entry in table.items()}
+
+    def statistics_of(self, modality: str, bands: Sequence[str]) -> dict[str, dict[str, list]]:
+        """Names, mean and std of `bands` of a pixel modality, in raw units: by key of `band_stats`.
+
+        The key is the modality's name; Sentinel-2 has one for each product level. Raises ShardError if the set lacks it.
+        """
+        available = next((entry.bands for entry in self.pixels if entry.name == modality), None)
         if available is None:
-            raise ShardError(f"the shard set has no sentinel2; it has {', '.join(self.modalities)}")
-        rows = band_indices("sentinel2", tuple(bands), available)
-        levels = [f"sentinel2_{level}" for level in PRODUCT_LEVELS if f"sentinel2_{level}" in self.band_stats]
+            raise ShardError(f"the shard set has no {modality}; it has {', '.join(self.modalities)}")
+        rows = band_indices(modality, tuple(bands), available)
+        keys = [modality, *(f"{modality}_{level}" for level in PRODUCT_LEVELS)]
         return {
-            key: {name: [getattr(self.band_stats[key], name)[row] for row in rows] for name in ("mean", "std")}
-            for key in levels
+            key: {
+                "bands": list(bands),
+                **{name: [getattr(self.band_stats[key], name)[row] for row in rows] for name in ("mean", "std")},
+            }
+            for key in keys
+            if key in self.band_stats
         }
 
     def dump(self) -> str:

@@ -1,5 +1,6 @@
 """What a training step takes, counted and not measured: operations, bytes, parameters."""
 
-from mpmae.cost.model import Cost, Part, model_cost
+from mpmae.cost.model import model_cost
+from mpmae.cost.parts import Cost, Part
 
 __all__ = ["Cost", "Part", "model_cost"]

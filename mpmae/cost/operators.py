@@ -208,3 +208,16 @@ def linear_backward(num_rows: int, dim_in: int, dim_out: int, item_bytes: int) -
     """Its backward: input and output's gradient in, the input's and the parameters' gradients out; two products."""
     parameters = (2 * dim_in + 1) * dim_out * PARAMETER_BYTES
     return Work(num_rows * (2 * dim_in + dim_out) * item_bytes + parameters, 4 * num_rows * dim_in * dim_out)
+
+
+def attention_forward(num_queries: int, num_keys: int, dim: int, item_bytes: int) -> Work:
+    """Attention of one sample, scores never in memory: queries, keys and values in, output out; two products.
+
+    dim: of all heads together.
+    """
+    return Work(2 * (num_queries + num_keys) * dim * item_bytes, 4 * num_queries * num_keys * dim)
+
+
+def attention_backward(num_queries: int, num_keys: int, dim: int, item_bytes: int) -> Work:
+    """Its backward: queries, keys, values, output and its gradient in, three gradients out; four products."""
+    return Work(4 * (num_queries + num_keys) * dim * item_bytes, 8 * num_queries * num_keys * dim)

@@ -14,14 +14,16 @@ REFERENCE_BATCH_SIZE = 256
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
     """AdamW groups of the parameters that train: those with weight decay first, then those without.
 
-    Exempt are parameters of ndim <= 1 and those named `*.bias`; GRN's gamma and beta (ndim 2) and mask tokens are decayed.
-    Source: MMEarth-train, by the rule of timm's `param_groups_weight_decay`. To be built before DeepSpeed sees the module:
-    ZeRO-3 leaves every parameter with ndim 1.
+    A module may say itself which: `module.decays(name)`. Else exempt are parameters of ndim <= 1 and those named `*.bias`;
+    GRN's gamma and beta (ndim 2) and mask tokens are decayed. Source: MMEarth-train, by the rule of timm's
+    `param_groups_weight_decay`. To be built before DeepSpeed sees the module: ZeRO-3 leaves every parameter with ndim 1.
     """
     decayed, exempt = [], []
+    decays = getattr(module, "decays", None)
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (exempt if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
+            is_decayed = decays(name) if decays else parameter.ndim > 1 and not name.endswith(".bias")
+            (decayed if is_decayed else exempt).append(parameter)
     if not decayed and not exempt:
         raise ConfigError(_nothing_trains(module))
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]

@@ -5,17 +5,19 @@ V visible and M = L - V hidden ones, C channels.
 Source: Nedungadi et al., "MMEarth", arXiv 2405.02771, section 4.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mpmae.errors import ConfigError
 from mpmae.loader.batch import Batch
+from mpmae.masking import draw_visible
 from mpmae.modalities import band_indices, spec_of
 from mpmae.models import blocks, losses
 from mpmae.models.decoder import Decoder, Heads
 from mpmae.models.encoder import DenseEncoder, SparseEncoder
+from mpmae.shard_format import Manifest
 
 INPUT = "sentinel2"
 ENCODERS = ("sparse", "dense")
@@ -105,6 +107,33 @@ class MPMAE(nn.Module):
     def modalities_out(self) -> tuple[str, ...]:
         """The reconstructed modalities, in the order of the losses and of `log_vars`."""
         return tuple(self.bands_out)
+
+    @property
+    def target_modalities(self) -> dict[str, str]:
+        """Name of each loss, in their order, -> the modality whose tiles it is averaged over: the same."""
+        return {name: name for name in self.bands_out}
+
+    @property
+    def class_targets(self) -> dict[str, int]:
+        """Names of the losses whose targets are classes -> number of logits."""
+        return {name: spec_of(name).num_classes for name in self.bands_out if spec_of(name).kind == "categorical"}
+
+    def class_ids(self, batch: Batch, name: str) -> Tensor:
+        """int64 [N, ...], the targets of the loss `name`, one of `class_targets`; negative where there is no data."""
+        return batch.values[name]
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities that a batch must hold."""
+        return tuple(dict.fromkeys((INPUT, *self.bands_out)))
+
+    def draw(self, seed: int, epoch: int, sample_ids: Tensor) -> Tensor:
+        """Visible patches of these samples as `forward` takes them: the same over any number of ranks and after a resume."""
+        return draw_visible(seed, epoch, sample_ids, self.num_patches, self.num_visible)
+
+    def input_record(self, manifest: Manifest) -> dict[str, Any]:
+        """What a checkpoint says of the input: `bands_in` and their `statistics` by product level, in raw units."""
+        return {"bands_in": list(self.bands_in), "statistics": manifest.input_statistics(self.bands_in)}
 
     def forward(self, batch: Batch, visible: Tensor | None = None, return_predictions: bool = False) -> MPMAEOutput:
         """Loss share, latent and, if asked for, full predictions.
@@ -277,7 +306,7 @@ class MPMAE(nn.Module):
 
     def _check_batch(self, batch: Batch) -> None:
         problems = [] if len(batch) else ["batch: no samples in it"]
-        for name in dict.fromkeys((INPUT, *self.modalities_out)):
+        for name in self.modalities:
             if name not in batch.values or name not in batch.valid:
                 problems.append(
                     f"batch: no {name}; it has {', '.join(batch.values)}. Load it or take it out of modalities_out"

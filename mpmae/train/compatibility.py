@@ -79,12 +79,16 @@ def check_compatible(
     notes, problems = [], []
     now = flatten(config.model_dump(mode="json"))
     # what the checkpoint's version did not know yet, it did as the default says
-    defaults = RunConfig().model_dump(mode="json")
+    family = {"name": meta["config"].get("model", {}).get("name", RunConfig().model.name)}
+    defaults = RunConfig.model_validate({"model": family}).model_dump(mode="json")
     sections = defaults | meta["config"]
     before = flatten({section: defaults.get(section, {}) | keys for section, keys in sections.items()})
+    is_other_model = now["model.name"] != before["model.name"]
     for key in sorted(now.keys() | before.keys()):
         was, wanted = before.get(key, "(absent)"), now.get(key, "(absent)")
         if was == wanted or _below(key, _FREE):
+            continue
+        if is_other_model and "(absent)" in (was, wanted):  # what only one family of models has says nothing more
             continue
         change = f"{key}: {was!r} in the checkpoint, {wanted!r} now"
         if key == "train.precision":

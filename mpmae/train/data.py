@@ -60,7 +60,7 @@ def cpu_loader(
     training: with the random changes of `data`, else centre crops without flips. Raises ConfigError when the image does not
     fit the tiles, ShardError when the set lacks a modality.
     """
-    return CpuLoader(reader, modalities or _modalities(config), **_settings(config, training))
+    return CpuLoader(reader, modalities or config.model.modalities, **_settings(config, training))
 
 
 def open_loader(config: RunConfig, reader: ShardReader, *, training: bool) -> Loader:
@@ -81,7 +81,7 @@ def open_loader(config: RunConfig, reader: ShardReader, *, training: bool) -> Lo
         raise ConfigError(f"data.device_cache_gb = {data.device_cache_gb}: there is no GPU here; set it to 0")
     budget_bytes = num_bytes(data.device_cache_gb) if training else 0
     options = {"device_id": device_id, "device_budget_bytes": budget_bytes}
-    return DaliLoader(reader, _modalities(config), **_settings(config, training), **options)
+    return DaliLoader(reader, config.model.modalities, **_settings(config, training), **options)
 
 
 def _with_host_tier(reader: ShardReader, budget_bytes: int, device_budget_bytes: int) -> HostTier:
@@ -93,10 +93,6 @@ def _with_host_tier(reader: ShardReader, budget_bytes: int, device_budget_bytes:
     return tier
 
 
-def _modalities(config: RunConfig) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(("sentinel2", *config.model.modalities_out)))
-
-
 def _settings(config: RunConfig, training: bool) -> dict[str, Any]:
     """What every loader takes."""
     data = config.data
@@ -106,5 +102,5 @@ def _settings(config: RunConfig, training: bool) -> dict[str, Any]:
         "augmentation": Augmentation(hflip=data.hflip, vflip=data.vflip) if training else Augmentation.none(),
         "num_workers": data.num_workers,
         "prefetch": data.prefetch,
-        "reference_quirks": config.model.reference_quirks,
+        "reference_quirks": config.model.loader_quirks,
     }

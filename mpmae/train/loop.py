@@ -15,8 +15,7 @@ from mpmae.engine import Engine, World, create_engine, init_world
 from mpmae.engine.ds_config import zero_stage
 from mpmae.errors import DatasetError, TrainingError
 from mpmae.loader import Batch
-from mpmae.masking import draw_visible
-from mpmae.models import MPMAE
+from mpmae.models import MPMAE, MultiMAE
 from mpmae.probe_record import summary
 from mpmae.train.checkpoint import Checkpoints
 from mpmae.train.compatibility import check_compatible, checkpoint_meta, shard_hashes
@@ -105,7 +104,7 @@ class Run:
         config: RunConfig,
         world: World,
         setup: Setup,
-        model: MPMAE,
+        model: MPMAE | MultiMAE,
         probe_set: ProbeSet | None,
         requests: StopRequests,
         watchdog: Watchdog,
@@ -133,7 +132,7 @@ class Run:
         self.engine: Engine = create_engine(
             config, model, world, setup.ds_config, batch.num_micro_steps, batch.micro_batch_size
         )
-        self.model: MPMAE = self.engine.module
+        self.model: MPMAE | MultiMAE = self.engine.module
         if start:
             for note in load_engine(self.engine, start):
                 self._note(note)
@@ -149,7 +148,7 @@ class Run:
             self.probe = Probe(self.engine, probe_set, config, self.watchdog.tick)
             for note in self.probe.notes:
                 self._note(note)
-        self.meter = Meter(self.engine, self.model.modalities_out, self.speed, self.plan.total_steps, len(REASONS))
+        self.meter = Meter(self.engine, tuple(self.model.target_modalities), self.speed, self.plan.total_steps, len(REASONS))
         self.numerics = NumericsGuard(config.guard, config.optim.clip_grad_norm, guard_state)
         self.recent_samples = RecentSamples(num_steps=self.meter.lag + 1)
         self.time_limit = TimeLimit(requests.time_limit_s, num_laps=self.meter.lag + 2)
@@ -207,17 +206,19 @@ class Run:
 
     def _step(self, step: int, micro_batches: Iterator[tuple[int, Batch]]) -> None:
         """One optimizer step over one global batch."""
+        device = self.engine.device
         self.model.train()
         for micro_step in range(self.plan.batch.num_micro_steps):
             with self._phase("data", step, micro_step):
                 epoch, batch = next(micro_batches)
             self.recent_samples.add(step + 1, batch.sample_ids)
             with self._phase("forward", step, micro_step):
-                visible = self._visible(epoch, batch)
-                out = self.engine.forward(batch.to(self.engine.device), visible)
+                drawn = self.model.draw(self.config.train.seed, epoch, batch.sample_ids).to(device, non_blocking=True)
+                out = self.engine.forward(batch.to(device), drawn)
             with self._phase("backward", step, micro_step):
                 self.engine.backward(with_loud_gradient(out.loss))
-            self.meter.add(out.loss, out.losses, out.log_vars, batch.num_present)
+            num_present = {name: batch.num_present[modality] for name, modality in self.model.target_modalities.items()}
+            self.meter.add(out.loss, out.losses, out.log_vars, num_present)
         lr = self.plan.learning_rate(step)
         with self._phase("optimizer", step, micro_step):
             grad_norm = self.engine.step(lr)
@@ -228,12 +229,6 @@ class Run:
         """What the watchdog, the meter and a profiler's trace know this part of a step by."""
         self.watchdog.note(name, step, micro_step)
         return self.meter.phase(name)
-
-    def _visible(self, epoch: int, batch: Batch) -> torch.Tensor:
-        visible = draw_visible(
-            self.config.train.seed, epoch, batch.sample_ids, self.model.num_patches, self.model.num_visible
-        )
-        return visible.to(self.engine.device, non_blocking=True)
 
     def _votes(self) -> list[int]:
         """Why this rank wants to stop, as numbers in REASONS."""
@@ -304,9 +299,7 @@ class Run:
         self.watchdog.note("save")
         epoch, batch_index = divmod(step, self.plan.order.steps_per_epoch)
         facts = (self.manifest.fingerprint, self.world.world_size, self.engine.zero_stage)
-        bands = self.model.bands_in
-        inputs = {"bands_in": list(bands), "statistics": self.manifest.input_statistics(bands)}
-        inputs["shards"] = shard_hashes(self.manifest)
+        inputs = self.model.input_record(self.manifest) | {"shards": shard_hashes(self.manifest)}
         meta = checkpoint_meta(self.config, epoch, batch_index, *facts, **inputs, guard=self.numerics.state())
         self.saver.save(step, meta, is_last=is_last)
         self.meter.restart_clock()

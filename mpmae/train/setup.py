@@ -9,7 +9,7 @@ from mpmae.config import RunConfig
 from mpmae.engine import check_engine, load_ds_config, resolve_ds_config
 from mpmae.errors import ConfigError
 from mpmae.loader import ShardReader
-from mpmae.models import MPMAE, create_model
+from mpmae.models import MPMAE, MultiMAE, create_model
 from mpmae.shard_format import Manifest
 from mpmae.train.data import Loader, open_folder, open_loader
 from mpmae.train.plan import RunPlan, make_plan
@@ -47,7 +47,7 @@ def set_up(config: RunConfig, world_size: int) -> Setup:
     )
 
 
-def build_model(config: RunConfig, manifest: Manifest) -> MPMAE:
+def build_model(config: RunConfig, manifest: Manifest) -> MPMAE | MultiMAE:
     """The model that the configuration describes, for the bands that the shard set has; seeded initial weights."""
     torch.manual_seed(config.train.seed)
     settings = config.model.model_dump()

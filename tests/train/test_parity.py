@@ -1,6 +1,6 @@
 """The loss curve does not depend on engine, ranks or accumulation, and a killed run continues as if nothing had happened."""
 
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 
 import numpy as np
 import pytest
@@ -10,8 +10,8 @@ from tests.train.launches import kill_after_step, launch_ok
 pytestmark = pytest.mark.timeout(900)
 STEPS = 20
 COMMON = (
-    "model.name=mpmae_atto",
     "model.img_size=32",
+    "model.loss_weighting=uncertainty",
     "train.global_batch_size=12",
     f"train.max_steps={STEPS}",
     "train.seed=7",
@@ -21,6 +21,10 @@ COMMON = (
     "data.num_workers=1",
     "checkpoint.every_steps=5",
 )
+SYSTEMS = {
+    "mpmae": ("model.name=mpmae_atto",),
+    "multimae": ("model.name=multimae_tiny", "model.decoder_dim=32", "model.domains_in=[rgb,depth,semseg,sentinel1]"),
+}
 CASES = {
     "1 rank": ("python", 1, ()),
     "1 rank, 4 micro steps": ("python", 1, ("train.micro_batch_size=3",)),
@@ -40,14 +44,15 @@ def settings(shards_dir):
 
 @pytest.fixture(scope="module")
 def lines_of(settings, tmp_path_factory):
-    """A function that gives the metrics of an uninterrupted run of a case; each case runs once."""
+    """A function that gives the metrics of an uninterrupted run of a system and case; each runs once."""
     done = {}
 
-    def run(case: str) -> list[dict]:
-        if case not in done:
+    def run(system: str, case: str) -> list[dict]:
+        if (system, case) not in done:
             launcher, ranks, extra = CASES[case]
-            done[case] = launch_ok(launcher, ranks, tmp_path_factory.mktemp("whole") / "run", *settings, *extra)
-        return done[case]
+            folder = tmp_path_factory.mktemp("whole") / "run"
+            done[system, case] = launch_ok(launcher, ranks, folder, *settings, *SYSTEMS[system], *extra)
+        return done[system, case]
 
     return run
 
@@ -58,8 +63,9 @@ def curve(lines: list[dict]) -> np.ndarray:
     return np.array(rows, float)  # an absent modality's None becomes NaN
 
 
-def test_the_reference_run_learns(lines_of):
-    lines = lines_of("1 rank")
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_reference_run_learns(system, lines_of):
+    lines = lines_of(system, "1 rank")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert lines[0]["lr"] == 0.0
@@ -69,29 +75,39 @@ def log_variances(lines: list[dict]) -> np.ndarray:
     return np.array([list(line["log_variances"].values()) for line in lines])
 
 
-SLOW = {"2 ranks, 2 micro steps", "ZeRO-0", "ZeRO-1"}  # tests/engine has every engine, on a smaller model
+# what runs by default; tests/engine has every engine, on a smaller model
+DEFAULT = {
+    "mpmae": ("1 rank, 4 micro steps", "2 ranks", "fsdp", "ZeRO-2", "ZeRO-3"),
+    "multimae": ("3 ranks", "fsdp", "ZeRO-2", "ZeRO-2, 2 micro steps"),
+}
 
 
-def marked(names: Iterable[str], slow: Container[str]) -> list:
-    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+def pairs(cases: Iterable[str], default: Mapping[str, Container[str]]) -> list:
+    """(system, case) of both systems, those that are not in `default` as slow ones."""
+    return [
+        pytest.param(system, case, marks=() if case in default[system] else pytest.mark.slow, id=f"{system}, {case}")
+        for system in SYSTEMS
+        for case in cases
+    ]
 
 
-@pytest.mark.parametrize("case", marked(list(CASES)[1:], SLOW))
-def test_same_curve(case, lines_of):
-    expected = log_variances(lines_of("1 rank"))
-    assert np.abs(expected[-1]).min() > 1e-4, "they are trained"
-    np.testing.assert_allclose(log_variances(lines_of(case)), expected, atol=1e-5)
-    np.testing.assert_allclose(curve(lines_of(case))[:, 0], curve(lines_of("1 rank"))[:, 0], rtol=1e-5)
+@pytest.mark.parametrize(("system", "case"), pairs(list(CASES)[1:], DEFAULT))
+def test_same_curve(system, case, lines_of):
+    expected, found = lines_of(system, "1 rank"), lines_of(system, case)
+    assert np.abs(log_variances(expected)[-1]).min() > 1e-4, "they are trained"
+    np.testing.assert_allclose(log_variances(found), log_variances(expected), atol=1e-5)
+    np.testing.assert_allclose(curve(found)[:, 0], curve(expected)[:, 0], rtol=1e-5)
 
 
 @pytest.mark.parametrize(
-    "case",
-    marked(("ZeRO-2", "2 ranks", "fsdp", "ZeRO-0", "ZeRO-1", "ZeRO-3"), {"2 ranks", "fsdp", "ZeRO-0", "ZeRO-1", "ZeRO-3"}),
+    ("system", "case"),
+    pairs(("ZeRO-2", "2 ranks", "fsdp", "ZeRO-0", "ZeRO-1", "ZeRO-3"), {"mpmae": {"ZeRO-2"}, "multimae": {"fsdp"}}),
 )
-def test_killed_and_resumed_equals_uninterrupted(case, settings, lines_of, tmp_path):
+def test_killed_and_resumed_equals_uninterrupted(system, case, settings, lines_of, tmp_path):
     """Bit by bit: `kill -9` after a step between two checkpoints, then --resume auto, in the middle of an epoch."""
     launcher, ranks, extra = CASES[case]
-    kill_after_step(8, launcher, ranks, tmp_path / "run", *settings, *extra)
-    resumed = launch_ok(launcher, ranks, tmp_path / "run", *settings, *extra, "--resume", "auto")
+    options = (*settings, *SYSTEMS[system], *extra)
+    kill_after_step(8, launcher, ranks, tmp_path / "run", *options)
+    resumed = launch_ok(launcher, ranks, tmp_path / "run", *options, "--resume", "auto")
     assert [line["step"] for line in resumed] == list(range(1, STEPS + 1))
-    assert np.array_equal(curve(resumed), curve(lines_of(case)), equal_nan=True)
+    assert np.array_equal(curve(resumed), curve(lines_of(system, case)), equal_nan=True)

@@ -6,24 +6,25 @@ Source: "MultiMAE meets Earth Observation", arXiv 2505.14951; Bachmann et al., "
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mpmae.domains import NORM_DOMAIN, NORM_HEAD
+from mpmae.domains import NORM_DOMAIN, NORM_HEAD, Domain, modalities_of
 from mpmae.loader.batch import Batch
 from mpmae.modalities import band_indices
 from mpmae.models.losses import weigh
 from mpmae.models.multimae import checks
 from mpmae.models.multimae.adapters import adapter_of
 from mpmae.models.multimae.decoders import Decoders
-from mpmae.models.multimae.domains import Domain, View, map_of, patches_of, view_of
+from mpmae.models.multimae.domains import View, map_of, patches_of, view_of
 from mpmae.models.multimae.draw import TokenDraw, draw_tokens, random_draw
 from mpmae.models.multimae.losses import domain_share
 from mpmae.models.multimae.positions import positions, sincos_table, table_side
 from mpmae.models.multimae.sampler import TokenSample, sample_tokens
 from mpmae.models.multimae.vit import Block
+from mpmae.shard_format import Manifest
 
 
 class MultiMAEOutput(NamedTuple):
@@ -125,7 +126,40 @@ class MultiMAE(nn.Module):
     @property
     def modalities(self) -> tuple[str, ...]:
         """The modalities that a batch must hold."""
-        return tuple(dict.fromkeys(d.modality for d in (*self.domains_in.values(), *self.targets.values())))
+        return modalities_of(domain.name for domain in (*self.domains_in.values(), *self.targets.values()))
+
+    @property
+    def target_modalities(self) -> dict[str, str]:
+        """Name of each loss, in their order, -> the modality whose tiles it is averaged over."""
+        return {name: domain.modality for name, domain in self.targets.items()}
+
+    @property
+    def class_targets(self) -> dict[str, int]:
+        """Names of the losses whose targets are classes -> number of logits."""
+        return {name: domain.num_classes for name, domain in self.targets.items() if domain.num_classes}
+
+    def class_ids(self, batch: Batch, name: str) -> Tensor:
+        """int64 [N, H, H], the targets of the loss `name`, one of `class_targets`; negative where there is no data."""
+        values, valid = self._view(batch, self.targets[name])
+        return torch.where(valid, values, -1)
+
+    def decays(self, name: str) -> bool:
+        """Whether weight decay acts on the parameter of that name: on matrices, and with the quirks on everything."""
+        return self.reference_quirks or (name.endswith(".weight") and "norm" not in name)
+
+    def input_record(self, manifest: Manifest) -> dict[str, Any]:
+        """What a checkpoint says of the input: `domains_in`, and the `statistics` of their continuous bands in raw units.
+
+        statistics: key of `manifest.band_stats`, such as "sentinel2_l2a" or "aster", -> {"bands", "mean", "std"}.
+        """
+        bands: dict[str, list[str]] = {}
+        for domain in self.domains_in.values():
+            if domain.bands:
+                bands.setdefault(domain.modality, []).extend(domain.bands)
+        statistics = {}
+        for modality, names in bands.items():
+            statistics |= manifest.statistics_of(modality, tuple(dict.fromkeys(names)))
+        return {"domains_in": list(self.domains_in), "statistics": statistics}
 
     def draw(self, seed: int, epoch: int, sample_ids: Tensor) -> TokenDraw:
         """The random numbers behind the tokens of these samples: the same over any number of ranks and after a resume."""
@@ -224,12 +258,40 @@ class MultiMAE(nn.Module):
             x = block(x, real)
         return x
 
+    def constant_shares(self, batch: Batch, tokens: TokenDraw, constants: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Unweighted loss shares of a predictor that says the same everywhere, whatever it sees.
+
+        tokens: as `draw` gives them. constants: per target one value [1] for all bands (normalised units), or the logits of
+        the classes [K].
+        """
+        views = {domain.name: self._view(batch, domain) for domain in (*self.domains_in.values(), *self.targets.values())}
+        flat = {}
+        for name, domain in self.targets.items():
+            values = constants[name].expand(domain.num_channels)
+            flat[name] = values.repeat_interleave((self.patch_size // domain.stride) ** 2).expand(
+                len(batch), self.num_patches, -1
+            )
+        return self._shares(batch, views, flat, self._sample(batch, views, tokens))
+
     def _loss(
         self, batch: Batch, views: dict[str, View], flat: dict[str, Tensor], sample: TokenSample
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        hidden = self._hidden(sample)
-        num_present = {name: batch.num_present[domain.modality] for name, domain in self.targets.items()}
-        shares = {}
+        shares = self._shares(batch, views, flat, sample)
+        loss = weigh(
+            shares,
+            self.log_vars,
+            ~batch.padding,
+            num_present={name: batch.num_present[modality] for name, modality in self.target_modalities.items()},
+            global_batch_size=batch.global_batch_size,
+            quirks=self.reference_quirks,
+        )
+        return loss, shares
+
+    def _shares(
+        self, batch: Batch, views: dict[str, View], flat: dict[str, Tensor], sample: TokenSample
+    ) -> dict[str, Tensor]:
+        """Unweighted loss shares of predictions [N, L, Q]."""
+        hidden, shares = self._hidden(sample), {}
         for name, domain in self.targets.items():
             values, valid = views[domain.name]
             shares[name] = domain_share(
@@ -239,20 +301,12 @@ class MultiMAE(nn.Module):
                 self._patches(valid),
                 hidden[domain.name],
                 ~batch.padding,
-                num_present=num_present[name],
+                num_present=batch.num_present[domain.modality],
                 global_batch_size=batch.global_batch_size,
                 norm_pix=name == NORM_HEAD,
                 quirks=self.reference_quirks,
             )
-        loss = weigh(
-            shares,
-            self.log_vars,
-            ~batch.padding,
-            num_present=num_present,
-            global_batch_size=batch.global_batch_size,
-            quirks=self.reference_quirks,
-        )
-        return loss, shares
+        return shares
 
     def _hidden(self, sample: TokenSample) -> dict[str, Tensor]:
         """Domain -> which of its patches the encoder did not see, bool [N, L]: all of a domain that is no input."""
