@@ -56,7 +56,7 @@ _PUBLISHED = (
 PUBLISHED_DOMAINS: tuple[str, ...] = tuple(domain.name for domain in _PUBLISHED)
 _TITLES = {
     "rgb": "Sentinel-2 true colour (rgb)",
-    NORM_HEAD: "Sentinel-2 true colour, normalised patches (norm_rgb)",
+    NORM_HEAD: "Sentinel-2 true colour per patch (norm_rgb)",
     "depth": "Elevation (depth)",
     "semseg": "ESA WorldCover (semseg)",
     "ired": "Sentinel-2 red edge (ired)",
@@ -118,6 +118,11 @@ def map_modality(name: str) -> ModalitySpec | None:
     domain = DOMAINS.get(target_domain(name))
     spec = MODALITIES.get(domain.modality if domain else name)
     return spec if spec and spec.scope == "pixel" else None
+
+
+def noun_of(names: Iterable[str]) -> str:
+    """What losses of these names are of: modalities, or targets if some are views of a modality."""
+    return "targets" if {*PUBLISHED_DOMAINS, NORM_HEAD} & set(names) else "modalities"
 
 
 def loss_order(names: Sequence[str]) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import PurePath
 from statistics import median
 from typing import Any, Literal, get_args
 
-from mpmae.domains import DOMAINS, NORM_HEAD, PUBLISHED_DOMAINS, loss_order, title_of
+from mpmae.domains import DOMAINS, NORM_HEAD, loss_order, noun_of, title_of
 from mpmae.modalities import MODALITIES
 from mpmae.probe_record import LINEAR, percent, scores_of
 from mpmae.report.data import ReportData
@@ -70,8 +70,8 @@ def targets_of(data: ReportData, *kinds: str) -> list[str]:
 
 
 def noun(data: ReportData) -> str:
-    """What the page calls the things that are reconstructed: modalities, or targets if some are views of a modality."""
-    return "targets" if {*PUBLISHED_DOMAINS, NORM_HEAD} & set(targets_of(data)) else "modalities"
+    """What the page calls what is reconstructed: modalities or targets."""
+    return noun_of(targets_of(data))
 
 
 def loss_kind(name: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from mpmae.loader import Batch
-from mpmae.masking import draw_visible, visible_bool
+from mpmae.masking import visible_bool
 from mpmae.modalities import MODALITIES
 from mpmae.models import MPMAE
 from mpmae.report.data import ClassGuess, MapTriple, TilePicture, VectorPair
@@ -28,11 +28,6 @@ class MPMAEPictures:
         self._model, self._manifest, self._seed = model, manifest, seed
 
     @property
-    def modalities(self) -> tuple[str, ...]:
-        """The modalities that a batch must hold."""
-        return tuple(dict.fromkeys(("sentinel2", *self._model.modalities_out)))
-
-    @property
     def facts(self) -> dict[str, str]:
         """What of the model the report names besides its name: nothing."""
         return {}
@@ -40,7 +35,7 @@ class MPMAEPictures:
     def tiles(self, batch: Batch, facts: Sequence[Mapping[str, Any]]) -> list[TilePicture]:
         """A picture for each tile of the batch; `facts` are the picture's fields that do not come from the model."""
         model = self._model
-        visible = draw_visible(self._seed, 0, batch.sample_ids, model.num_patches, model.num_visible)
+        visible = model.draw(self._seed, 0, batch.sample_ids)
         out = model(batch, visible, return_predictions=True)
         shown = visible_bool(visible, model.num_patches).unflatten(1, (model.num_patches_side, -1)).numpy()
         return [self._tile(i, batch, out.predictions, shown[i], each) for i, each in enumerate(facts)]

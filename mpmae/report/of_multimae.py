@@ -37,11 +37,6 @@ class MultiMAEPictures:
         self._domains = {**model.domains_in, **model.targets}
 
     @property
-    def modalities(self) -> tuple[str, ...]:
-        """The modalities that a batch must hold."""
-        return self._model.modalities
-
-    @property
     def facts(self) -> dict[str, str]:
         """What of the model the report names besides its name."""
         model = self._model

@@ -19,7 +19,6 @@ from mpmae.train.data import cpu_loader
 class Pictures(Protocol):
     """How the predictions of one family of models become pictures; as in `MPMAEPictures` and `MultiMAEPictures`."""
 
-    modalities: tuple[str, ...]
     facts: dict[str, str]
 
     def tiles(self, batch: Batch, facts: Sequence[Mapping[str, Any]]) -> list[TilePicture]:
@@ -37,7 +36,7 @@ class Reconstructor:
     """
 
     def __init__(self, model: MPMAE | MultiMAE, reader: ShardReader, config: RunConfig):
-        self._reader, self._config = reader, config
+        self._modalities, self._reader, self._config = model.modalities, reader, config
         self._pictures: Pictures = _FAMILIES[type(model)](model, reader.manifest, config.train.seed)
         self.facts = self._pictures.facts
 
@@ -47,12 +46,11 @@ class Reconstructor:
         chosen = self._choose(num_tiles)
         if not len(chosen):
             return []
-        loader = cpu_loader(self._config, self._reader, training=False, modalities=self._pictures.modalities)
+        loader = cpu_loader(self._config, self._reader, training=False, modalities=self._modalities)
         return self._pictures.tiles(loader.batch_of(chosen), [self._facts(sample_id) for sample_id in chosen])
 
     def _choose(self, num_tiles: int) -> np.ndarray:
-        names = self._pictures.modalities
-        bits = np.array([self._reader.manifest.modalities.index(name) for name in names], np.uint64)
+        bits = np.array([self._reader.manifest.modalities.index(name) for name in self._modalities], np.uint64)
         present = (self._reader.index["presence"][:, None] >> bits & np.uint64(1)).sum(1).astype(int)
         best = np.argsort(-present, kind="stable")[: 4 * num_tiles]
         return np.sort(best[np.linspace(0, len(best) - 1, min(num_tiles, len(best))).round().astype(int)])

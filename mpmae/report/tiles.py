@@ -132,13 +132,17 @@ def _row(tile: TilePicture, name: str, look: Look) -> Row:
     factor = max(1, round(PICTURE_SIDE_PX / len(hidden)))
     hidden_large, side = enlarge(hidden, factor), len(hidden) * factor
     whole = enlarge(look.paint(look.target), factor)
+    pixels = tile.size_px // len(hidden)
+    if pixels > 1:
+        row.detail = f"One pixel of the map is {pixels} x {pixels} of the image. {row.detail}".rstrip()
     pictures = {}
     if row.is_input:
         pictures["Seen by the encoder"] = cover(whole, hidden_large, hatch(side))
     if look.prediction is not None:
         filled = Layer(*(np.where(hidden, *layers) for layers in zip(look.prediction, look.target, strict=True)))
         pictures["Prediction"] = cover(enlarge(look.paint(look.prediction), factor), ~hidden_large, dots(side))
-        pictures["Filled in"] = enlarge(look.paint(filled), factor)
+        if row.is_input or not hidden.all():
+            pictures["Filled in"] = enlarge(look.paint(filled), factor)
         row.error = "; ".join(look.error(hidden) or [_NOTHING_HIDDEN])
         if look.classes:
             row.classes = _shares(name, look, hidden)
