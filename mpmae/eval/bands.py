@@ -84,10 +84,11 @@ class BandMatch:
 
     def table(self) -> str:
         """The rows as lines of text: wanted, stored, distance."""
-        lines = [f"  {'wanted':<8}{'stored':<28}distance"]
+        width = max(8, *(len(row.wanted) + 2 for row in self.rows))
+        lines = [f"  {'wanted':<{width}}{'stored':<28}distance"]
         for row in self.rows:
             distance = "" if row.distance_um is None else f"{row.distance_um:.3f} um"
-            lines.append(f"  {row.wanted:<8}{row.stored:<28}{distance if row.is_filled else 'same'}".rstrip())
+            lines.append(f"  {row.wanted:<{width}}{row.stored:<28}{distance if row.is_filled else 'same'}".rstrip())
         return "\n".join(lines)
 
 
@@ -119,8 +120,8 @@ def match_bands(task: Task, wanted: Sequence[str]) -> BandMatch:
     return match_channels(task, [(SENTINEL2, name) for name in wanted])
 
 
-def match_channels(task: Task, wanted: Sequence[tuple[str, str]]) -> BandMatch:
-    """The stored band for each (modality, band) in `wanted`, logged as a table.
+def match_channels(task: Task, wanted: Sequence[tuple[str, str]], quiet: bool = False) -> BandMatch:
+    """The stored band for each (modality, band) in `wanted`, logged as a table unless `quiet`.
 
     Sentinel-2: see `match_bands`. Others by name alone: the modality's band, what else files call it (`DEM`), a class map by
     the modality's name. Of a modality with some of its bands the others hold no data, as where pretraining had none.
@@ -137,6 +138,8 @@ def match_channels(task: Task, wanted: Sequence[tuple[str, str]]) -> BandMatch:
     if problems:
         raise DatasetError(problems)
     match = BandMatch(tuple(_row(task, *channel) for channel in wanted))
+    if quiet:
+        return match
     _LOG.info("%s: bands of the encoder, and what is stored\n%s", task.name, match.table())
     far = [f"{row.stored} for {row.wanted}" for row in match.rows if (row.distance_um or 0) > _FAR_UM]
     if far:
@@ -158,7 +161,8 @@ def lacking(task: Task, wanted: Sequence[tuple[str, str]]) -> list[str]:
     missing = [text for modality, text in _absent(task, wanted).items() if modality != SENTINEL2]
     for modality, name in wanted:
         if modality == SENTINEL2:
-            near = [b for b in task.bands if b.wavelength_um and abs(b.wavelength_um - SENTINEL2_UM[name]) <= _SAME_UM]
+            others = [band for band in task.bands if band.wavelength_um and band.name not in SENTINEL2_UM]
+            near = [band for band in others if abs(band.wavelength_um - SENTINEL2_UM[name]) <= _SAME_UM]
             missing += [] if near or _named(task, modality, name) is not None else [name]
     return missing
 

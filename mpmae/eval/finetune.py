@@ -2,20 +2,17 @@
 
 import copy
 import hashlib
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
-from mpmae.engine.world import World, init_world
+from mpmae.engine.world import World
 from mpmae.errors import ConfigError
 from mpmae.eval.classification import classification_setup
 from mpmae.eval.dataset import LabelledSet, Task
-from mpmae.eval.devices import find_device
 from mpmae.eval.encoders import ImageEncoder, build_encoder, random_twin
 from mpmae.eval.finetune_config import FinetuneConfig
 from mpmae.eval.open_set import open_set
@@ -26,10 +23,12 @@ from mpmae.eval.probe_config import ProbeConfig, ProbeSection
 from mpmae.eval.results import print_results, write_results
 from mpmae.eval.score_log import held
 from mpmae.eval.scores import Score
+from mpmae.eval.sweep import sweep
 from mpmae.eval.training import Fitted, Setup, fit
 from mpmae.eval.training_data import Examples
 from mpmae.eval.training_state import RESULT_NAME
 from mpmae.eval.tuned import write_tuned_config
+from mpmae.eval.worlds import opened_world
 from mpmae.export.config import WEIGHTS_NAME
 from mpmae.models.interop import Weights, as_weights
 
@@ -52,9 +51,11 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, labelled: Labelled
     Each run trains on its part of the labels, chooses the epoch on the validation split and reads the test split once.
     output.dir gets scores.json, results.md, results.png and, in runs/, a folder per run: metrics.jsonl, result.json and the
     best weights as model.safetensors with config.json, which `create_encoder` and `mpmae-export` read. resume: continue
-    what output.dir holds. labelled: the set, if it is open already. Raises ConfigError, DatasetError, CheckpointError and
-    TrainingError.
+    what output.dir holds. labelled: the set, if it is open already. With `config.inputs.subsets` all this once for each
+    input: see `mpmae.eval.sweep`. Raises ConfigError, DatasetError, CheckpointError and TrainingError.
     """
+    if config.inputs.subsets:
+        return sweep(finetune, config, resume=resume, labelled=labelled)
     with opened_world(config.output.device) as world, held(config.output.dir) if world.rank == 0 else nullcontext():
         return _finetune(config, resume, labelled, world)
 
@@ -105,30 +106,12 @@ def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None
                 has_best = not had_ended or (folder / WEIGHTS_NAME).is_file()
                 if labelled.task.kind == "segmentation" and has_best:
                     _draw(folder, setup, labelled, run.splits["test"], world, f"{encoder.label}, {_name(run)}")
-                write_results(config.output.dir, config, labelled, scores, {"preparation": preparation.facts})
+                write_results(config.output.dir, config, labelled, scores, _facts(preparation, like))
     if world.rank == 0:
         scores += _untrained(config, labelled, labels, runs)
-        write_results(config.output.dir, config, labelled, scores, {"preparation": preparation.facts})
+        write_results(config.output.dir, config, labelled, scores, _facts(preparation, like))
         print_results(scores)
     return world.broadcast_object(scores)
-
-
-@contextmanager
-def opened_world(device: str) -> Iterator[World]:
-    """The ranks of the launcher that started this process, or a world of this process alone on `device`; left at the end.
-
-    device: "auto", "cpu", "cuda" or "cuda:N"; with several ranks each has the device of its local rank. Raises ConfigError.
-    """
-    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) == 1:
-        yield World(0, 0, 1, 1, find_device(device), "none")
-        return
-    is_ours = not dist.is_initialized()
-    world = init_world()
-    try:
-        yield world
-    finally:
-        if is_ours:
-            world.close()
 
 
 def _encoders(
@@ -139,6 +122,10 @@ def _encoders(
         yield "pretrained", copy.deepcopy(like)
     if weights is None or "random_init" in config.finetune.baselines:
         yield "scratch", random_twin(config.encoder, seed, config.finetune.drop_path, task)
+
+
+def _facts(preparation: Preparation, like: ImageEncoder) -> dict[str, Any]:
+    return {"preparation": preparation.facts, "encoders": {like.label: like.facts}}
 
 
 def _name(run: Run) -> str:
