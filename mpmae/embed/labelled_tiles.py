@@ -71,7 +71,7 @@ class LabelledTiles:
         places = [self._set.location(index) for index in indices]
         labels = [self._class(self._set.label(index)) for index in indices]
         images = [self._prepare(image) for image in stored]
-        seen = images if self._input.tells_no_data else stored
+        seen = [image.numpy() for image in images] if self._input.tells_no_data else stored
         return Tiles(
             ids=[self._set.sample_id(index) for index in indices],
             splits=[self._splits[position] for position in positions.tolist()],

@@ -51,6 +51,7 @@ SYSTEMS = {
         "model.name=multimae_tiny",
         "model.domains_in=[rgb, depth, semseg, ebands]",
         "model.domains_out=[rgb]",
+        "model.loss_weighting=uncertainty",
         "optim.lr=1e-3",
     ),
 }
