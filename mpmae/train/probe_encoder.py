@@ -83,5 +83,5 @@ def _reads(model: MPMAE | MultiMAE, encoder: ImageEncoder) -> str:
     if chosen is None:
         return ""
     left_out = [name for name in model.domains_in if name not in chosen]
-    but = f", not {', '.join(left_out)}, whose bands the set lacks" if left_out else ""
+    but = f" (not {', '.join(left_out)}: the set lacks their bands)" if left_out else ""
     return f"the encoder reads {', '.join(chosen)}{but}; features are the {encoder.facts['pooling'].removeprefix('the ')}"

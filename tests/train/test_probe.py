@@ -300,7 +300,9 @@ def test_the_plan_tells_of_it(plan, tmp_path):
 
 def test_the_plan_tells_what_a_multimae_reads(plan, tmp_path):
     shown = plan(write_set(tmp_path), system="multimae")
-    assert "the encoder reads rgb, depth, not semseg, ebands, whose bands the set lacks; features are the mean over" in shown
+    assert (
+        "the encoder reads rgb, depth (not semseg, ebands: the set lacks their bands); features are the mean over" in shown
+    )
     assert "sentinel2 by statistics of dataset: the set's product level is not known (probe.product_level)" in shown
     assert "aster by statistics of pretraining: the checkpoint has those of aster" in shown
 
