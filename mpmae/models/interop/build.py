@@ -6,15 +6,15 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mpmae.domains import NORM_HEAD, domain_of
 from mpmae.errors import CheckpointError, ConfigError
 from mpmae.modalities import MODALITIES
 from mpmae.models.interop.describe import describe
 from mpmae.models.interop.describe_multimae import MultiMAEArchitecture
 from mpmae.models.interop.load import as_weights, load_encoder, load_reference
 from mpmae.models.interop.weights import Weights
-from mpmae.models.multimae.domains import domain_of
 from mpmae.models.multimae.init import initialise
-from mpmae.models.multimae.model import NORM_HEAD, MultiMAE
+from mpmae.models.multimae.model import MultiMAE
 from mpmae.models.multimae.presets import default_budget, size_problems
 
 _LOG = logging.getLogger(__name__)

@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpmae.domains import DOMAINS
 from mpmae.errors import CheckpointError
-from mpmae.models.interop.multimae_names import OURS, PUBLISHED, decoder_order, domains_of, is_ours
+from mpmae.models.interop.describe_multimae import describe_multimae
+from mpmae.models.interop.multimae_names import OURS, PUBLISHED, decoder_order, decoders_of, domains_of, is_ours
 from mpmae.models.interop.values import Canonical, value_problem
-from mpmae.models.multimae.domains import DOMAINS
 from mpmae.models.multimae.positions import TABLE_SIZE_PX, sincos_table, table_side
 
 BALANCER = "loss_balancer.log_vars"
@@ -137,6 +138,20 @@ def _balanced(decoders: Sequence[str], command_line: Mapping[str, Any]) -> list[
     """
     last = str(command_line.get("fp32_output_adapters") or "").split("-")
     return [*(name for name in decoders if name not in last), *(name for name in last if name in decoders)]
+
+
+def published_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Everything that the published model's `load_state_dict` asks for, of our state dict: its fixed positions too.
+
+    Log variances are left out: there they are no part of the model.
+    """
+    inputs, decoders = domains_of(state), decoders_of(state)
+    theirs = to_published({name: value for name, value in state.items() if name != "log_vars"}, inputs, decoders)
+    adapters = [f"input_adapters.{domain}" for domain in inputs]
+    side = table_side(describe_multimae(dict(state)).patch_size)
+    widths = dict.fromkeys(adapters, state["global_tokens"].shape[-1])
+    widths |= dict.fromkeys((f"{_OUTPUT}{name}" for name in decoders), state["decoders.mask_token"].shape[-1])
+    return theirs | {f"{name}.{_POSITIONS}": sincos_table(dim, side) for name, dim in widths.items()}
 
 
 def from_published(
