@@ -28,8 +28,8 @@ def multimae_card(config: MultiMAEExportConfig) -> str:
     ((name, domain),) = config.domains_in.items()
     size = config.architecture
     summary = (
-        f"A ViT (width {size.dim}, {size.depth} blocks, {config.num_heads} heads, patch size {config.patch_size} px) for the "
-        f"domain {name}, taken from a MultiMAE. Its class token is the MultiMAE's global token; it has no final norm."
+        f"A ViT (width {size.dim}, {size.depth} blocks, {config.num_heads} heads, patch size {config.patch_size} px) for "
+        f"the domain {name}, taken from a MultiMAE. Its class token is the MultiMAE's global token; it has no final norm."
     )
     parts = [
         front_matter(config.licence, "timm", _TAGS, ["MMEarth"]),
