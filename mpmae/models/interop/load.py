@@ -175,7 +175,7 @@ def _differences(own: dict[str, Tensor], weights: Weights) -> list[str]:
 
 def _other_geometry(model: nn.Module, weights: Weights) -> tuple[str, ...]:
     if weights.family == "multimae":
-        return ()
+        return tuple(weights.recorded("other_geometry") or ())
     encoder = getattr(model, "encoder", model)
     trained = {"stem_padding": weights.stem_padding, "grn_eps": weights.grn_eps}
     if "encoder.stem.pool.weight" not in weights.state:

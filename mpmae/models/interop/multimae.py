@@ -36,6 +36,7 @@ _OUTPUT = "output_adapters."
 _INNER = {"decoder.": "cross.", "decoder_transformer.": "blocks."}
 _TASKS, _HEAD, _POSITIONS = "task_embeddings.", "out_proj.", "pos_emb"
 _FIXED, _FIXED_WITHIN = 1e-3, {torch.float16: 1e-2, torch.bfloat16: 1e-2}  # of positions in [-1, 1]
+_ALWAYS_ON = ("standardize_depth", "decoder_use_task_queries")  # in our model
 _ARGUMENTS = {
     "input_size": "img_size",
     "num_encoded_tokens": "num_visible_tokens",
@@ -45,9 +46,14 @@ _ARGUMENTS = {
 }
 
 
-def options_of(command_line: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a published checkpoint's command line `create_model` has a name for."""
-    return {ours: command_line[theirs] for theirs, ours in _ARGUMENTS.items() if command_line.get(theirs) is not None}
+def config_of(command_line: Mapping[str, Any]) -> dict[str, Any]:
+    """What a published checkpoint's command line says, as it would stand in a checkpoint of ours (see `Weights.config`).
+
+    other_geometry: arguments with which that program computes otherwise than our model does.
+    """
+    options = {ours: command_line[theirs] for theirs, ours in _ARGUMENTS.items() if command_line.get(theirs) is not None}
+    others = [f"{name} = False, here True" for name in _ALWAYS_ON if command_line.get(name) is False]
+    return {"config": {"model": options}, "other_geometry": others}
 
 
 def canonical_multimae(

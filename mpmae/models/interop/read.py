@@ -35,7 +35,7 @@ from mpmae.checkpoint_format import (
 from mpmae.errors import CheckpointError
 from mpmae.models.interop import folders
 from mpmae.models.interop.convnext import canonical_convnext
-from mpmae.models.interop.multimae import BALANCER, canonical_multimae, options_of
+from mpmae.models.interop.multimae import BALANCER, canonical_multimae, config_of
 from mpmae.models.interop.multimae_names import MULTIMAE_SCHEMES, VIT
 from mpmae.models.interop.names_in import scheme_of, strip_wrappers
 from mpmae.models.interop.pickles import load_pickle
@@ -162,7 +162,7 @@ def _canonical(raw: _Raw, where: str, config: dict[str, Any] | None) -> Weights:
         found = canonical_vit(names, _only_domain(config), where)
     else:
         found = canonical_multimae(names, scheme, where, command_line)
-        config = config or (command_line and {"config": {"model": options_of(command_line)}})
+        config = config or (command_line and config_of(command_line))
     return Weights(found.state, scheme, where, config, found.unknown, found.reshaped)
 
 

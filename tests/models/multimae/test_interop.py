@@ -139,6 +139,12 @@ def test_the_published_command_line_builds_the_model():
     assert (built.img_size, built.num_visible, built.alphas, built.decoders.cross.num_heads) == (32, 9, (0.5, 0.5), 8)
 
 
+def test_what_the_published_program_computes_otherwise_is_told(caplog):
+    model, content = published.model(), published.checkpoint(published.state(), standardize_depth=False)
+    assert load_reference(model, content).other_geometry == ("standardize_depth = False, here True",)
+    assert "trained with standardize_depth = False, here True: features will differ" in caplog.text
+
+
 def test_class_maps_of_other_classes_are_refused():
     source = published.state()
     source[SEMSEG] = torch.zeros(133, 64)
