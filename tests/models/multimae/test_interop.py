@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 import mpmae
@@ -75,6 +76,14 @@ def test_files(tmp_path, form, prefix):
     else:
         torch.save(published.checkpoint(source) if form == "wrapped" else source, path)
     assert_same(read_weights(path).state, read_weights(published.state()).state)
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "module."])
+def test_distributed_checkpoints(tmp_path, prefix):
+    state = small_state(loss_weighting="uncertainty")
+    content = {f"{prefix}{name}": value for name, value in state.items()}
+    dcp.save(content | {"optim.state.step": torch.zeros(3)} if prefix else content, checkpoint_id=tmp_path, no_dist=True)
+    assert_same(read_weights(tmp_path).state, state)
 
 
 @pytest.mark.parametrize(
