@@ -9,7 +9,7 @@ from torch import Tensor
 from mpmae.errors import ConfigError
 from mpmae.modalities import MODALITIES
 from mpmae.models.dense import STEM_PADDINGS, STEMS, ConvNeXtV2
-from mpmae.models.interop import Architecture, Weights, as_weights, describe, load_encoder
+from mpmae.models.interop import Architecture, Weights, as_weights, describe_convnext, load_encoder
 from mpmae.models.mpmae import INPUT
 from mpmae.models.named import band_problems, name_problems
 from mpmae.models.presets import SIZES, patch_size_problems
@@ -119,7 +119,7 @@ def _resolve(
     weights = None
     if checkpoint is not None:
         weights = as_weights(checkpoint)
-        found = describe(weights.state, weights.source)
+        found = describe_convnext(weights.state, weights.source)
         asked = {"size": name.removeprefix(_PREFIX), "patch_size": patch_size, "stem": stem, "in_chans": in_chans}
         problems += _contradictions(weights, found, asked, bands_in)
         patch_size, stem, in_chans = found.patch_size, found.stem, found.in_chans

@@ -7,13 +7,15 @@ from torch import Tensor
 
 from mpmae.errors import CheckpointError
 from mpmae.models.encoder import FIRST_TILE_SIDE
+from mpmae.models.interop.describe_multimae import MultiMAEArchitecture, describe_multimae
+from mpmae.models.interop.multimae_names import multimae_scheme
 from mpmae.models.interop.names_in import loss_order
 from mpmae.models.presets import SIZES
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The facts of a model that its weights show.
+    """The facts of a ConvNeXt V2 or MP-MAE that its weights show.
 
     dims, depths: channels and blocks of the four stages. patch_size: pixels, by the stem's stride. in_chans: bands that the
     stem reads. modalities: name -> output channels of its head (for a pixel modality bands or classes, without the factor
@@ -54,11 +56,26 @@ class Architecture:
         return ", ".join(parts)
 
 
-def describe(state: dict[str, Tensor], where: str = "the state dict") -> Architecture:
-    """The architecture of a canonical state dict, whose source `where` names.
+def describe(state: dict[str, Tensor], where: str = "the state dict") -> Architecture | MultiMAEArchitecture:
+    """The architecture of a canonical state dict, whose source `where` names: its family's own type.
 
-    Raises CheckpointError if it holds no whole ConvNeXt V2 encoder.
+    Raises CheckpointError if it holds no whole encoder of either family.
     """
+    return describe_multimae(state, where) if multimae_scheme(state) else _describe_convnext(state, where)
+
+
+def describe_convnext(state: dict[str, Tensor], where: str = "the state dict") -> Architecture:
+    """As `describe`, for callers that can only use a ConvNeXt V2: CheckpointError for a MultiMAE, with what can use it."""
+    if multimae_scheme(state):
+        raise CheckpointError(
+            f"{where} holds {describe_multimae(state, where)}; here a ConvNeXt V2 is needed. "
+            "mpmae.models.interop.build_multimae gives the model, `mpmae-export --to timm --domain NAME` a ViT of timm for "
+            "one of its domains"
+        )
+    return _describe_convnext(state, where)
+
+
+def _describe_convnext(state: dict[str, Tensor], where: str) -> Architecture:
     depths, dims = [0, 0, 0, 0], [0, 0, 0, 0]
     for name, value in state.items():
         match = re.fullmatch(r"encoder\.stages\.([0-3])\.(\d+)\.norm\.weight", name)

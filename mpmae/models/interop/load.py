@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from mpmae.errors import CheckpointError
 from mpmae.models.interop.describe import describe
+from mpmae.models.interop.multimae_names import decoders_of, domains_of, multimae_scheme
 from mpmae.models.interop.names_in import canonical_name
-from mpmae.models.interop.read import Weights, read_weights
+from mpmae.models.interop.read import read_weights
+from mpmae.models.interop.weights import Weights
 
 _LOG = logging.getLogger(__name__)
 _MAX_LISTED = 10
+_REST = ("decoders.", "log_vars")  # of a MultiMAE, all but its encoder
+_NOTHING = torch.empty(0)
 
 
 @dataclass(frozen=True)
@@ -47,11 +51,12 @@ class LoadReport:
 
 
 def load_reference(model: nn.Module, source: Mapping[str, Tensor] | str | Path | Weights) -> LoadReport:
-    """Loads a whole pretraining checkpoint into an MP-MAE, in place, and says what became of every weight.
+    """Loads a whole pretraining checkpoint into an MP-MAE or a MultiMAE, in place, and says what became of every weight.
 
-    source: anything that `read_weights` takes: a state dict, a file or a folder in the layout of MMEarth-train, of a
-    DeepSpeed, DCP or safetensors checkpoint, or of an export. Every parameter must be in it; what else it holds must be the
-    unused classifier (`norm`, `head`) of a dense encoder. Logs a warning when something stays unused.
+    source: anything that `read_weights` takes: a state dict, a file or a folder in the layout of MMEarth-train or of the
+    published MultiMAE, of a DeepSpeed, DCP or safetensors checkpoint, or of an export. Every parameter must be in it. What
+    else it holds must be the unused classifier (`norm`, `head`) of a dense encoder; of a MultiMAE, nothing. Logs a warning
+    when something stays unused.
     Raises CheckpointError with every missing, unexpected, misshapen or unsuitable weight; the model is then unchanged.
     """
     weights = as_weights(source)
@@ -60,18 +65,38 @@ def load_reference(model: nn.Module, source: Mapping[str, Tensor] | str | Path |
         raise CheckpointError(
             f"{weights.source} was trained on {', '.join(trained)}, in this order; the model reads {', '.join(bands)}"
         )
+    if weights.family == "multimae":  # what its decoders are cannot be said without every name of them
+        weights = replace(weights, state=weights.state | dict.fromkeys(weights.unknown, _NOTHING), unknown=())
     return _load(model, weights, may_be_unused=("norm.", "head."), may_be_fresh=())
 
 
 def load_encoder(encoder: nn.Module, source: Mapping[str, Tensor] | str | Path | Weights) -> LoadReport:
-    """Loads the encoder of any known checkpoint into an encoder, sparse or dense, or a U-Net, in place.
+    """Loads the encoder of any known checkpoint into an encoder, sparse or dense, or a U-Net, or a MultiMAE, in place.
 
     Decoder, heads and log variances of the source stay unused; what the model has beyond the encoder keeps its initial
-    values if the source has nothing of its shape (another number of classes). Both are reported and logged as a warning.
+    values if the source has nothing of its shape (another number of classes). Of a MultiMAE the adapters of the input
+    domains that both have are loaded, and its decoders keep their initial values. All is reported and logged as a warning.
     Raises CheckpointError as `load_reference`.
     """
+    weights = as_weights(source)
+    if weights.family == "multimae":
+        return _load(encoder, *_encoder_part(encoder, weights))
     unused = ("decoder.", "heads.", "log_vars", "norm.", "head.", "upsamples.")
-    return _load(encoder, as_weights(source), may_be_unused=unused, may_be_fresh=("norm.", "head.", "upsamples."))
+    return _load(encoder, weights, may_be_unused=unused, may_be_fresh=("norm.", "head.", "upsamples."))
+
+
+def _encoder_part(model: nn.Module, weights: Weights) -> tuple[Weights, tuple[str, ...], tuple[str, ...]]:
+    """A MultiMAE's weights without decoders, and what of the weights and of the model may have no counterpart.
+
+    Decoders of another model may have the same shapes as these and yet be of other domains.
+    """
+    own, found = domains_of(dict(model.named_parameters())), domains_of(weights.state)
+    if own and not set(own) & set(found):
+        raise CheckpointError(f"{weights.source} reads {', '.join(found)}, the model {', '.join(own)}: no domain in common")
+    others = tuple(name for name in weights.state if name.startswith(_REST))
+    state = {name: value for name, value in weights.state.items() if name not in others}
+    unused, fresh = (tuple(f"input_adapters.{d}." for d in a if d not in b) for a, b in ((found, own), (own, found)))
+    return replace(weights, state=state, unknown=weights.unknown + others), unused, (*_REST, *fresh)
 
 
 def as_weights(source: Mapping[str, Tensor] | str | Path | Weights) -> Weights:
@@ -81,6 +106,7 @@ def as_weights(source: Mapping[str, Tensor] | str | Path | Weights) -> Weights:
 
 def _load(model: nn.Module, weights: Weights, may_be_unused: tuple[str, ...], may_be_fresh: tuple[str, ...]) -> LoadReport:
     own = {canonical_name(name, "mpmae", False): value for name, value in model.named_parameters()}
+    _check_family(own, weights)
     state, where = dict(weights.state), weights.source
     problems, values, fresh, cast, unused = [], {}, [], [], list(weights.unknown)
     for name, parameter in own.items():
@@ -105,6 +131,9 @@ def _load(model: nn.Module, weights: Weights, may_be_unused: tuple[str, ...], ma
     unused += [name for name in state if name.startswith(may_be_unused)]
     problems += [f"{where}: unexpected {name}; this model has no such parameter" for name in state if name not in unused]
     if problems:
+        differences = _differences(own, weights)
+        if differences:  # these change the shapes of all decoders' weights, which stand together
+            problems = [*differences, *(problem for problem in problems if "decoders." not in problem)]
         raise CheckpointError(_architecture_problem(own, weights) + _limited(problems))
     with torch.no_grad():
         for name, value in values.items():
@@ -117,7 +146,36 @@ def _load(model: nn.Module, weights: Weights, may_be_unused: tuple[str, ...], ma
     return report
 
 
+def _check_family(own: dict[str, Tensor], weights: Weights) -> None:
+    is_multimae = multimae_scheme(own) is not None
+    if is_multimae != (weights.family == "multimae"):
+        model = "a MultiMAE" if is_multimae else "a ConvNeXt V2 or MP-MAE"
+        raise CheckpointError(
+            f"{weights.source} holds {describe(weights.state, weights.source)}: its weights have no place in the model, "
+            f"which is {model}"
+        )
+    named = tuple(dict.fromkeys(name.split(".")[1] for name in own if name.startswith("input_adapters.")))
+    if named != domains_of(own):
+        raise CheckpointError(
+            f"the model's input domains are {', '.join(named)}, in this order; expected that of create_model, "
+            f"{', '.join(domains_of(own))}, in which weights are stored"
+        )
+
+
+def _differences(own: dict[str, Tensor], weights: Weights) -> list[str]:
+    """Input domains and decoders of a MultiMAE that only one side has."""
+    problems = []
+    for what, names_of in (("input domain", domains_of), ("decoder", decoders_of)):
+        model, found = names_of(own), names_of(weights.state)
+        absent, surplus = ([name for name in a if name not in b] for a, b in ((model, found), (found, model)))
+        problems += [f"{weights.source}: missing {what} {name}, which the model has" for name in absent]
+        problems += [f"{weights.source}: unexpected {what} {name}; the model has none" for name in surplus]
+    return problems
+
+
 def _other_geometry(model: nn.Module, weights: Weights) -> tuple[str, ...]:
+    if weights.family == "multimae":
+        return ()
     encoder = getattr(model, "encoder", model)
     trained = {"stem_padding": weights.stem_padding, "grn_eps": weights.grn_eps}
     if "encoder.stem.pool.weight" not in weights.state:

@@ -1,4 +1,4 @@
-"""Names and layouts of other programs' weights, and the way into ours; `names_out` has the way back.
+"""Names and layouts of other programs' ConvNeXt V2, and the way into ours; `names_out` has the way back.
 
 Names and axes only: every value keeps its bits. Ours ("canonical") are the parameter names of `mpmae.models.MPMAE`, the
 encoder always below `encoder.`; the dense classifier's last layers are `norm.*` and `head.*`. R = kernel side, C channels:
@@ -25,8 +25,9 @@ from collections.abc import Iterable
 from torch import Tensor
 
 from mpmae.modalities import ALL_TARGETS, MODALITIES
+from mpmae.models.interop.multimae_names import MULTIMAE_SCHEMES, multimae_scheme
 
-SCHEMES = ("mpmae", "mmearth-sparse", "mmearth-dense", "facebook-sparse", "facebook-dense", "timm")
+SCHEMES = ("mpmae", "mmearth-sparse", "mmearth-dense", "facebook-sparse", "facebook-dense", "timm", *MULTIMAE_SCHEMES)
 _WRAPPERS = ("module.", "_orig_mod.")
 BLOCK = r"stages\.(\d+)\.(\d+)\."
 TIMM_BLOCK = {"dwconv": "conv_dw", "norm": "norm", "pwconv1": "mlp.fc1", "pwconv2": "mlp.fc2"}
@@ -42,6 +43,10 @@ def strip_wrappers(name: str) -> str:
 
 def scheme_of(names: Iterable[str]) -> str | None:
     """Which of SCHEMES the names follow; None for none of them."""
+    names = list(names)
+    multimae = multimae_scheme(names)
+    if multimae is not None:
+        return multimae
     names = {name.removeprefix("encoder.") for name in names}
     kernels = any(name.endswith(".kernel") for name in names)
     if any(name.startswith("downsamples.") for name in names):

@@ -75,10 +75,10 @@ def create_multimae(
         problems.append(f"extra_norm_rgb needs {NORM_DOMAIN} among domains_in or domains_out; add it or leave it out")
     if loss_weighting not in LOSS_WEIGHTINGS:
         problems.append(f"loss_weighting = {loss_weighting!r}, expected one of {', '.join(LOSS_WEIGHTINGS)}")
-    problems += _size_problems(img_size, patch_size, (*inputs, *outputs))
+    problems += size_problems(img_size, patch_size, (*inputs, *outputs))
     problems += _decoder_problems(decoder_dim, decoder_depth, decoder_num_heads)
     num_tokens = len(inputs) * (img_size // max(patch_size, 1)) ** 2
-    budget = max(num_tokens // _BUDGET_PART, 1) if num_visible_tokens is None else num_visible_tokens
+    budget = default_budget(num_tokens) if num_visible_tokens is None else num_visible_tokens
     if inputs and not problems:
         problems += _budget_problems(budget, num_tokens, inputs, outputs)
     alpha_of = _alphas(alphas, inputs, problems)
@@ -134,7 +134,13 @@ def _domains(
     return tuple(domain_of(name) for name in in_order([domain.name for domain in found]))
 
 
-def _size_problems(img_size: int, patch_size: int, domains: Sequence[Domain]) -> list[str]:
+def default_budget(num_tokens: int) -> int:
+    """How many of a sample's tokens the encoder sees where nothing says so."""
+    return max(num_tokens // _BUDGET_PART, 1)
+
+
+def size_problems(img_size: int, patch_size: int, domains: Sequence[Domain]) -> list[str]:
+    """What is wrong with the sizes of images and patches for these domains."""
     if not 1 <= patch_size <= TABLE_SIZE_PX:
         return [f"patch_size = {patch_size}, expected 1 to {TABLE_SIZE_PX}"]
     problems = []
