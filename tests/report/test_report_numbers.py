@@ -44,7 +44,7 @@ def test_domains_are_known_by_title_order_and_kind_of_loss():
     data = ReportData("t", validation=[validation(**dict.fromkeys(names, (0.5, 1.0)))])
     assert [(row.title, row.loss_kind) for row in numbers.comparisons(data)] == [
         ("Sentinel-2 true colour (rgb)", "mean squared error"),
-        ("Sentinel-2 true colour per patch (norm_rgb)", "mean squared error"),
+        ("Sentinel-2 colour per patch (norm_rgb)", "mean squared error"),
         ("Elevation (depth)", "mean absolute error"),
         ("ESA WorldCover (semseg)", "cross entropy"),
         ("Sentinel-2 near infrared (ebands)", "mean squared error"),

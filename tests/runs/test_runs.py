@@ -196,7 +196,7 @@ def test_the_targets_of_a_multimae_have_titles(tmp_path):
     assert titles == [
         "training loss, all targets",
         "Sentinel-2 true colour (rgb)",
-        "Sentinel-2 true colour per patch (norm_rgb)",
+        "Sentinel-2 colour per patch (norm_rgb)",
         "Elevation (depth)",
         "Sentinel-1",
     ]
