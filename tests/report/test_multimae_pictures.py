@@ -64,7 +64,7 @@ def omniscient(model: MultiMAE) -> None:
 @pytest.fixture(scope="module")
 def unevenly_seen(shards_dir):
     """Tiles of which some domain is not seen at all."""
-    return reconstructor(shards_dir, "model.alphas=0.05").tiles(6)
+    return reconstructor(shards_dir, "model.alphas=0.05").tiles(3)
 
 
 @pytest.fixture(scope="module")
