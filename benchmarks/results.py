@@ -16,6 +16,7 @@ import results_engines
 import results_gpu_step
 import results_kernels
 import results_loader
+import results_multimae_learning
 import results_order
 import results_reshard
 import results_scaling
@@ -239,6 +240,7 @@ SECTIONS = (  # in the order of RESULTS.md
         results_downstream.readme,
     ),
     Section("downstream curve", results_downstream.curve_section),
+    Section("multimae learning", results_multimae_learning.section, "multimae-learning", results_multimae_learning.plot),
     Section("order", results_order.section, "order", results_order.plot),
     Section("data steps", data_section, readme_mark="disk", readme=readme_disk),
     Section("loader", results_loader.section, "loader", results_loader.plot),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mpmae.errors import ConfigError
-from mpmae.modalities import ALL_TARGETS, MODALITIES, spec_of
+from mpmae.modalities import ALL_TARGETS, MODALITIES, ModalitySpec, spec_of
 
 CLASS_STRIDE = 4
 NORM_HEAD = "norm_rgb"  # no domain, but one more output: NORM_DOMAIN with each patch normalised
@@ -56,7 +56,7 @@ _PUBLISHED = (
 PUBLISHED_DOMAINS: tuple[str, ...] = tuple(domain.name for domain in _PUBLISHED)
 _TITLES = {
     "rgb": "Sentinel-2 true colour (rgb)",
-    NORM_HEAD: "Sentinel-2 true colour, normalised patches (norm_rgb)",
+    NORM_HEAD: "Sentinel-2 true colour per patch (norm_rgb)",
     "depth": "Elevation (depth)",
     "semseg": "ESA WorldCover (semseg)",
     "ired": "Sentinel-2 red edge (ired)",
@@ -106,6 +106,23 @@ def title_of(name: str) -> str:
     if name in _TITLES:
         return _TITLES[name]
     return MODALITIES[name].title if name in MODALITIES else name
+
+
+def target_domain(name: str) -> str:
+    """The domain that a target reconstructs: its own name but for `norm_rgb`."""
+    return NORM_DOMAIN if name == NORM_HEAD else name
+
+
+def map_modality(name: str) -> ModalitySpec | None:
+    """The modality that a map shows: a domain, `norm_rgb` or a modality by its own name; None for what is no map."""
+    domain = DOMAINS.get(target_domain(name))
+    spec = MODALITIES.get(domain.modality if domain else name)
+    return spec if spec and spec.scope == "pixel" else None
+
+
+def noun_of(names: Iterable[str]) -> str:
+    """What losses of these names are of: modalities, or targets if some are views of a modality."""
+    return "targets" if {*PUBLISHED_DOMAINS, NORM_HEAD} & set(names) else "modalities"
 
 
 def loss_order(names: Sequence[str]) -> list[str]:

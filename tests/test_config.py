@@ -1,6 +1,7 @@
 """Configuration: layers, close matches, all problems at once."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -215,3 +216,26 @@ def test_a_config_survives_the_trip_through_yaml(tmp_path):
 @pytest.mark.parametrize("name", ["demo", "mpmae_atto_mmearth64", "mpmae_tiny_mmearth128"])
 def test_the_shipped_configurations_load(repo, name):
     assert isinstance(load_config(repo / "configs" / "run" / f"{name}.yaml"), RunConfig)
+
+
+def test_the_section_model_is_of_the_family_that_its_name_says():
+    config = load_config(None, ["model.name=multimae_tiny", "model.domains_in=[rgb, depth]", "model.alphas={rgb: 0.5}"])
+    assert config.model.domains_in == ("rgb", "depth")
+    assert config.model.alphas == {"rgb": 0.5}
+    assert config.model.modalities == ("sentinel2", "aster", "esa_worldcover")
+    assert RunConfig.model_validate(config.model_dump(mode="json")) == config
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["model.name=multimae_tiny", "model.mask_ratio=0.5"], "unknown key model.mask_ratio: a multimae has no such key"),
+        (["model.domains_in=[rgb]"], "unknown key model.domains_in: a mpmae has no such key"),
+        (["model.name=multimae_tiny", "model.domain_in=[rgb]"], "did you mean model.domains_in"),
+        (["model.name=multimae_tiny", "model.alphas=0"], "model.alphas=0: expected a number above 0"),
+        (["model.name=multimae_tiny", "model.num_visible_tokens=0"], "model.num_visible_tokens=0"),
+    ],
+)
+def test_keys_of_one_family(overrides, words):
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load_config(None, overrides)

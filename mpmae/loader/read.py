@@ -19,6 +19,7 @@ from mpmae.shard_codecs import decode_pixels, decode_scalars, unpack_one_hot
 from mpmae.shard_format import SCALARS_MEMBER, Manifest
 
 _T = TypeVar("_T")
+_NUM_NAMED = 8
 
 
 class ShardReader:
@@ -62,7 +63,19 @@ class ShardReader:
         if missing:
             raise ShardError(
                 f"{self.folder} has no {', '.join(missing)}; it has {', '.join(self.manifest.modalities)}. "
-                "Leave these out of model.modalities_out, or rebuild the shards from a source that has them"
+                "Leave what reads or reconstructs them out of the model, or rebuild the shards from a source that has them"
+            )
+
+    def require_any(self, modalities: Sequence[str]) -> None:
+        """ShardError naming the samples that have none of `modalities`, which the set must have."""
+        bits = sum(1 << self.manifest.modalities.index(name) for name in modalities)
+        empty = np.flatnonzero(self.index["presence"] & np.uint64(bits) == 0)
+        if len(empty):
+            shown = ", ".join(str(number) for number in empty[:_NUM_NAMED]) + (", ..." if len(empty) > _NUM_NAMED else "")
+            raise ShardError(
+                f"{self.folder}, split {self.split}: {len(empty)} of {len(self)} samples ({shown}) have none of "
+                f"{', '.join(modalities)}, so the model would see nothing of them; read more modalities, or rebuild the "
+                "shards without these tiles"
             )
 
     def num_present(self, sample_ids: np.ndarray, modalities: Sequence[str]) -> dict[str, int]:

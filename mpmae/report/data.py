@@ -1,6 +1,6 @@
 """What a report is made of: the run's facts, its logs and a few reconstructed tiles, all plain data.
 
-Shapes: C bands, H = W image size in pixels, G = H / patch size patches per side, K length of a tile vector.
+Shapes: C bands, H = W size of a map in its own pixels, G patches per side, K length of a tile vector.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mpmae.domains import map_modality
 from mpmae.errors import ReportError
 from mpmae.modalities import MODALITIES
 from mpmae.report.embedding_map import EmbeddingMap
@@ -16,19 +17,20 @@ from mpmae.report.embedding_map import EmbeddingMap
 
 @dataclass
 class MapTriple:
-    """A pixel modality of one tile: what was there, what the model said, and where there is data.
+    """A map of one tile, a pixel modality or a view of one: what was there, what the model said, where there is data.
 
     continuous   `target` and `prediction` [C, H, W], raw units of the modality, one channel per name in `bands`
     categorical  `target` and `prediction` [H, W], class id (position in the spec's classes), -1 = no data
 
     `valid` is bool with the shape of `target`: True where the target is data; a prediction is no data where it is not finite
-    or -1. `note` is shown under the pictures: what a reader must know about how the prediction was brought to raw units.
-    `input_only` names the bands that the encoder read and the model does not reconstruct: no prediction is shown of them.
+    or -1, and None where the map is an input that the model does not reconstruct. `note` is shown under the pictures: what a
+    reader must know about how the prediction was brought to raw units. `input_only` names the bands that the encoder read
+    and the model does not reconstruct: no prediction is shown of them.
     """
 
     bands: tuple[str, ...]
     target: np.ndarray
-    prediction: np.ndarray
+    prediction: np.ndarray | None
     valid: np.ndarray
     note: str = ""
     input_only: tuple[str, ...] = ()
@@ -56,52 +58,86 @@ class ClassGuess:
 
 
 @dataclass
+class FromInputs:
+    """What a model says of a tile that sees all patches of some inputs and nothing else.
+
+    inputs: names of the maps that it saw. predictions: by the name of the map, as in `MapTriple`.
+    """
+
+    title: str
+    inputs: tuple[str, ...]
+    predictions: Mapping[str, np.ndarray]
+
+
+@dataclass
 class TilePicture:
     """One tile with its reconstruction.
 
-    visible: bool [G, G], True = the encoder saw the patch. `inputs` names the modalities the encoder was given; all others
-    were predicted from those alone. `place` is free text such as a country; lat and lon are degrees.
+    visible: bool [G, G], True = the encoder saw the patch; one for all maps, or one for each by its name, where the inputs
+    are masked each by itself. maps: by the name of the modality or domain. `inputs` names the maps the encoder was given;
+    all others were predicted from those alone. `from_inputs`: predictions of the same maps from single inputs. `place` is
+    free text such as a country; lat and lon are degrees.
     """
 
     tile_id: str
     product_level: str
     split: str
-    visible: np.ndarray
+    visible: np.ndarray | Mapping[str, np.ndarray]
     patch_size_px: int
     maps: Mapping[str, MapTriple]
     vectors: Mapping[str, VectorPair | ClassGuess] = field(default_factory=dict)
     inputs: tuple[str, ...] = ("sentinel2",)
+    from_inputs: Sequence[FromInputs] = ()
     lat: float | None = None
     lon: float | None = None
     place: str = ""
 
     @property
-    def size_px(self) -> int:
-        """Image side in pixels."""
-        return len(self.visible) * self.patch_size_px
+    def num_patches_side(self) -> int:
+        """G."""
+        return len(next(iter(self._visibles().values())))
 
     @property
-    def hidden_pixels(self) -> np.ndarray:
-        """Bool [H, W]: True where the patch was hidden from the encoder."""
-        return np.kron(~np.asarray(self.visible), np.ones((self.patch_size_px, self.patch_size_px), bool))
+    def size_px(self) -> int:
+        """Image side in pixels."""
+        return self.num_patches_side * self.patch_size_px
+
+    def visible_of(self, name: str) -> np.ndarray:
+        """Bool [G, G]: True where the encoder saw the patch of a map."""
+        return np.asarray(self.visible[name] if isinstance(self.visible, Mapping) else self.visible)
+
+    def hidden_pixels(self, name: str) -> np.ndarray:
+        """Bool [H, W] in the pixels of the map: True where the patch was hidden from the encoder."""
+        patch = np.shape(self.maps[name].target)[-1] // self.num_patches_side
+        return np.kron(~self.visible_of(name), np.ones((patch, patch), bool))
 
     def problems(self) -> list[str]:
         """Everything that does not fit together in this tile, one text each."""
         where, found = f"tile {self.tile_id}", []
-        shape = np.shape(self.visible)
-        if len(shape) != 2 or shape[0] != shape[1] or np.asarray(self.visible).dtype != bool:
-            dtype = np.asarray(self.visible).dtype
-            return [f"{where}: `visible` is {dtype} {shape}, expected bool [G, G] with one entry per patch"]
+        if isinstance(self.visible, Mapping) and set(self.visible) != set(self.maps):
+            return [f"{where}: `visible` has {', '.join(self.visible) or 'nothing'}, expected {', '.join(self.maps)}"]
+        for name, visible in self._visibles().items():
+            shape, dtype = np.shape(visible), np.asarray(visible).dtype
+            if len(shape) != 2 or shape[0] != shape[1] or dtype.kind != "b":
+                found.append(f"{where}: {name} is {dtype} {shape}, expected bool [G, G] with one entry per patch")
+        if len({np.shape(visible) for visible in self._visibles().values()}) > 1:
+            found.append(f"{where}: `visible` has maps with different numbers of patches")
+        if found:
+            return found
         for name, triple in self.maps.items():
-            if name not in MODALITIES or MODALITIES[name].scope != "pixel":
+            spec = map_modality(name)
+            if spec is None:
                 found.append(f"{where}: {name!r} is not a pixel modality; known names are in mpmae.modalities")
                 continue
-            side = (self.size_px, self.size_px)
-            expected = side if MODALITIES[name].kind == "categorical" else (len(triple.bands), *side)
-            for part in ("target", "prediction", "valid"):
-                got = np.shape(getattr(triple, part))
-                if got != expected:
-                    found.append(f"{where}: {name} {part} has shape {list(got)}, expected {list(expected)}")
+            side = np.shape(triple.target)[-1]
+            if side % self.num_patches_side or self.size_px % side:  # a map may be coarser than the image
+                side = self.size_px
+            expected = (side, side) if spec.kind == "categorical" else (len(triple.bands), side, side)
+            parts = {part: getattr(triple, part) for part in ("target", "prediction", "valid")}
+            parts |= {f"from {one.title}": one.predictions[name] for one in self.from_inputs if name in one.predictions}
+            for part, values in parts.items():
+                if values is not None and np.shape(values) != expected:
+                    found.append(f"{where}: {name} {part} has shape {list(np.shape(values))}, expected {list(expected)}")
         for name, pair in self.vectors.items():
             if name not in MODALITIES or MODALITIES[name].scope != "tile":
                 found.append(f"{where}: {name!r} is not a tile modality; known names are in mpmae.modalities")
@@ -112,6 +148,12 @@ class TilePicture:
                 if any(size != (len(pair.names),) for size in sizes.values()):
                     found.append(f"{where}: {name} has {len(pair.names)} names but shapes {sizes}")
         return found
+
+    def _visibles(self) -> dict[str, np.ndarray]:
+        """The visible patches by where they stand."""
+        if isinstance(self.visible, Mapping):
+            return {f"`visible` of {name}": visible for name, visible in self.visible.items()}
+        return {"`visible`": self.visible}
 
 
 @dataclass

@@ -7,6 +7,7 @@ from pathlib import PurePath
 from statistics import median
 from typing import Any, Literal, get_args
 
+from mpmae.domains import DOMAINS, NORM_HEAD, loss_order, noun_of, title_of
 from mpmae.modalities import MODALITIES
 from mpmae.probe_record import LINEAR, percent, scores_of
 from mpmae.report.data import ReportData
@@ -18,9 +19,9 @@ Series = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """One modality's latest validation loss beside the trivial predictor's; `ratio` = loss / trivial, NaN if unknown.
+    """One target's latest validation loss beside the trivial predictor's; `ratio` = loss / trivial, NaN if unknown.
 
-    The mark is `absent` where the log says None: no validation tile has the modality.
+    The mark is `absent` where the log says None: no validation tile has the target's modality.
     """
 
     name: str
@@ -62,32 +63,39 @@ def series(objects: Sequence[Mapping[str, Any]], *keys: str) -> Series:
     return sorted(found.items())
 
 
-def modalities_of(data: ReportData) -> list[str]:
-    """Every modality with a loss anywhere in the logs, known ones in the order of the modality table, then the rest."""
-    names = {name for objects in (data.history, data.validation) for item in objects for name in item.get("losses") or {}}
-    known = [name for name in MODALITIES if name in names]
-    return known + sorted(names - set(known))
+def targets_of(data: ReportData, *kinds: str) -> list[str]:
+    """Every modality, domain or `norm_rgb` with an entry under `kinds` (none: `losses`) anywhere in the logs, in order."""
+    objects = [item for log in (data.history, data.validation) for item in log]
+    return loss_order({name for item in objects for kind in kinds or ("losses",) for name in item.get(kind) or {}})
 
 
-def title_of(name: str) -> str:
-    """A modality's title, the name itself for an unknown one."""
-    return MODALITIES[name].title if name in MODALITIES else name
+def noun(data: ReportData) -> str:
+    """What the page calls what is reconstructed: modalities or targets."""
+    return noun_of(targets_of(data))
+
+
+def loss_kind(name: str) -> str:
+    """The kind of a target's loss in words; empty for an unknown one."""
+    if name in MODALITIES:
+        return {"continuous": "mean squared error", "categorical": "cross entropy"}[MODALITIES[name].kind]
+    if name == NORM_HEAD:
+        return "mean squared error"
+    kinds = {"squared": "mean squared error", "absolute": "mean absolute error", "classes": "cross entropy"}
+    return kinds[DOMAINS[name].loss] if name in DOMAINS else ""
 
 
 def comparisons(data: ReportData) -> list[Comparison]:
-    """The last validation beside the trivial predictor, one row per modality; empty without a validation."""
+    """The last validation beside the trivial predictor, one row per target; empty without a validation."""
     if not data.validation:
         return []
     last = max(data.validation, key=lambda item: item["step"])
     rows = []
-    for name in modalities_of(data):
+    for name in targets_of(data):
         losses = last.get("losses") or {}
         loss, trivial = number(losses.get(name)), number((last.get("trivial") or {}).get(name))
         ratio = loss / trivial if trivial > 0 and math.isfinite(loss) else math.nan
-        spec = MODALITIES.get(name)
-        kind = {"continuous": "mean squared error", "categorical": "cross entropy"}.get(spec.kind, "") if spec else ""
         mark = "absent" if name in losses and losses[name] is None else mark_of(ratio)
-        rows.append(Comparison(name, title_of(name), kind, loss, trivial, ratio, mark))
+        rows.append(Comparison(name, title_of(name), loss_kind(name), loss, trivial, ratio, mark))
     return rows
 
 
@@ -108,13 +116,13 @@ def verdict(data: ReportData) -> str:
         reason = "no validation was recorded" if not data.validation else "the validation holds no comparable losses"
         return f"This page cannot say: {reason}, and a falling training loss alone does not show it."
     groups = {mark: [row.title for row in rows if row.mark == mark] for mark in get_args(Mark)}
-    won, total = len(groups["better"]), len(rows) - len(groups["absent"])
+    won, total, what = len(groups["better"]), len(rows) - len(groups["absent"]), noun(data)
     if won == total:
-        text = f"Yes: on all {total} modalities it beats a predictor that sees no image."
+        text = f"Yes: on all {total} {what} it beats a predictor that sees no image."
     elif won:
-        text = f"In part: it beats a predictor that sees no image on {won} of {total} modalities."
+        text = f"In part: it beats a predictor that sees no image on {won} of {total} {what}."
     else:
-        text = f"No: it beats a predictor that sees no image on none of {total} modalities."
+        text = f"No: it beats a predictor that sees no image on none of {total} {what}."
     phrases = {
         "equal": "No better than that predictor",
         "worse": "Worse",
@@ -137,7 +145,7 @@ def warnings(data: ReportData) -> list[str]:
             f"The total loss is not finite in {len(broken):,} of {len(totals):,} logged steps, first at step {broken[0]:,}."
         )
     for objects, what in ((data.history, "training"), (data.validation, "validation")):
-        for name in modalities_of(data):
+        for name in targets_of(data):
             values = series(objects, "losses", name)
             broken = [step for step, loss in values if not math.isfinite(loss)]
             if broken:
@@ -155,7 +163,7 @@ def headlines(data: ReportData) -> list[Headline]:
         samples = f" on {last['num_samples']:,} samples" if isinstance(last.get("num_samples"), int) else ""
         won = sum(row.mark == "better" for row in rows)
         present = sum(row.mark != "absent" for row in rows)
-        detail = f"modalities, at step {last['step']:,}{samples}"
+        detail = f"{noun(data)}, at step {last['step']:,}{samples}"
         found.append(Headline("Beats the trivial predictor", f"{won} of {present}", detail))
     totals = [loss for _, loss in series(data.history, "loss") if math.isfinite(loss)]
     if totals:

@@ -62,6 +62,7 @@ def render_report(data: ReportData) -> str:
     template = environment.get_template("page.html.j2")
     return template.render(
         data=data,
+        singular={"modalities": "modality", "targets": "target"}[numbers.noun(data)],
         lead=_lead(data),
         css=Markup(environment.loader.get_source(environment, "page.css")[0]),
         verdict=numbers.verdict(data),
@@ -71,10 +72,12 @@ def render_report(data: ReportData) -> str:
         equal_within_percent=numbers.EQUAL_WITHIN_PERCENT,
         run_charts=_markup(_run_charts(data)),
         loss_charts=_markup(_loss_charts(data)),
+        log_variance_charts=_markup(_log_variance_charts(data)),
         probe_charts=_markup(_probe_charts(data)),
         probe_note=numbers.probe_note(data),
         swatches={kind: Markup(legend_swatch(kind)) for kind in ("line", "band", "point", "trivial")},
         tiles=[tile_view(tile) for tile in data.tiles],
+        is_per_map=any(isinstance(tile.visible, Mapping) for tile in data.tiles),
         embedding_charts=_embedding_charts(data),
         periods=list(PERIODS.values()),
         keys={"hidden": png_data_uri(hatch(_KEY_SIDE_PX)), "unscored": png_data_uri(dots(_KEY_SIDE_PX))},
@@ -104,10 +107,15 @@ def _run_charts(data: ReportData) -> Iterator[Chart]:
 
 
 def _loss_charts(data: ReportData) -> Iterator[Chart]:
-    for name in numbers.modalities_of(data):
+    for name in numbers.targets_of(data):
         train = numbers.series(data.history, "losses", name)
         validation, trivial = (numbers.series(data.validation, key, name) for key in ("losses", "trivial"))
         yield line_chart(numbers.title_of(name), train, validation, trivial)
+
+
+def _log_variance_charts(data: ReportData) -> Iterator[Chart]:
+    for name in numbers.targets_of(data, "log_variances"):
+        yield line_chart(numbers.title_of(name), numbers.series(data.history, "log_variances", name))
 
 
 def _probe_charts(data: ReportData) -> Iterator[Chart]:

@@ -1,4 +1,4 @@
-"""Curves of several runs as one picture: the total loss large, below it a small chart for each modality and each probe."""
+"""Curves of several runs as one picture: the total loss large, below it a small chart for each target and each probe."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
+from mpmae.domains import noun_of, title_of
 from mpmae.errors import ReportError
-from mpmae.modalities import MODALITIES
 from mpmae.probe_record import is_method, method_title
 from mpmae.runs.curves import AXES, TOTAL, Curve, RunCurves
 
@@ -52,7 +52,8 @@ def draw(runs: Sequence[RunCurves], axis: str) -> Figure:
     for run, handle in zip(runs, handles, strict=True):
         for x in run.resumed_at:
             total.axvline(x, color=handle.get_color(), linestyle=(0, (1, 3)), linewidth=1, zorder=0)
-    total.set_title("training loss, all modalities", loc="left", fontsize=11, color=_INK)
+    names = {name for run in runs for name in run.curves}
+    total.set_title(f"training loss, all {noun_of(names)}", loc="left", fontsize=11, color=_INK)
     notes = ["faint: every step", "dots: validation", *(["dotted: resumed"] if any(run.resumed_at for run in runs) else [])]
     total.set_title("  ·  ".join(notes), loc="right", fontsize=8, color=_INK)
     total.set_xlabel(AXES[axis])
@@ -80,9 +81,7 @@ def draw(runs: Sequence[RunCurves], axis: str) -> Figure:
 
 
 def _title(name: str) -> str:
-    if name in MODALITIES:
-        return MODALITIES[name].title
-    return f"{method_title(name)}, %" if is_method(name) else name
+    return f"{method_title(name)}, %" if is_method(name) else title_of(name)
 
 
 def _panel(panel: Axes, of_runs: Sequence[Mapping[str, Curve]], name: str, axis: str) -> list:

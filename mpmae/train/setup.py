@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from mpmae.config import RunConfig
+from mpmae.config_model import MultiMAESection
+from mpmae.domains import modalities_of
 from mpmae.engine import check_engine, load_ds_config, resolve_ds_config
 from mpmae.errors import ConfigError
 from mpmae.loader import ShardReader
@@ -37,13 +39,16 @@ def set_up(config: RunConfig, world_size: int) -> Setup:
     manifest = folder.manifest()
     plan = make_plan(config, manifest, world_size)
     train, val = (ShardReader(folder, split, manifest) for split in (config.data.train_split, config.data.val_split))
+    splits = ((train, True), (train, False), (val, False))
+    loaders = [open_loader(config, reader, training=training) for reader, training in splits]
+    if isinstance(config.model, MultiMAESection):
+        for reader in (train, val):
+            reader.require_any(modalities_of(config.model.domains_in))
     return Setup(
         manifest,
         plan,
         _resolved_ds_config(config, plan),
-        open_loader(config, train, training=True),
-        open_loader(config, train, training=False),
-        open_loader(config, val, training=False),
+        *loaders,
     )
 
 

@@ -15,9 +15,12 @@ from mpmae.modalities import TARGETS
 from mpmae.models.losses import normalise_patches
 from mpmae.report import ReportData
 from mpmae.report.cli import main
-from mpmae.report.collect import Reconstructor, collect, denormalise_patches, unpatch
+from mpmae.report.collect import collect
+from mpmae.report.of_mpmae import unpatch
 from mpmae.report.page import render_report
+from mpmae.report.reconstruct import Reconstructor
 from mpmae.report.tiles import tile_view
+from mpmae.report.units import denormalise_patches
 from mpmae.train.loop import build_model
 from tests.report.test_embedding_map import make_map
 from tests.train.launches import launch_ok

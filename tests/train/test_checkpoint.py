@@ -379,3 +379,18 @@ def test_shards_that_differ_are_named():
     for same, words in ((before, "modality tables are not"), (None, "does not name them")):
         with pytest.raises(CheckpointError, match=words):
             check_compatible(meta, config_of(), "b" * 64, 2, None, same)
+
+
+def test_another_family_of_models_is_one_difference():
+    meta = meta_of(config_of(model={"name": "multimae_tiny"}))
+    assert check_compatible(meta, config_of(model={"name": "multimae_tiny"}), "a" * 64, 2) == []
+    with pytest.raises(CheckpointError, match=r"model\.name: 'multimae_tiny' in the checkpoint, 'mpmae_atto' now") as caught:
+        check_compatible(meta, config_of(), "a" * 64, 2)
+    assert not any("absent" in problem for problem in caught.value.problems)
+
+
+def test_a_key_of_multimae_that_the_checkpoint_does_not_know_yet_was_its_default():
+    config = config_of(model={"name": "multimae_base"})
+    meta = meta_of(config)
+    del meta["config"]["model"]["decoder_dim"]
+    assert check_compatible(meta, config, "a" * 64, 2) == []

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributions import Gamma
 
 from mpmae.counter_rng import Stream, random_bits
 
@@ -53,7 +54,7 @@ def draw_tokens(
 def random_draw(num: int, alphas: Tensor, num_patches: int) -> TokenDraw:
     """The numbers of `num` samples from torch's generator, on the device of `alphas` float32 [K]."""
     shape, device = (num, len(alphas), num_patches), alphas.device
-    gammas = torch._standard_gamma(alphas.double().expand(num, -1))
+    gammas = Gamma(alphas.double(), torch.ones_like(alphas, dtype=torch.float64)).sample((num,))
     tiny = torch.finfo(torch.float64).tiny
     return TokenDraw(
         gammas.clamp(min=tiny).log().float(),

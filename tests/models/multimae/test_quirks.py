@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mpmae.engine.optim import parameter_groups
 from mpmae.errors import ConfigError
 from mpmae.models.multimae.domains import domain_of, standardise_truncated, view_of
 from mpmae.models.multimae.sampler import TokenSample
@@ -172,3 +173,19 @@ def test_the_page_names_every_test(repo):
     named = set(re.findall(r"`(test_\w+)`", page)) - {name for _, name in elsewhere}
     here = {name for name in globals() if name.startswith("test_")} - {"test_the_page_names_every_test"}
     assert named == here
+
+
+@EITHER
+def test_what_weight_decay_acts_on(quirks):
+    """Matrices, stacked or not; quirk: everything."""
+    model = build(reference_quirks=quirks, loss_weighting="uncertainty")
+    groups = parameter_groups(model, 0.05)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed = {names[id(parameter)] for group in groups if group["weight_decay"] for parameter in group["params"]}
+    if quirks:
+        assert decayed == set(names.values())
+        return
+    vectors = {name for name in names.values() if "norm" in name or name.endswith(".bias")}
+    tokens = {"global_tokens", "log_vars", "decoders.mask_token", "decoders.task_embeddings"}
+    assert decayed == set(names.values()) - vectors - tokens
+    assert {"decoders.blocks.0.mlp.fc1.weight", "input_adapters.rgb.proj.weight", "encoder.0.attn.qkv.weight"} <= decayed
