@@ -106,10 +106,10 @@ def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None
                 has_best = not had_ended or (folder / WEIGHTS_NAME).is_file()
                 if labelled.task.kind == "segmentation" and has_best:
                     _draw(folder, setup, labelled, run.splits["test"], world, f"{encoder.label}, {_name(run)}")
-                write_results(config.output.dir, config, labelled, scores, _facts(preparation, like))
+                write_results(config.output.dir, config, labelled, scores, _facts(preparation, like, labelled.task))
     if world.rank == 0:
         scores += _untrained(config, labelled, labels, runs)
-        write_results(config.output.dir, config, labelled, scores, _facts(preparation, like))
+        write_results(config.output.dir, config, labelled, scores, _facts(preparation, like, labelled.task))
         print_results(scores)
     return world.broadcast_object(scores)
 
@@ -124,8 +124,10 @@ def _encoders(
         yield "scratch", random_twin(config.encoder, seed, config.finetune.drop_path, task)
 
 
-def _facts(preparation: Preparation, like: ImageEncoder) -> dict[str, Any]:
-    return {"preparation": preparation.facts, "encoders": {like.label: like.facts}}
+def _facts(preparation: Preparation, like: ImageEncoder, task: Task) -> dict[str, Any]:
+    unused = {"pooling"} if task.kind == "segmentation" else set()
+    encoder = {key: value for key, value in like.facts.items() if key not in unused}
+    return {"preparation": preparation.facts, "encoders": {like.label: encoder}}
 
 
 def _name(run: Run) -> str:

@@ -23,7 +23,7 @@ from mpmae.models.multimae.model import MultiMAE
 
 _LOG = logging.getLogger(__name__)
 _PATCH_SIZE, _GRID = 8, 7
-_SAID = {
+POOLED = {
     "mean": "mean over the tokens of all patches with data, of all domains, and the global token",
     "global": "the global token",
 }
@@ -41,7 +41,7 @@ class MultiMAEEncoder(ImageEncoder):
     @property
     def facts(self) -> dict[str, Any]:
         """What is read and how it becomes a vector, as plain data."""
-        return {"domains": [domain.name for domain in self.backbone.domains], "pooling": _SAID[self.backbone.pooling]}
+        return {"domains": [domain.name for domain in self.backbone.domains], "pooling": POOLED[self.backbone.pooling]}
 
     def forward(self, image: Tensor) -> Tensor:
         """Feature vectors [N, D] for prepared images [N, C, S, S], NaN where there is no data."""

@@ -26,7 +26,7 @@ def write_results(
     facts["encoders"]: by label, what an encoder reads and how it is pooled; it stands under the table too.
     """
     write_scores(folder / SCORES_NAME, scores, evaluation_facts(config, labelled) | dict(facts))
-    told = "".join(f"\n{label}: {_told(entry)}.\n" for label, entry in facts.get("encoders", {}).items())
+    told = "".join(f"\n{label}: {_told(entry)}.\n" for label, entry in facts.get("encoders", {}).items() if entry)
     text = f"# {labelled.task.name}\n\n{markdown(results_table(scores))}{told}\n![results]({PICTURE_NAME})\n"
     write_whole(folder / RESULTS_NAME, text)
     write_picture(scores, folder / PICTURE_NAME)
@@ -54,5 +54,6 @@ def print_table(table: Table) -> None:
 
 
 def _told(entry: Mapping[str, Any]) -> str:
-    reads = f"reads {', '.join(entry['domains'])}; " if "domains" in entry else ""
-    return f"{reads}an image's vector is the {entry['pooling'].removeprefix('the ')}"
+    reads = [f"reads {', '.join(entry['domains'])}"] if "domains" in entry else []
+    pooled = [f"an image's vector is the {entry['pooling'].removeprefix('the ')}"] if "pooling" in entry else []
+    return "; ".join(reads + pooled)

@@ -17,7 +17,7 @@ from mpmae.eval.bands import match_channels
 from mpmae.eval.config import InputsSection
 from mpmae.eval.dataset import LabelledSet, Task
 from mpmae.eval.encoders import domains_of
-from mpmae.eval.multimae_encoder import channels_of
+from mpmae.eval.multimae_encoder import POOLED, channels_of
 from mpmae.eval.open_set import open_set
 from mpmae.eval.results import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, SCORES_NAME, evaluation_facts, print_table
 from mpmae.eval.score_log import check_free, held
@@ -80,7 +80,7 @@ def sweep(evaluate: Evaluate, config: Section, *, resume: bool = False, labelled
                     _write(folder, config, labelled, [*done, *left])
             if world.rank == 0:
                 _write(folder, config, labelled, done)
-                print_table(sweep_table(done))
+                print_table(sweep_table(done, _pooling(config, labelled)))
     return _named(done)
 
 
@@ -149,9 +149,14 @@ def _write(folder: Path, config: Section, labelled: LabelledSet, done: Sequence[
         entry.name: {"domains": entry.domains, "evaluated": bool(entry.scores), "remark": entry.remark} for entry in done
     }
     write_scores(folder / SCORES_NAME, _named(done), evaluation_facts(config, labelled) | {"inputs": subsets})
-    text = f"# {labelled.task.name}: inputs of one encoder\n\n{markdown(sweep_table(done))}\n![results]({PICTURE_NAME})\n"
+    table = sweep_table(done, _pooling(config, labelled))
+    text = f"# {labelled.task.name}: inputs of one encoder\n\n{markdown(table)}\n![results]({PICTURE_NAME})\n"
     write_whole(folder / RESULTS_NAME, text)
     write_sweep_picture(done, folder / PICTURE_NAME)
+
+
+def _pooling(config: Section, labelled: LabelledSet) -> str:
+    return "" if labelled.task.kind == "segmentation" else POOLED[config.encoder.pooling]
 
 
 def _say(text: str) -> None:

@@ -77,8 +77,11 @@ def sweep_rows(done: Sequence[SubsetScores]) -> list[Row]:
     )
 
 
-def sweep_table(done: Sequence[SubsetScores]) -> Table:
-    """All inputs, in percent; those that could not be evaluated last, with the reason as their remark."""
+def sweep_table(done: Sequence[SubsetScores], pooling: str = "") -> Table:
+    """All inputs, in percent; those that could not be evaluated last, with the reason as their remark.
+
+    pooling: how tokens become a vector, in words, where they do.
+    """
     rows = sweep_rows(done)
     first = next((entry.name for entry in done if entry.scores), "")
     fractions = {row.standing.summary.label_fraction for row in rows}
@@ -105,24 +108,27 @@ def sweep_table(done: Sequence[SubsetScores]) -> Table:
         if not entry.scores and entry.remark:
             line = [entry.name, _told(entry.domains), "not possible"]
             cells.append(tuple(line + [UNKNOWN] * (len(header) - len(line) - 1) + [entry.remark]))
-    return Table(tuple(header), tuple(cells), _notes(rows, done, per_image))
+    return Table(tuple(header), tuple(cells), _notes(rows, done, per_image, pooling))
 
 
-def _notes(rows: Sequence[Row], done: Sequence[SubsetScores], per_image: bool) -> tuple[str, ...]:
+def _notes(rows: Sequence[Row], done: Sequence[SubsetScores], per_image: bool, pooling: str) -> tuple[str, ...]:
     num = max((len(row.standing.summary.values) for row in rows), default=0)
     folds = {score.fold for entry in done for score in entry.scores}
     of_folds = f" x {len(folds)} folds" if folds and folds != {None} else ""
     notes = [f"Test split, {num} seed{'s' if num != 1 else ''}{of_folds}. Inputs share splits, folds and seeds."]
+    if pooling:
+        notes.append(f"An image's vector is the {pooling.removeprefix('the ')}.")
     if num > 1:
-        notes.append("Over seeds: 95 % interval of the mean (Student's t).")
+        notes.append("Over seeds: 95 % interval of the mean (Student's t); all equal: no seed changes anything there.")
     if per_image:
         notes.append(
             f"Over images: 95 % bootstrap interval of accuracy over test images ({NUM_DRAWS} draws); gains: of the "
             "difference, paired by image."
         )
     notes.append("Random init: random weights of the same architecture and input.")
-    if any(row.standing.summary.encoder in _COMMON for row in rows):
-        notes.append(f"{' and '.join(_COMMON).capitalize()} see all stored bands, and depend on no input.")
+    common = list(dict.fromkeys(row.standing.summary.encoder for row in rows if row.entry is None))
+    if common:
+        notes.append(f"Of all stored bands, whatever the input: {', '.join(common)}.")
     return tuple(notes)
 
 

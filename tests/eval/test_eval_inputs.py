@@ -75,6 +75,7 @@ def test_the_table_of_a_sweep_names_what_was_left_out_and_filled_in(swept):
     assert rows["RGB + S1"].startswith("| RGB + S1 | rgb, sentinel1 | not possible | – |")
     assert rows["RGB + S1"].endswith("| the encoder does not read sentinel1 |")
     assert rows["image statistics"].startswith("| image statistics | all stored bands |")
+    assert "An image's vector is the mean over the tokens of all patches with data" in text
     assert (swept[0] / "results.png").read_bytes().startswith(b"\x89PNG")
     inner = (swept[0] / "inputs" / "rgb-+-dem" / "results.md").read_text()
     assert "reads rgb, depth; an image's vector is the mean over the tokens of all patches with data" in inner

@@ -97,7 +97,7 @@ def test_a_resumed_run_ends_as_one_left_alone(tmp_path, checkpoint, monkeypatch)
 
 def test_a_frozen_encoder_keeps_its_weights(tmp_path, checkpoint):
     options = ("encoder.domains=[rgb]", *TUNING, "finetune.freeze=true")
-    (score,) = finetune(configured(checkpoint, tmp_path, *options), labelled=hidden_in("colour", sizes=(8, 4, 4)))
+    (score,) = finetune(configured(checkpoint, tmp_path, *options), labelled=hidden_in("colour", sizes=(24, 4, 4)))
     assert score.method == "finetune-head"
     kept, before = (load_file(path / "model.safetensors") for path in (tmp_path / "runs" / NAME, checkpoint))
     assert all(torch.equal(value, before[name]) for name, value in kept.items() if name in before)

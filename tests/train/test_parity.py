@@ -8,7 +8,7 @@ import pytest
 from tests.train.launches import kill_after_step, launch_ok
 
 pytestmark = pytest.mark.timeout(900)
-STEPS = 20
+STEPS = 12
 COMMON = (
     "model.img_size=32",
     "model.loss_weighting=uncertainty",
@@ -17,9 +17,9 @@ COMMON = (
     "train.seed=7",
     "train.val_samples=2",
     "optim.lr=1e-3",
-    "optim.warmup_steps=5",
+    "optim.warmup_steps=3",
     "data.num_workers=1",
-    "checkpoint.every_steps=5",
+    "checkpoint.every_steps=3",
 )
 SYSTEMS = {
     "mpmae": ("model.name=mpmae_atto",),
@@ -94,7 +94,7 @@ def pairs(cases: Iterable[str], default: Mapping[str, Container[str]]) -> list:
 @pytest.mark.parametrize(("system", "case"), pairs(list(CASES)[1:], DEFAULT))
 def test_same_curve(system, case, lines_of):
     expected, found = lines_of(system, "1 rank"), lines_of(system, case)
-    assert np.abs(log_variances(expected)[-1]).min() > 1e-4, "they are trained"
+    assert np.abs(log_variances(expected)).max(0).min() > 1e-4, "they are trained"
     np.testing.assert_allclose(log_variances(found), log_variances(expected), atol=1e-5)
     np.testing.assert_allclose(curve(found)[:, 0], curve(expected)[:, 0], rtol=1e-5)
 
