@@ -45,6 +45,19 @@ class StackedNorm(nn.Module):
         return normed * self.weight[:, None, None] + self.bias[:, None, None]
 
 
+class Norm(nn.LayerNorm):
+    """Layer normalisation of float32 also with weights that an engine holds in bfloat16."""
+
+    def __init__(self, dim: int):
+        super().__init__(dim, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D], normalised over D."""
+        # autocast does this on a GPU; on a CPU torch refuses weights of less precision than the input
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps)
+
+
 class Layers(NamedTuple):
     """What a transformer is made of: functions that give a linear layer (D_in, D_out) and a normalisation (D)."""
 
@@ -52,7 +65,7 @@ class Layers(NamedTuple):
     norm: Callable[[int], nn.Module]
 
 
-PLAIN = Layers(nn.Linear, lambda dim: nn.LayerNorm(dim, eps=NORM_EPS))
+PLAIN = Layers(nn.Linear, Norm)
 
 
 def stacked(num: int) -> Layers:
