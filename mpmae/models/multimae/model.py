@@ -247,7 +247,8 @@ class MultiMAE(nn.Module):
         for name in names:
             adapter, values = self.input_adapters[name], views[name].values
             where = positions(self.table, self.num_patches_side, adapter.position_mode)
-            tokens.append(adapter(values if not values.is_floating_point() else values.to(dtype)) + where)
+            # the table stays float32 where an engine keeps the weights, and so the blocks, in bf16
+            tokens.append((adapter(values if not values.is_floating_point() else values.to(dtype)) + where).to(dtype))
         return torch.cat(tokens, dim=1)
 
     def _encode(self, tokens: Tensor, real: Tensor | None) -> Tensor:
