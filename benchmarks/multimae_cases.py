@@ -77,7 +77,7 @@ class Way:
 
 
 def all_ways(model: MultiMAE, batch: Batch, tokens: TokenDraw, lr: float = 0.0, tiny: bool = False) -> Iterator[Way]:
-    """Ours in fp32, the published code's, then the others; with `tiny` nothing is compiled. A rate of 0 keeps the weights."""
+    """Ours in fp32, the published code's, then the others, none compiled with `tiny`. A rate of 0 keeps the weights."""
     apart = sharing(model)
     apart.decoders = PerDomainDecoders(model.decoders)
     whole = fused_adamw(model, lr)

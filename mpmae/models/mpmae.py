@@ -5,7 +5,7 @@ V visible and M = L - V hidden ones, C channels.
 Source: Nedungadi et al., "MMEarth", arXiv 2405.02771, section 4.
 """
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from mpmae.modalities import band_indices, spec_of
 from mpmae.models import blocks, losses
 from mpmae.models.decoder import Decoder, Heads
 from mpmae.models.encoder import DenseEncoder, SparseEncoder
-from mpmae.shard_format import Manifest
+
+if TYPE_CHECKING:  # it needs pydantic, which a machine that only runs models may lack
+    from mpmae.shard_format import Manifest
 
 INPUT = "sentinel2"
 ENCODERS = ("sparse", "dense")
@@ -131,7 +133,7 @@ class MPMAE(nn.Module):
         """Visible patches of these samples as `forward` takes them: the same over any number of ranks and after a resume."""
         return draw_visible(seed, epoch, sample_ids, self.num_patches, self.num_visible)
 
-    def input_record(self, manifest: Manifest) -> dict[str, Any]:
+    def input_record(self, manifest: "Manifest") -> dict[str, Any]:
         """What a checkpoint says of the input: `bands_in` and their `statistics` by product level, in raw units."""
         return {"bands_in": list(self.bands_in), "statistics": manifest.input_statistics(self.bands_in)}
 

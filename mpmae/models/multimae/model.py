@@ -6,7 +6,7 @@ Source: "MultiMAE meets Earth Observation", arXiv 2505.14951; Bachmann et al., "
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,9 @@ from mpmae.models.multimae.losses import domain_share
 from mpmae.models.multimae.positions import positions, sincos_table, table_side
 from mpmae.models.multimae.sampler import TokenSample, sample_tokens
 from mpmae.models.multimae.vit import Block
-from mpmae.shard_format import Manifest
+
+if TYPE_CHECKING:  # it needs pydantic, which a machine that only runs models may lack
+    from mpmae.shard_format import Manifest
 
 
 class MultiMAEOutput(NamedTuple):
@@ -147,7 +149,7 @@ class MultiMAE(nn.Module):
         """Whether weight decay acts on the parameter of that name: on matrices, and with the quirks on everything."""
         return self.reference_quirks or (name.endswith(".weight") and "norm" not in name)
 
-    def input_record(self, manifest: Manifest) -> dict[str, Any]:
+    def input_record(self, manifest: "Manifest") -> dict[str, Any]:
         """What a checkpoint says of the input: `domains_in`, and the `statistics` of their continuous bands in raw units.
 
         statistics: key of `manifest.band_stats`, such as "sentinel2_l2a" or "aster", -> {"bands", "mean", "std"}.
