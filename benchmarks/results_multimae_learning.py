@@ -17,9 +17,9 @@ def section(record: dict[str, Any]) -> str:
     lines = [
         "## MultiMAE on real tiles",
         "",
-        f"{record['date'][:10]}, {machine(record)}. Made by `python benchmarks/multimae_learning.py`: {case['model']} from "
-        f"random weights, {case['steps']} steps of {case['batch_size']} tiles of {case['tiles']}. Loss of each target on the "
-        f"validation split after {first} and {last} steps, and that of a predictor that knows only means and class "
+        f"{record['date'][:10]}, {machine(record)}. Made by `python benchmarks/multimae_learning.py`: {case['model']} "
+        f"from random weights, {case['steps']} steps of {case['batch_size']} tiles of {case['tiles']}. Loss of each target "
+        f"on the validation split after {first} and {last} steps, and that of a predictor that knows only means and class "
         "frequencies.",
         "",
         f"| target | after {first} steps | after {last} steps | trivial | in training, at the end |",
