@@ -30,7 +30,8 @@ def section(record: dict[str, Any]) -> str:
         lines.append(f"| {name} | {_rate(way)} | {parts} | {100 * share:.0f} % | {_faster(way)} |")
     lines += [
         "",
-        f"The rate of products, measured in each round, is that of the encoder's widest layer: {products}. {_goal(record)}",
+        f"The rate of products, measured in each round, is that of the encoder's widest layer: {products}. {_goal(record)} "
+        f"By the process's own time, without what else ran on the machine: {_cpu(record)}.",
         "",
         f"Forward by part, median ms, and each part's share of all {flops / 1e9:.1f} GFLOP an image (the heads "
         f"{_share(results, 'heads')} more):",
@@ -90,6 +91,11 @@ def _goal(record: dict[str, Any]) -> str:
     reached = way["speedup"]["median"]
     outcome = "reached" if reached >= goal["least"] else "missed"
     return f"Goal, {goal['way']}: {reached:.2f} x of at least {goal['least']:g} x, {outcome}."
+
+
+def _cpu(record: dict[str, Any]) -> str:
+    ways = record["results"]["ways"]
+    return ", ".join(f"{name} {way['cpu_speedup']['median']:.2f} x" for name, way in ways.items() if name != REFERENCE)
 
 
 def _rate(way: dict[str, Any]) -> str:

@@ -108,7 +108,7 @@ def test_a_red_way_is_named_and_the_others_timed(monkeypatch, capsys):
 
 def made_up():
     ms = dict.fromkeys(("forward", "backward", "optimizer", "step", "embedding", "encoder", "decoders"), SPREAD)
-    way = {"images_per_s": SPREAD, "ms": ms, "speedup": SPREAD}
+    way = {"images_per_s": SPREAD, "ms": ms, "speedup": SPREAD, "cpu_speedup": SPREAD}
     precisions = {"fp32": "fp32", "published code": "fp32", "bf16, compiled": "bf16"}
     ways = {name: way | {"precision": precision} for name, precision in precisions.items()}
     ways["bf16, compiled"]["speedup"] = SPREAD | {"median": 2.25}
@@ -132,4 +132,5 @@ def test_the_page():
     assert "| bf16, compiled | 0.90 / **1.00** / 1.10 | 1 | 1 | 1 | 50 % | 0.90 / **2.25** / 1.10 |" in page
     assert "Goal, bf16, compiled: 2.25 x of at least 2 x, reached." in page
     assert "| way | embedding, 1.0 % | encoder, 90.0 % | decoders, 8.0 % |" in page
+    assert "By the process's own time, without what else ran on the machine: fp32 1.00 x, bf16, compiled 1.00 x." in page
     assert "- bf16: loss 1" in page
