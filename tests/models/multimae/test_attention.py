@@ -49,3 +49,11 @@ def test_features_in_bf16_come_from_the_fused_attention(fused_calls):
     with torch.no_grad():
         vit.attend(q, k, v, None)
     assert len(fused_calls) == 1
+
+
+def test_the_choice_leaves_one_graph():
+    compiled = torch.compile(vit.attend, fullgraph=True, backend="eager")
+    inputs, real = [made(seed=seed).bfloat16() for seed in range(3)], torch.ones(SHAPE[1:3], dtype=torch.bool)
+    assert torch.equal(compiled(*inputs, real), vit.attend(*inputs, real))
+    with torch.no_grad():
+        assert torch.equal(compiled(*inputs, real), vit.attend(*inputs, real))
