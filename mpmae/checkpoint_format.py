@@ -23,7 +23,7 @@ from mpmae.errors import CheckpointError
 FORMAT_VERSION = 1
 META_NAME = "checkpoint.json"
 MODEL_NAME = "model.safetensors"
-MMEARTH_NAME = "checkpoint.pth"  # of an export in MMEarth-train's layout
+MMEARTH_NAME = "checkpoint.pth"  # of an export in the layout of the published pretraining code
 ENGINE_FOLDER = "engine"
 LAYOUT_NAME = "layout.json"
 LATEST_NAME = "latest"

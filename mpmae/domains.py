@@ -56,7 +56,7 @@ _PUBLISHED = (
 PUBLISHED_DOMAINS: tuple[str, ...] = tuple(domain.name for domain in _PUBLISHED)
 _TITLES = {
     "rgb": "Sentinel-2 true colour (rgb)",
-    NORM_HEAD: "Sentinel-2 true colour per patch (norm_rgb)",
+    NORM_HEAD: "Sentinel-2 colour per patch (norm_rgb)",
     "depth": "Elevation (depth)",
     "semseg": "ESA WorldCover (semseg)",
     "ired": "Sentinel-2 red edge (ired)",

@@ -28,7 +28,8 @@ _NUM_FILES = 12
 class Described:
     """A complete checkpoint.
 
-    next_batch: index in its epoch of the global batch that comes next. num_parameters: by the first part of their names.
+    next_batch: index in its epoch of the global batch that comes next. inputs: what the encoder reads, bands of an MP-MAE or
+    domains of a MultiMAE; empty where an early version wrote none. num_parameters: by the first part of their names.
     files: bytes by name.
     """
 
@@ -41,6 +42,7 @@ class Described:
     precision: str
     global_batch_size: int
     model: str
+    inputs: tuple[str, ...]
     num_parameters: dict[str, int]
     files: dict[str, int]
 
@@ -93,6 +95,7 @@ def describe(checkpoint: Path) -> Described:
             precision=config["train"]["precision"],
             global_batch_size=config["train"]["global_batch_size"],
             model=config["model"]["name"],
+            inputs=tuple(meta.get("domains_in") or meta.get("bands_in") or ()),
             num_parameters=_num_parameters(checkpoint / MODEL_NAME),
             files=meta["files"],
         )
@@ -143,6 +146,8 @@ def _show_one(found: Described, console: Console) -> None:
     total = sum(found.num_parameters.values())
     parts = ", ".join(f"{name} {count:,}" for name, count in sorted(found.num_parameters.items(), key=lambda i: -i[1])[:4])
     table.add_row("model", f"{found.model}, {total:,} numbers ({parts})")
+    if found.inputs:
+        table.add_row("reads", ", ".join(found.inputs))
     table.add_row("global batch", f"{found.global_batch_size:,}")
     table.add_row("size", f"{_mb(found.num_bytes)} MB in {len(found.files)} files")
     largest = sorted(found.files.items(), key=lambda item: -item[1])

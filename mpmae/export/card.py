@@ -4,9 +4,9 @@ import json
 
 import yaml
 
-from mpmae.export.config import ExportConfig
+from mpmae.export.config import ExportConfig, Provenance
 
-_MMEARTH = """@inproceedings{nedungadi2024mmearth,
+MMEARTH = """@inproceedings{nedungadi2024mmearth,
   title = {{MMEarth}: Exploring Multi-Modal Pretext Tasks for Geospatial Representation Learning},
   author = {Nedungadi, Vishal and Kariryaa, Ankit and Oehmcke, Stefan and Belongie, Serge and Igel, Christian and
             Lang, Nico},
@@ -33,27 +33,34 @@ def model_card(config: ExportConfig, *, with_timm: bool) -> str:
     if config.modalities_out:
         rows = [f"| {name} | {channels} |" for name, channels in config.modalities_out.items()]
         parts.append("## Pretraining targets\n\n" + "\n".join(["| modality | channels |", "|---|---|", *rows]))
-    parts.append(f"## Provenance\n\n{_provenance(config)}")
-    sources = ([_MMEARTH] if _is_mmearth(config) else []) + [_CONVNEXT]
-    parts.append("## Citation\n\n```bibtex\n" + "\n\n".join(sources) + "\n```")
+    parts.append(f"## Provenance\n\n{provenance_text(config.provenance)}")
+    sources = ([MMEARTH] if _is_mmearth(config) else []) + [_CONVNEXT]
+    parts.append(citation(sources))
     return "\n\n".join(parts) + "\n"
+
+
+def citation(sources: list[str]) -> str:
+    """The section with these BibTeX entries."""
+    return "## Citation\n\n```bibtex\n" + "\n\n".join(sources) + "\n```"
 
 
 def _is_mmearth(config: ExportConfig) -> bool:
     return bool(config.modalities_out) or config.provenance.scheme.startswith("mmearth")
 
 
-def _header(config: ExportConfig, with_timm: bool) -> str:
-    tags = (
-        ["earth-observation", "remote-sensing", "masked-autoencoder", "convnextv2"]
-        if _is_mmearth(config)
-        else ["convnextv2"]
-    )
-    head = {"license": config.licence.lower()} if config.licence else {}
-    head |= {"library_name": "timm" if with_timm else "pytorch", "pipeline_tag": "image-feature-extraction"}
-    head |= {"tags": [*tags, "timm"] if with_timm else tags}
-    head |= {"datasets": ["MMEarth"]} if _is_mmearth(config) else {}
+def front_matter(licence: str | None, library: str, tags: list[str], datasets: list[str]) -> str:
+    """The head of README.md that the Hugging Face Hub reads."""
+    head = {"license": licence.lower()} if licence else {}
+    head |= {"library_name": library, "pipeline_tag": "image-feature-extraction", "tags": tags}
+    head |= {"datasets": datasets} if datasets else {}
     return f"---\n{yaml.safe_dump(head, sort_keys=False)}---"
+
+
+def _header(config: ExportConfig, with_timm: bool) -> str:
+    ours = ["earth-observation", "remote-sensing", "masked-autoencoder"] if _is_mmearth(config) else []
+    tags = [*ours, "convnextv2", *(["timm"] if with_timm else [])]
+    library = "timm" if with_timm else "pytorch"
+    return front_matter(config.licence, library, tags, ["MMEarth"] if _is_mmearth(config) else [])
 
 
 def _summary(config: ExportConfig) -> str:
@@ -64,8 +71,12 @@ def _summary(config: ExportConfig) -> str:
         lines.append(f", pretrained with MP-MAE to reconstruct {', '.join(config.modalities_out)}")
     if config.num_classes:
         lines.append(f", with a classifier of {config.num_classes} classes")
-    licence = f"Licence: {config.licence}." if config.licence else "No licence has been stated for these weights."
-    return f"{''.join(lines)}.\n\n{licence}"
+    return f"{''.join(lines)}.\n\n{licence_text(config.licence)}"
+
+
+def licence_text(licence: str | None) -> str:
+    """One sentence."""
+    return f"Licence: {licence}." if licence else "No licence has been stated for these weights."
 
 
 def _loading(config: ExportConfig, with_timm: bool) -> str:
@@ -109,8 +120,8 @@ def _input(config: ExportConfig) -> str:
     return f"{text}\n\n" + "\n".join(rows)
 
 
-def _provenance(config: ExportConfig) -> str:
-    facts = config.provenance
+def provenance_text(facts: Provenance) -> str:
+    """Where the weights come from, as a list."""
     lines = [f"- source: `{facts.source}`, SHA-256 `{facts.source_sha256}`, naming `{facts.scheme}`"]
     lines += [f"- step {facts.step} of the pretraining"] if facts.step is not None else []
     lines += [f"- shard set: fingerprint `{facts.shards_fingerprint}`"] if facts.shards_fingerprint else []

@@ -19,6 +19,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="a new folder")
     parser.add_argument("--licence", metavar="SPDX", help="of the weights, such as CC-BY-4.0 (default: the source's)")
     parser.add_argument("--shards", type=Path, metavar="DIR", help="shard set of the training, for the band statistics")
+    parser.add_argument(
+        "--domain", metavar="NAME", help="of a MultiMAE, for timm and hf (default: its first continuous one)"
+    )
     parser.add_argument("--name", help="the model's name (default: by size and patch)")
     options = parser.parse_args(argv)
     try:
@@ -29,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             licence=options.licence,
             shards=options.shards,
             name=options.name,
+            domain=options.domain,
         )
     except MpmaeError as error:
         print("\n".join(f"error: {problem}" for problem in error.problems), file=sys.stderr)

@@ -13,7 +13,7 @@ FORMAT_NAME = "mpmae-export"
 FORMAT_VERSION = 1
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-Target = Literal["safetensors", "timm", "hub", "hf", "mmearth"]
+Target = Literal["safetensors", "timm", "hub", "hf", "mmearth", "multimae"]
 
 
 class _Strict(BaseModel):
@@ -56,8 +56,25 @@ class Provenance(_Strict):
     notes: tuple[str, ...]
 
 
-class ExportConfig(_Strict):
-    """config.json, or the part `mpmae` of it where another program owns the rest (timm).
+class _Shared(_Strict):
+    """What config.json says of a model of either family."""
+
+    format: Literal["mpmae-export"] = FORMAT_NAME
+    format_version: Literal[1] = FORMAT_VERSION
+    target: Target
+    name: str
+    patch_size: int
+    img_size: int | None
+    licence: str | None
+    provenance: Provenance
+
+    def dump(self) -> str:
+        """The text of config.json."""
+        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+
+
+class ExportConfig(_Shared):
+    """config.json of a ConvNeXt V2 or MP-MAE, or the part `mpmae` of it where another program owns the rest (timm).
 
     target: the layout of the weights beside it. patch_size, img_size: pixels. bands_in: names in the order of the channels.
     statistics: by product level, such as sentinel2_l2a. modalities_out: name -> output channels of its head.
@@ -65,14 +82,8 @@ class ExportConfig(_Strict):
     computes what the weights were trained for. licence: SPDX name. None means unknown throughout.
     """
 
-    format: Literal["mpmae-export"] = FORMAT_NAME
-    format_version: Literal[1] = FORMAT_VERSION
-    target: Target
-    name: str
     architecture: ArchitectureEntry
     stem: Literal["mmearth", "convnext"]
-    patch_size: int
-    img_size: int | None
     in_chans: int
     bands_in: tuple[str, ...] | None
     statistics: dict[str, BandStatistics] | None
@@ -80,12 +91,59 @@ class ExportConfig(_Strict):
     num_classes: int
     stem_padding: Literal["same", "reference"]
     grn_eps: float
-    licence: str | None
-    provenance: Provenance
 
-    def dump(self) -> str:
-        """The text of config.json."""
-        return json.dumps(self.model_dump(mode="json"), indent=1) + "\n"
+
+class ViTEntry(_Strict):
+    """The encoder; name: "multimae_tiny", ..., None for a width and depth that have no usual name."""
+
+    name: str | None
+    dim: int
+    depth: int
+
+
+class DomainEntry(_Strict):
+    """An input domain: bands of a modality in the order of the channels, or its classes with the one for no data.
+
+    stride: pixels of the image on a side of one pixel of the domain. standardise: per sample, see `mpmae.domains.Domain`.
+    """
+
+    modality: str
+    bands: tuple[str, ...]
+    num_classes: int
+    stride: int
+    standardise: bool
+
+
+class NamedStatistics(BandStatistics):
+    """Of the bands that domains read, in raw units; the model expects (value - mean) / std."""
+
+    bands: tuple[str, ...]
+
+
+class MultiMAEExportConfig(_Shared):
+    """config.json of a MultiMAE, whole or its encoder for one domain, as `ExportConfig` of the other family.
+
+    num_heads, decoder_num_heads: None where nothing says. domains_in: in the order of the tokens. decoders: name -> output
+    channels, empty without them. statistics: by modality, or product level of Sentinel-2. num_visible_tokens, alphas,
+    sample_domains_uniformly, reference_quirks: see `mpmae.create_model`.
+    """
+
+    family: Literal["multimae"] = "multimae"
+    architecture: ViTEntry
+    num_heads: int | None
+    domains_in: dict[str, DomainEntry]
+    decoders: dict[str, int]
+    decoder_dim: int
+    decoder_depth: int
+    decoder_num_heads: int | None
+    statistics: dict[str, NamedStatistics] | None
+    num_visible_tokens: int | None
+    alphas: float | dict[str, float] | None
+    sample_domains_uniformly: bool | None
+    reference_quirks: bool | None
+
+
+AnyConfig = ExportConfig | MultiMAEExportConfig
 
 
 def own_part(tree: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -96,7 +154,7 @@ def own_part(tree: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return part if isinstance(part, Mapping) and part.get("format") == FORMAT_NAME else None
 
 
-def parse_config(tree: Mapping[str, Any], where: str) -> ExportConfig | None:
+def parse_config(tree: Mapping[str, Any], where: str) -> AnyConfig | None:
     """The checked config of a config.json's content; None if it is another program's. Raises CheckpointError."""
     part = own_part(tree)
     if part is None:
@@ -106,13 +164,13 @@ def parse_config(tree: Mapping[str, Any], where: str) -> ExportConfig | None:
             f"{where}: format_version {part.get('format_version')!r}, this version reads {FORMAT_VERSION}; update mpmae"
         )
     try:
-        return ExportConfig.model_validate(part)
+        return (MultiMAEExportConfig if part.get("family") == "multimae" else ExportConfig).model_validate(part)
     except ValidationError as error:
         problems = [f"{where}: {'.'.join(map(str, e['loc']))}: {e['msg']}; export again" for e in error.errors()]
         raise CheckpointError(problems) from error
 
 
-def load_config(folder: str | Path) -> ExportConfig | None:
+def load_config(folder: str | Path) -> AnyConfig | None:
     """The config of an exported folder, None if there is none of ours. Raises CheckpointError."""
     path = Path(folder) / CONFIG_NAME
     try:

@@ -1,4 +1,4 @@
-"""The files of each export, written into an empty folder.
+"""The files of each export of a ConvNeXt V2 or MP-MAE, written into an empty folder.
 
 | target      | files                                                              | loads with                    |
 |-------------|--------------------------------------------------------------------|-------------------------------|
@@ -21,21 +21,22 @@ from torch import Tensor
 from mpmae.checkpoint_format import MMEARTH_NAME
 from mpmae.errors import CheckpointError
 from mpmae.export.card import model_card
-from mpmae.export.config import CONFIG_NAME, WEIGHTS_NAME, ExportConfig
+from mpmae.export.config import CONFIG_NAME, WEIGHTS_NAME, AnyConfig, ExportConfig
 from mpmae.export.facts import DENSE, PRETRAINING
 from mpmae.models import dense
 from mpmae.models.interop import to_mmearth, to_timm
 
 State = dict[str, Tensor]
+Writer = Callable[[State, Any, Path], None]  # of the state, its family's config, and an empty folder
 DENSE_MODULE = "mpmae_convnextv2.py"
 # timm's `patch_size` is the stem's stride. At 2 it adds a downsampling before the first stage, from 8 on it dilates the last
 TIMM_PATCH_SIZES = (8, 32)
 TIMM_GRN_EPS = 1e-6
 
 
-def write_safetensors(state: State, config: ExportConfig, folder: Path) -> None:
+def write_safetensors(state: State, config: AnyConfig, folder: Path) -> None:
     """The whole model under our names."""
-    _save(state, folder / WEIGHTS_NAME)
+    save(state, folder / WEIGHTS_NAME)
     (folder / CONFIG_NAME).write_text(config.dump())
 
 
@@ -44,7 +45,7 @@ def write_timm(state: State, config: ExportConfig, folder: Path) -> None:
     problems = timm_problems(config)
     if problems:
         raise CheckpointError([f"{problem}; use --to hub, which keeps the model as it is" for problem in problems])
-    _save(to_timm(_with_norm(_dense_part(state))), folder / WEIGHTS_NAME)
+    save(to_timm(_with_norm(_dense_part(state))), folder / WEIGHTS_NAME)
     (folder / CONFIG_NAME).write_text(json.dumps(_timm_config(config), indent=1) + "\n")
 
 
@@ -65,7 +66,7 @@ def timm_problems(config: ExportConfig) -> list[str]:
 
 def write_hub(state: State, config: ExportConfig, folder: Path) -> None:
     """Encoder and classifier with the code that runs them, free of mpmae."""
-    _save({name.removeprefix("encoder."): value for name, value in _dense_part(state).items()}, folder / WEIGHTS_NAME)
+    save({name.removeprefix("encoder."): value for name, value in _dense_part(state).items()}, folder / WEIGHTS_NAME)
     (folder / CONFIG_NAME).write_text(config.dump())
     (folder / DENSE_MODULE).write_bytes(Path(dense.__file__).read_bytes())
     (folder / "hubconf.py").write_bytes(Path(__file__).with_name("hubconf.py").read_bytes())
@@ -89,7 +90,7 @@ def write_mmearth(state: State, config: ExportConfig, folder: Path) -> None:
     (folder / CONFIG_NAME).write_text(config.dump())
 
 
-WRITERS: dict[str, Callable[[State, ExportConfig, Path], None]] = {
+WRITERS: dict[str, Writer] = {
     "safetensors": write_safetensors,
     "timm": write_timm,
     "hub": write_hub,
@@ -139,5 +140,6 @@ def _timm_config(config: ExportConfig) -> dict[str, Any]:
     }
 
 
-def _save(state: State, path: Path) -> None:
+def save(state: State, path: Path) -> None:
+    """A safetensors file."""
     save_file({name: value.contiguous() for name, value in state.items()}, path, {"format": "pt"})

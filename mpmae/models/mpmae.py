@@ -18,7 +18,7 @@ from mpmae.models import blocks, losses
 from mpmae.models.decoder import Decoder, Heads
 from mpmae.models.encoder import DenseEncoder, SparseEncoder
 
-if TYPE_CHECKING:  # it needs pydantic, which a machine that only runs models may lack
+if TYPE_CHECKING:  # a model needs torch and numpy alone
     from mpmae.shard_format import Manifest
 
 INPUT = "sentinel2"

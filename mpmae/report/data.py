@@ -179,10 +179,11 @@ class RunSummary:
 class ReportData:
     """Everything on the page.
 
-    history: the objects of metrics.jsonl, one per step: step, epoch, loss, losses {modality}, lr, grad_norm, images_per_s,
-    data_wait_percent, memory_bytes; a key may be missing, a number may be None or NaN. Some have a probe's scores (see
-    `mpmae.probe_record`); where there is one of step 0, it has nothing else.
-    validation: the objects of validation.jsonl: step, losses {modality}, trivial {modality}, num_samples; `trivial` is the
+    history: the objects of metrics.jsonl, one per step: step, epoch, loss, losses {target}, log_variances {target}, lr,
+    grad_norm, images_per_s, data_wait_percent, memory_bytes; a key may be missing, a number may be None or NaN. Some have a
+    probe's scores (see `mpmae.probe_record`); where there is one of step 0, it has nothing else. A target is a modality, a
+    domain or norm_rgb.
+    validation: the objects of validation.jsonl: step, losses {target}, trivial {target}, num_samples; `trivial` is the
     loss of a predictor that sees no image.
     notes: sentences shown under the headline numbers. embeddings: a map of vectors that the run's encoder gave.
     """

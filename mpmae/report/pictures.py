@@ -149,10 +149,10 @@ def scale_bar(scale: ColourScale) -> np.ndarray:
 
 def png_data_uri(picture: np.ndarray) -> str:
     """The picture as a PNG inside a `data:` URI; exact, and with a palette where 256 colours suffice."""
-    colours, positions = np.unique(picture.reshape(-1, 3), axis=0, return_inverse=True)
-    if len(colours) <= 256:
+    codes, positions = np.unique(picture.astype(np.uint32) @ np.array([1 << 16, 1 << 8, 1], np.uint32), return_inverse=True)
+    if len(codes) <= 256:
         image = Image.fromarray(positions.reshape(picture.shape[:2]).astype(np.uint8))
-        image.putpalette(colours.astype(np.uint8).tobytes())
+        image.putpalette(codes[:, None].astype(">u4").view(np.uint8)[:, 1:].tobytes())
     else:
         image = Image.fromarray(picture)
     buffer = io.BytesIO()

@@ -10,7 +10,7 @@ import mpmae
 from mpmae.errors import CheckpointError, ConfigError
 from mpmae.export import export, layouts, load_config
 from mpmae.export.cli import main
-from mpmae.export.facts import FACEBOOK_LICENCE
+from mpmae.export.facts_shared import FACEBOOK_LICENCE
 from mpmae.modalities import TARGETS, spec_of
 from mpmae.models.interop import read_weights, to_timm
 from mpmae.shard_files import load_manifest

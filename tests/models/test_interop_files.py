@@ -157,7 +157,6 @@ def test_a_malicious_or_torn_distributed_checkpoint(state, tmp_path, capfd):
 
 
 RUN = (
-    "model.name=mpmae_atto",
     "model.decoder_dim=32",
     "model.img_size=32",
     "train.global_batch_size=4",
@@ -171,16 +170,17 @@ RUN = (
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(
-    ("stage", "precision"),
+    ("model", "stage", "precision"),
     [
-        (2, "bf16"),
-        *(pytest.param(s, p, marks=pytest.mark.slow) for s in (0, 1, 2, 3) for p in ("fp32", "bf16")),
+        ("mpmae_atto", 2, "bf16"),
+        *(pytest.param("mpmae_atto", s, p, marks=pytest.mark.slow) for s in (0, 1, 2, 3) for p in ("fp32", "bf16")),
+        *(pytest.param("multimae_tiny", s, "bf16", marks=pytest.mark.slow) for s in (1, 3)),
     ],
 )
-def test_deepspeed_folder_holds_the_same_float32_weights(stage, precision, shards_dir, tmp_path):
+def test_deepspeed_folder_holds_the_same_float32_weights(model, stage, precision, shards_dir, tmp_path):
     """The ZeRO partitions of two ranks, joined, are bit for bit what the run exported; deepspeed is not imported."""
     run = tmp_path / "run"
-    options = ("--ds-config", f"configs/ds/zero{stage}.json", f"train.precision={precision}")
+    options = ("--ds-config", f"configs/ds/zero{stage}.json", f"train.precision={precision}", f"model.name={model}")
     launch_ok("deepspeed", 2, run, f"data.shards={shards_dir}", *RUN, *options)
     code = f"""
 import sys, torch

@@ -39,6 +39,23 @@ def test_comparison_takes_the_last_validation_in_the_table_s_order():
     assert rows[3].ratio == 0.5
 
 
+def test_domains_are_known_by_title_order_and_kind_of_loss():
+    names = ("sentinel1", "ebands", "norm_rgb", "depth", "semseg", "rgb", "later")
+    data = ReportData("t", validation=[validation(**dict.fromkeys(names, (0.5, 1.0)))])
+    assert [(row.title, row.loss_kind) for row in numbers.comparisons(data)] == [
+        ("Sentinel-2 true colour (rgb)", "mean squared error"),
+        ("Sentinel-2 colour per patch (norm_rgb)", "mean squared error"),
+        ("Elevation (depth)", "mean absolute error"),
+        ("ESA WorldCover (semseg)", "cross entropy"),
+        ("Sentinel-2 near infrared (ebands)", "mean squared error"),
+        ("Sentinel-1", "mean squared error"),
+        ("later", ""),
+    ]
+    assert numbers.verdict(data) == "Yes: on all 7 targets it beats a predictor that sees no image."
+    assert numbers.headlines(data)[0].detail == "targets, at step 10 on 64 samples"
+    assert numbers.noun(ReportData("t", validation=[validation(sentinel1=(1, 1), later=(1, 1))])) == "modalities"
+
+
 @pytest.mark.parametrize(
     ("pairs", "start"),
     [

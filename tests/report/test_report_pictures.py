@@ -156,6 +156,61 @@ def test_all_invalid_modality_is_named_and_not_drawn(name):
     assert view.absent == [spec.title]
 
 
+def test_a_view_of_two_bands_is_red_and_cyan_and_counts_each_band_once():
+    target = np.full((2, P, P), 1000.0)
+    target[0, :, ::2], target[1, :, 1::2] = 3000, 3000  # B11 in every other column, B12 in the rest
+    prediction = target.copy()
+    prediction[0] += 100
+    triple = MapTriple(("B11", "B12"), target, prediction, np.ones(target.shape, bool))
+    row = tile_view(tile_of(sired=triple)).others[0]
+    assert row.title == "Sentinel-2 short-wave infrared (sired)"
+    assert row.detail.startswith("Red B12, green and blue B11. ")
+    shown = figures_of(row)["Target"][:: PICTURE_SIDE_PX // P, :: PICTURE_SIDE_PX // P]
+    assert {tuple(rgb) for rgb in shown[:, ::2].reshape(-1, 3).tolist()} == {(0, 255, 255)}
+    assert {tuple(rgb) for rgb in shown[:, 1::2].reshape(-1, 3).tolist()} == {(255, 0, 0)}
+    assert row.error.startswith(f"RMSE {0.01 / np.sqrt(2):.4f};")  # one of two bands is 0.01 off
+
+
+def test_bands_that_have_a_range_of_their_own():
+    row = tile_view(tile_of(ndvi=continuous("ndvi", 0.4, predicted=0.65))).others[0]
+    assert (row.scale.low, row.scale.high) == ("\N{MINUS SIGN}0.2", "1.0")
+    assert row.error == "RMSE 0.25; spread of the target 0.00"
+    rows = tile_view(tile_of(sentinel1_rtc=continuous("sentinel1_rtc", -12.0))).others
+    assert [row.title for row in rows] == [
+        f"Sentinel-1 terrain-corrected, {orbit} pass" for orbit in ("ascending", "descending")
+    ]
+
+
+def masked_apart(**visible: np.ndarray) -> TilePicture:
+    maps = {"rgb": continuous("sentinel2", 2000), "semseg": MapTriple(("Map",), *[np.zeros((G, G), int)] * 2, VISIBLE)}
+    maps["rgb"].bands, bands = ("B4", "B3", "B2"), slice(3)
+    maps["rgb"] = MapTriple(
+        maps["rgb"].bands, *(part[bands] for part in (maps["rgb"].target, maps["rgb"].target, maps["rgb"].valid))
+    )
+    return TilePicture("tile", "l2a", "val", visible, PATCH, maps, inputs=("rgb",))
+
+
+def test_maps_of_their_own_visible_patches_and_resolution():
+    tile = masked_apart(rgb=VISIBLE, semseg=~VISIBLE)
+    assert tile.problems() == []
+    assert tile.size_px == P
+    assert tile.hidden_pixels("rgb").shape == (P, P)
+    assert np.array_equal(tile.hidden_pixels("semseg"), VISIBLE)
+    assert "4 of 16 patches visible: rgb 4" in tile_view(tile).facts
+
+
+@pytest.mark.parametrize(
+    ("visible", "problem"),
+    [
+        ({"rgb": VISIBLE}, "tile tile: `visible` has rgb, expected rgb, semseg"),
+        ({"rgb": VISIBLE, "semseg": VISIBLE[:2]}, "`visible` of semseg is bool (2, 4), expected bool [G, G]"),
+        ({"rgb": VISIBLE, "semseg": VISIBLE[:3, :3]}, "`visible` has maps with different numbers of patches"),
+    ],
+)
+def test_visible_patches_that_do_not_fit(visible, problem):
+    assert problem in masked_apart(**visible).problems()[0]
+
+
 def test_orbits_without_data_are_named_and_the_other_drawn():
     triple = continuous("sentinel1", -12.0)
     triple.valid[4:] = False

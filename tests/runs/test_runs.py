@@ -188,6 +188,23 @@ def test_a_picture_has_a_panel_for_each_modality(tmp_path, modalities, num_panel
         assert axes.get_title("left")
 
 
+def test_the_targets_of_a_multimae_have_titles(tmp_path):
+    names, settings = ("rgb", "norm_rgb", "depth", "sentinel1"), ("model.name=multimae_tiny",)
+    run = open_run(make_run(tmp_path / "run", modalities=names, settings=settings))
+    figure = draw(run_curves([run], "step"), "step")
+    titles = [axes.get_title("left") for axes in figure.get_axes() if axes.get_visible()]
+    assert titles == [
+        "training loss, all targets",
+        "Sentinel-2 true colour (rgb)",
+        "Sentinel-2 colour per patch (norm_rgb)",
+        "Elevation (depth)",
+        "Sentinel-1",
+    ]
+    assert "40 / 40" in told(run_table([run], NOW))
+    differences = told(difference_table(run, open_run(make_run(tmp_path / "other", modalities=names))))
+    assert re.search(r"model.name +multimae_tiny +mpmae_atto", differences)
+
+
 def test_a_long_series_keeps_its_spikes_and_gaps():
     x, values = np.arange(100_000.0), np.ones(100_000)
     values[[77, 99_999]], values[500:900] = (9, -3), np.nan

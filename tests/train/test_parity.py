@@ -8,7 +8,7 @@ import pytest
 from tests.train.launches import kill_after_step, launch_ok
 
 pytestmark = pytest.mark.timeout(900)
-STEPS = 20
+STEPS = 12
 COMMON = (
     "model.img_size=32",
     "model.loss_weighting=uncertainty",
@@ -17,9 +17,9 @@ COMMON = (
     "train.seed=7",
     "train.val_samples=2",
     "optim.lr=1e-3",
-    "optim.warmup_steps=5",
+    "optim.warmup_steps=3",
     "data.num_workers=1",
-    "checkpoint.every_steps=5",
+    "checkpoint.every_steps=3",
 )
 SYSTEMS = {
     "mpmae": ("model.name=mpmae_atto",),

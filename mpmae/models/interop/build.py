@@ -4,17 +4,18 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from mpmae.domains import NORM_HEAD, domain_of
 from mpmae.errors import CheckpointError, ConfigError
 from mpmae.modalities import MODALITIES
 from mpmae.models.interop.describe import describe
 from mpmae.models.interop.describe_multimae import MultiMAEArchitecture
 from mpmae.models.interop.load import as_weights, load_encoder, load_reference
 from mpmae.models.interop.weights import Weights
-from mpmae.models.multimae.domains import domain_of
 from mpmae.models.multimae.init import initialise
-from mpmae.models.multimae.model import NORM_HEAD, MultiMAE
+from mpmae.models.multimae.model import MultiMAE
 from mpmae.models.multimae.presets import default_budget, size_problems
 
 _LOG = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ def build_multimae(
     img_size: int | None = None,
     bands_available: Mapping[str, Sequence[str]] | None = None,
 ) -> MultiMAE:
-    """The MultiMAE of a checkpoint with its weights, in evaluation mode on the CPU.
+    """The MultiMAE of a checkpoint with its weights, in evaluation mode on the CPU; float32, of float64 weights float64.
 
     source: anything that `read_weights` takes. img_size: pixels, a multiple of the patch size; None: that of the training,
     else 7 patches. bands_available: modality -> bands that a batch's tensors hold, in order; default: those of
@@ -44,6 +45,7 @@ def build_multimae(
             f"{weights.source} holds {found}: no MultiMAE; mpmae.create_encoder builds a ConvNeXt V2 of it"
         )
     model = _empty(weights, found, img_size, bands_available)
+    model.to(torch.promote_types(weights.state["global_tokens"].dtype, torch.float32))
     load = load_reference if found.decoders else load_encoder
     load(model, weights)
     return model.eval()

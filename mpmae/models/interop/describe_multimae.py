@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from mpmae.domains import CLASS_STRIDE, DOMAINS, NORM_DOMAIN, NORM_HEAD
 from mpmae.errors import CheckpointError
 from mpmae.models.interop.multimae_names import decoders_of, domains_of
-from mpmae.models.multimae.domains import CLASS_STRIDE, DOMAINS
-from mpmae.models.multimae.model import NORM_DOMAIN, NORM_HEAD
 from mpmae.models.multimae.presets import SIZES
 
 _HEAD_DIM = 64  # of every usual ViT

@@ -131,7 +131,7 @@ def _load(model: nn.Module, weights: Weights, may_be_unused: tuple[str, ...], ma
     unused += [name for name in state if name.startswith(may_be_unused)]
     problems += [f"{where}: unexpected {name}; this model has no such parameter" for name in state if name not in unused]
     if problems:
-        differences = _differences(own, weights)
+        differences = [] if may_be_fresh else _differences(own, weights)
         if differences:  # these change the shapes of all decoders' weights, which stand together
             problems = [*differences, *(problem for problem in problems if "decoders." not in problem)]
         raise CheckpointError(_architecture_problem(own, weights) + _limited(problems))
@@ -175,7 +175,7 @@ def _differences(own: dict[str, Tensor], weights: Weights) -> list[str]:
 
 def _other_geometry(model: nn.Module, weights: Weights) -> tuple[str, ...]:
     if weights.family == "multimae":
-        return ()
+        return tuple(weights.recorded("other_geometry") or ())
     encoder = getattr(model, "encoder", model)
     trained = {"stem_padding": weights.stem_padding, "grn_eps": weights.grn_eps}
     if "encoder.stem.pool.weight" not in weights.state:

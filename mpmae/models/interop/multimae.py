@@ -24,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpmae.domains import DOMAINS
 from mpmae.errors import CheckpointError
-from mpmae.models.interop.multimae_names import OURS, PUBLISHED, decoder_order, domains_of, is_ours
+from mpmae.models.interop.describe_multimae import describe_multimae
+from mpmae.models.interop.multimae_names import OURS, PUBLISHED, decoder_order, decoders_of, domains_of, is_ours
 from mpmae.models.interop.values import Canonical, value_problem
-from mpmae.models.multimae.domains import DOMAINS
 from mpmae.models.multimae.positions import TABLE_SIZE_PX, sincos_table, table_side
 
 BALANCER = "loss_balancer.log_vars"
@@ -35,6 +36,7 @@ _OUTPUT = "output_adapters."
 _INNER = {"decoder.": "cross.", "decoder_transformer.": "blocks."}
 _TASKS, _HEAD, _POSITIONS = "task_embeddings.", "out_proj.", "pos_emb"
 _FIXED, _FIXED_WITHIN = 1e-3, {torch.float16: 1e-2, torch.bfloat16: 1e-2}  # of positions in [-1, 1]
+_ALWAYS_ON = ("standardize_depth", "decoder_use_task_queries")  # in our model
 _ARGUMENTS = {
     "input_size": "img_size",
     "num_encoded_tokens": "num_visible_tokens",
@@ -44,9 +46,14 @@ _ARGUMENTS = {
 }
 
 
-def options_of(command_line: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a published checkpoint's command line `create_model` has a name for."""
-    return {ours: command_line[theirs] for theirs, ours in _ARGUMENTS.items() if command_line.get(theirs) is not None}
+def config_of(command_line: Mapping[str, Any]) -> dict[str, Any]:
+    """What a published checkpoint's command line says, as it would stand in a checkpoint of ours (see `Weights.config`).
+
+    other_geometry: arguments with which that program computes otherwise than our model does.
+    """
+    options = {ours: command_line[theirs] for theirs, ours in _ARGUMENTS.items() if command_line.get(theirs) is not None}
+    others = [f"{name} = False, here True" for name in _ALWAYS_ON if command_line.get(name) is False]
+    return {"config": {"model": options}, "other_geometry": others}
 
 
 def canonical_multimae(
@@ -137,6 +144,20 @@ def _balanced(decoders: Sequence[str], command_line: Mapping[str, Any]) -> list[
     """
     last = str(command_line.get("fp32_output_adapters") or "").split("-")
     return [*(name for name in decoders if name not in last), *(name for name in last if name in decoders)]
+
+
+def published_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Everything that the published model's `load_state_dict` asks for, of our state dict: its fixed positions too.
+
+    Log variances are left out: there they are no part of the model.
+    """
+    inputs, decoders = domains_of(state), decoders_of(state)
+    theirs = to_published({name: value for name, value in state.items() if name != "log_vars"}, inputs, decoders)
+    adapters = [f"input_adapters.{domain}" for domain in inputs]
+    side = table_side(describe_multimae(dict(state)).patch_size)
+    widths = dict.fromkeys(adapters, state["global_tokens"].shape[-1])
+    widths |= dict.fromkeys((f"{_OUTPUT}{name}" for name in decoders), state["decoders.mask_token"].shape[-1])
+    return theirs | {f"{name}.{_POSITIONS}": sincos_table(dim, side) for name, dim in widths.items()}
 
 
 def from_published(

@@ -3,11 +3,10 @@
 import re
 from collections.abc import Iterable
 
-from mpmae.models.multimae.domains import in_order
-from mpmae.models.multimae.model import NORM_HEAD
+from mpmae.domains import NORM_HEAD, in_order
 
-OURS, PUBLISHED = "multimae", "multimae-published"
-MULTIMAE_SCHEMES = (OURS, PUBLISHED)
+OURS, PUBLISHED, VIT = "multimae", "multimae-published", "timm-vit"
+MULTIMAE_SCHEMES = (OURS, PUBLISHED, VIT)
 _LEAF = r"(?:weight|bias)"
 _BLOCK = rf"\d+\.(?:norm[12]|attn\.qkv|attn\.proj|mlp\.fc[12])\.{_LEAF}"
 _OURS = re.compile(
@@ -18,8 +17,10 @@ _OURS = re.compile(
 
 
 def multimae_scheme(names: Iterable[str]) -> str | None:
-    """Which of MULTIMAE_SCHEMES the names follow; None for neither."""
+    """Which of MULTIMAE_SCHEMES the names follow; None for none of them."""
     names = list(names)
+    if "patch_embed.proj.weight" in names and any(name.startswith("blocks.") for name in names):
+        return VIT
     if not any(name.startswith("input_adapters.") for name in names):
         return None
     published = any(name.startswith("output_adapters.") or name.endswith(".pos_emb") for name in names)
@@ -32,7 +33,7 @@ def is_ours(name: str) -> bool:
 
 
 def domains_of(names: Iterable[str]) -> tuple[str, ...]:
-    """The input domains among the names of either scheme, in the order of the tokens."""
+    """The input domains among our names or the published ones, in the order of the tokens."""
     return _sorted(match[1] for name in names if (match := re.match(r"input_adapters\.([^.]+)\.", name)))
 
 

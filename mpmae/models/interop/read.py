@@ -35,10 +35,11 @@ from mpmae.checkpoint_format import (
 from mpmae.errors import CheckpointError
 from mpmae.models.interop import folders
 from mpmae.models.interop.convnext import canonical_convnext
-from mpmae.models.interop.multimae import BALANCER, canonical_multimae, options_of
-from mpmae.models.interop.multimae_names import MULTIMAE_SCHEMES
+from mpmae.models.interop.multimae import BALANCER, canonical_multimae, config_of
+from mpmae.models.interop.multimae_names import MULTIMAE_SCHEMES, VIT
 from mpmae.models.interop.names_in import scheme_of, strip_wrappers
 from mpmae.models.interop.pickles import load_pickle
+from mpmae.models.interop.vit import canonical_vit
 from mpmae.models.interop.weights import Weights
 
 CONFIG_NAME = "config.json"
@@ -157,7 +158,16 @@ def _canonical(raw: _Raw, where: str, config: dict[str, Any] | None) -> Weights:
         )
     if scheme not in MULTIMAE_SCHEMES:
         found = canonical_convnext(names, scheme, where)
+    elif scheme == VIT:
+        found = canonical_vit(names, _only_domain(config), where)
     else:
         found = canonical_multimae(names, scheme, where, command_line)
-        config = config or (command_line and {"config": {"model": options_of(command_line)}})
+        config = config or (command_line and config_of(command_line))
     return Weights(found.state, scheme, where, config, found.unknown, found.reshaped)
+
+
+def _only_domain(config: dict[str, Any] | None) -> str | None:
+    """The input domain of an exported ViT."""
+    ours = (config or {}).get("mpmae")
+    domains = ours.get("domains_in") if isinstance(ours, dict) else None
+    return next(iter(domains)) if domains and len(domains) == 1 else None

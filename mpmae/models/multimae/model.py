@@ -25,7 +25,7 @@ from mpmae.models.multimae.positions import positions, sincos_table, table_side
 from mpmae.models.multimae.sampler import TokenSample, sample_tokens
 from mpmae.models.multimae.vit import Block
 
-if TYPE_CHECKING:  # it needs pydantic, which a machine that only runs models may lack
+if TYPE_CHECKING:  # a model needs torch and numpy alone
     from mpmae.shard_format import Manifest
 
 
