@@ -18,11 +18,11 @@ from mpmae.models.losses import weigh
 from mpmae.models.multimae import checks
 from mpmae.models.multimae.adapters import adapter_of
 from mpmae.models.multimae.decoders import Decoders
-from mpmae.models.multimae.domains import View, map_of, patches_of, view_of
 from mpmae.models.multimae.draw import TokenDraw, draw_tokens, random_draw
 from mpmae.models.multimae.losses import domain_share
 from mpmae.models.multimae.positions import positions, sincos_table, table_side
 from mpmae.models.multimae.sampler import TokenSample, sample_tokens
+from mpmae.models.multimae.views import View, map_of, patches_of, view_of
 from mpmae.models.multimae.vit import Block
 
 if TYPE_CHECKING:  # a model needs torch and numpy alone
