@@ -144,7 +144,7 @@ wait
 for name in "${gates[@]}"; do finish "$name"; done
 
 if ((dry)); then
-  kept=() kernel_time=(--seconds 60) step_time=(--seconds 60)
+  kept=() kernel_time=(--seconds 60) multimae_time=() step_time=(--seconds 60)
 else
   where
   for_kernels=$((($(left) - 30) * 45 / 100))
@@ -153,11 +153,17 @@ fi
 gate kernels $((dry ? 100 : for_kernels + 45)) "$python" benchmarks/kernels.py "${size[@]}" "${kernel_time[@]}" "${kept[@]}"
 if ((!dry)); then
   where
+  for_multimae=$((($(left) - 40) / 4))
+  multimae_time=(--device cuda --seconds $((for_multimae / 3))) # the rest goes to compiling
+fi
+gate multimae-step $((dry ? 100 : for_multimae + 20)) "$python" benchmarks/multimae_step.py "${size[@]}" "${multimae_time[@]}" "${kept[@]}"
+if ((!dry)); then
+  where
   step_time=(--seconds $(($(left) - 40)))
 fi
 gate training-step $((dry ? 100 : $(left) - 5)) "$python" benchmarks/gpu_step.py "${size[@]}" "${step_time[@]}" "${kept[@]}"
 
-for name in kernels training-step; do
+for name in kernels multimae-step training-step; do
   echo
   sed -n '/^=== summary/,$p' "$work/$name.log" | cut -c 1-140
 done

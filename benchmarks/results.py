@@ -16,6 +16,7 @@ import results_engines
 import results_gpu_step
 import results_kernels
 import results_loader
+import results_multimae
 import results_multimae_learning
 import results_order
 import results_reshard
@@ -230,6 +231,7 @@ gpu_loader_section = partial(results_loader.section, title="Loading tiles with a
 SECTIONS = (  # in the order of RESULTS.md
     Section("training step", step_section, "training-step", step_plot, "figure", readme_figure),
     Section("engines", results_engines.section),
+    Section("multimae step", results_multimae.section),
     Section("initial weights", init_section, "initial-weights", init_plot),
     Section(
         "downstream",
@@ -260,6 +262,11 @@ SECTIONS = (  # in the order of RESULTS.md
         results_gpu_step.plot,
         unmeasured="images/s and memory of a training step beside the dense grid with masking, and from which mask ratio on "
         "the sparse encoder is faster",
+    ),
+    Section(
+        "multimae step on a GPU",
+        results_multimae.gpu_section,
+        unmeasured="images/s of a training step of MultiMAE beside the published code's way",
     ),
     Section("scaling model", results_scaling.section, "scaling", results_scaling.plot),
 )

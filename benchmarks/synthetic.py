@@ -6,14 +6,15 @@ from torch import Tensor
 from mpmae.loader.batch import Batch
 from mpmae.masking import draw_visible, num_visible
 from mpmae.modalities import spec_of
-from mpmae.models.mpmae import INPUT, MPMAE
+from mpmae.models.mpmae import MPMAE
+from mpmae.models.multimae.model import MultiMAE
 
 
-def synthetic_batch(model: MPMAE, num_samples: int, device: torch.device, seed: int = 0) -> Batch:
+def synthetic_batch(model: MPMAE | MultiMAE, num_samples: int, device: torch.device, seed: int = 0) -> Batch:
     """Normal and uniformly drawn values of everything that `model` reads, all valid."""
     generator = torch.Generator(device).manual_seed(seed)
     values = {}
-    for name in dict.fromkeys((INPUT, *model.modalities_out)):
+    for name in model.modalities:
         spec = spec_of(name)
         sides = (model.img_size, model.img_size) if spec.scope == "pixel" else ()
         if spec.kind == "categorical":

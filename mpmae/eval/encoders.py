@@ -2,6 +2,7 @@
 
 import torch
 
+from mpmae.domains import DOMAINS
 from mpmae.errors import ConfigError
 from mpmae.eval.config import EncoderSection
 from mpmae.eval.dataset import Task
@@ -11,7 +12,6 @@ from mpmae.eval.multimae_encoder import encoder_of, new_multimae
 from mpmae.modalities import spec_of
 from mpmae.models import ConvNeXtV2, create_encoder
 from mpmae.models.interop import Weights, as_weights, build_multimae, describe
-from mpmae.models.multimae.domains import DOMAINS
 from mpmae.models.multimae.init import initialise
 
 RANDOM_INIT = "random init"

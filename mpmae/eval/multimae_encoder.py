@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mpmae.domains import PUBLISHED_DOMAINS, Domain, in_order
 from mpmae.errors import ConfigError, DatasetError
 from mpmae.eval.bands import lacking
 from mpmae.eval.config import EncoderSection
@@ -18,7 +19,6 @@ from mpmae.eval.image_encoder import ImageEncoder, copy_weights
 from mpmae.modalities import spec_of
 from mpmae.models import create_model
 from mpmae.models.multimae.backbone import MultiMAEBackbone, MultiMAEViT, vit_of
-from mpmae.models.multimae.domains import PUBLISHED_DOMAINS, Domain, in_order
 from mpmae.models.multimae.model import MultiMAE
 
 _LOG = logging.getLogger(__name__)

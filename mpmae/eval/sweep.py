@@ -12,6 +12,7 @@ import yaml
 from rich.console import Console
 
 from mpmae.config_tree import Section
+from mpmae.domains import domain_of, in_order
 from mpmae.errors import ConfigError, DatasetError
 from mpmae.eval.bands import match_channels
 from mpmae.eval.config import InputsSection
@@ -27,7 +28,6 @@ from mpmae.eval.sweep_table import SubsetScores, sweep_table
 from mpmae.eval.tables import markdown
 from mpmae.eval.worlds import opened_world
 from mpmae.files import write_whole
-from mpmae.models.multimae.domains import domain_of, in_order
 
 FOLDER = "inputs"
 _OWN_BASELINE = "random_init"  # the others see all stored bands, whatever the encoder reads

@@ -67,6 +67,17 @@ def step_record():
     return {"what": "gpu step", **HEAD, "case": case, "results": results}
 
 
+def multimae_record():
+    rate = {"p20": 900.0, "median": 1000.0, "p80": 1100.0, "repeats": 9}
+    ways = {
+        name: {"images_per_s": rate, "ms": {"step": rate | {"median": ms}}, "speedup": rate | {"median": 80 / ms}}
+        for name, ms in (("published code", 80.0), ("bf16, compiled", 20.0))
+    }
+    results = {"device": DEVICE, "ways": ways, "failed": {}, "goal": {"way": "bf16, compiled", "least": 2.0}}
+    case = {"model": "multimae_base", "img_size": 56, "patch_size": 8, "batch_size": 256}
+    return {"what": "multimae step on a GPU", **HEAD, "case": case, "results": results}
+
+
 def test_the_kernels_page_and_plot():
     import results_kernels
 
@@ -123,7 +134,10 @@ def test_the_page_says_what_no_record_tells(tmp_path):
     assert "benchmarks/gpu_suite.sh" in page
     (tmp_path / "1.json").write_text(json.dumps(kernels_record()))
     (tmp_path / "2.json").write_text(json.dumps(step_record()))
+    (tmp_path / "3.json").write_text(json.dumps(multimae_record()))
     files = {path.name: text for path, text in results.outputs(tmp_path).items()}
     assert {"gpu-kernels.svg", "gpu-step.svg"} <= set(files)
     assert "## Each kernel alone" in files["RESULTS.md"]
+    assert "| published code | 900.00 / **1000.00** / 1100.00 | 80.0 |" in files["RESULTS.md"]
+    assert "Goal, bf16, compiled: 4.00 x of at least 2 x, reached." in files["RESULTS.md"]
     assert "No record" not in files["RESULTS.md"]

@@ -25,7 +25,16 @@ def bare(tmp_path):
 
 
 def test_the_benchmarks_import_on_a_bare_machine(repo, bare):
-    names = ("mpmae.kernels", "mpmae.models", "mpmae.loader.batch", "kernels", "gpu_step", "step_gates", "sanitize")
+    names = (
+        "mpmae.kernels",
+        "mpmae.models",
+        "mpmae.loader.batch",
+        "kernels",
+        "gpu_step",
+        "multimae_step",
+        "step_gates",
+        "sanitize",
+    )
     code = f"import sys; sys.path.insert(0, 'benchmarks'); import {', '.join(names)}; mpmae.models.create_model"
     done = subprocess.run([sys.executable, "-c", code], cwd=repo, env=bare, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -69,8 +78,9 @@ def test_a_dry_run_on_a_bare_machine_is_green(repo, bare, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     outcomes = done.stdout[done.stdout.index("outcome") :]
-    assert outcomes.count("green") == 5
+    assert outcomes.count("green") == 6
     assert "stem, atto" in done.stdout
+    assert "\npublished code " in done.stdout
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"suite.log", "pytest.xml"}
 
 

@@ -38,11 +38,11 @@ def domain_products(model):
 
 def check_against_torch(**options):
     model = meta_model(**options)
-    cost = model_cost(model, "fp32")
+    cost, tokens = model_cost(model, "fp32"), model.draw(0, 0, range(NUM_SAMPLES))
     # attention as plain products, all of which the counter sees
     with fake_mode(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model = model.to_empty(device="cpu")
-        loss = model(empty_batch(model)).loss
+        loss = model(empty_batch(model), tokens).loss
         forward = counter.get_total_flops()
         loss.backward()
     assert forward == NUM_SAMPLES * (cost.forward_flops + domain_products(model))

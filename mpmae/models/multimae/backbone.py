@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mpmae.domains import Domain
 from mpmae.loader.batch import Batch
 from mpmae.models.dense import initialise_dense
 from mpmae.models.multimae.adapters import adapter_of
 from mpmae.models.multimae.checks import domain_subset, known_full
-from mpmae.models.multimae.domains import Domain, View, patches_of, view_of
 from mpmae.models.multimae.model import MultiMAE
 from mpmae.models.multimae.positions import positions, sincos_table, table_side
+from mpmae.models.multimae.views import View, patches_of, view_of
 from mpmae.models.multimae.vit import NORM_EPS, Block
 
 POOLINGS = ("mean", "global")

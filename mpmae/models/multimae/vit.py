@@ -45,19 +45,6 @@ class StackedNorm(nn.Module):
         return normed * self.weight[:, None, None] + self.bias[:, None, None]
 
 
-class Norm(nn.LayerNorm):
-    """Layer normalisation of float32 also with weights that an engine holds in bfloat16."""
-
-    def __init__(self, dim: int):
-        super().__init__(dim, eps=NORM_EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D], normalised over D."""
-        # autocast does this on a GPU; on a CPU torch refuses weights of less precision than the input
-        dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps)
-
-
 class Layers(NamedTuple):
     """What a transformer is made of: functions that give a linear layer (D_in, D_out) and a normalisation (D)."""
 
@@ -65,7 +52,7 @@ class Layers(NamedTuple):
     norm: Callable[[int], nn.Module]
 
 
-PLAIN = Layers(nn.Linear, Norm)
+PLAIN = Layers(nn.Linear, lambda dim: nn.LayerNorm(dim, eps=NORM_EPS))
 
 
 def stacked(num: int) -> Layers:
@@ -82,8 +69,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
     if real is not None:
         real = real.expand(*lead, -1).reshape(-1, 1, 1, real.shape[-1])
     q, k, v = (t.transpose(-2, -3).flatten(0, -4) for t in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=real)
-    return out.transpose(1, 2).flatten(2).unflatten(0, lead)
+    # torch's (2.13) fused backward on a CPU takes 8 times as long in bf16 as these products, see benchmarks/RESULTS.md
+    by_products = q.dtype == torch.bfloat16 and q.device.type == "cpu" and torch.is_grad_enabled()
+    attention = _products if by_products else F.scaled_dot_product_attention
+    return attention(q, k, v, real).transpose(1, 2).flatten(2).unflatten(0, lead)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None) -> Tensor:
+    """What F.scaled_dot_product_attention gives, the scores in memory."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if real is not None:
+        scores = scores.masked_fill(~real, -torch.inf)
+    return scores.softmax(-1) @ v
 
 
 class Attention(nn.Module):

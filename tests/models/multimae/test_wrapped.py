@@ -50,14 +50,11 @@ def test_checkpointed_blocks(make_batch):
     torch.testing.assert_close(wrapped_grads, grads, rtol=0, atol=0)
 
 
-def test_weights_that_an_engine_holds_in_bfloat16(make_batch):
-    """As FSDP and ZeRO do under train.precision=bf16, with float32 batches and autocast."""
-    model, batch = build(torch.float32), make_batch(2, SIZE)
-    draw = model.draw(0, 0, batch.sample_ids)
-    expected, _ = step(model, batch, draw)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.bfloat16()
+def test_weights_in_bf16_with_a_float32_table(make_batch):
+    """What DeepSpeed makes of a module under bf16: it leaves buffers as they are."""
+    model = build(torch.float32).bfloat16()
+    model.table = model.table.float()
     with torch.autocast("cpu", torch.bfloat16):
-        out, grads = step(model, batch, draw)
-    torch.testing.assert_close(out.losses, expected.losses, rtol=0.02, atol=0.02)
-    assert all(grad.isfinite().all() for grad in grads.values())
+        loss = model(make_batch(2, SIZE)).loss
+    loss.backward()
+    assert loss.isfinite()
