@@ -22,7 +22,7 @@ from mpmae.eval.folds import fraction
 from mpmae.eval.open_set import open_set
 from mpmae.eval.prepare import Preparation
 from mpmae.in_order import in_order
-from mpmae.models import MPMAE
+from mpmae.models import MPMAE, MultiMAE
 from mpmae.shard_format import Manifest
 
 _SEED = 0  # not the run's: probes of runs with other seeds see the same images
@@ -85,15 +85,21 @@ class ProbeSet:
         return "; ".join([*parts, f"statistics of {facts['statistics']}: {reason}"])
 
 
-def open_probe_set(config: RunConfig, manifest: Manifest, model: MPMAE) -> ProbeSet | None:
+def open_probe_set(config: RunConfig, manifest: Manifest, model: MPMAE | MultiMAE) -> ProbeSet | None:
     """The checked set of `config.probe`, for the bands that `model` reads; None without one.
 
-    Reads all labels and one image. Raises ConfigError or DatasetError: no set, or one without what the probe needs; a band
-    that nothing can stand for; a label that no class has; images that cannot be made to fit; torchmetrics not installed.
+    Reads all labels and one image. Raises ConfigError or DatasetError: a model other than an MP-MAE; no set, or one without
+    what the probe needs; a band that nothing can stand for; a label that no class has; images that cannot be made to fit;
+    torchmetrics not installed.
     """
     section = config.probe
     if section.dataset is None:
         return None
+    if not isinstance(model, MPMAE):
+        raise ConfigError(
+            f"probe.dataset = {section.dataset}: {config.model.name} cannot be probed while it trains, only an MP-MAE can; "
+            "leave it out, and probe its checkpoints (launch/probe.py)"
+        )
     if importlib.util.find_spec("torchmetrics") is None:
         raise ConfigError(
             f"probe.dataset = {section.dataset} needs the package torchmetrics: pip install mpmae[eval]; or leave it out"

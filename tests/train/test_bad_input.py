@@ -100,6 +100,7 @@ def test_changed_shards_cannot_continue_the_run(refused, run_dir, shards_dir, mm
         (("model.name=multimae_tiny", "model.img_size=60"), ["60", "patch"]),
         (("model.name=multimae_tiny", "model.bands_in=[B2]"), ["model.bands_in", "a multimae has no such key"]),
         (("model.name=multimae_tiny", "model.domains_in=[depth]"), ["samples", "have none of aster"]),
+        (("model.name=multimae_tiny", "probe.dataset=set.h5"), ["multimae_tiny cannot be probed while it trains"]),
         (("engine.name=fsdp", "engine.shard_size=2"), ["shard_size = 2", "the 1 ranks"]),
         (("engine.name=deepspeed",), ["--ds-config"]),
         (("--ds-config", "configs/ds/absent.json"), ["configs/ds/absent.json"]),
