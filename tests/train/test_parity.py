@@ -99,6 +99,18 @@ def test_same_curve(system, case, lines_of):
     np.testing.assert_allclose(curve(found)[:, 0], curve(expected)[:, 0], rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["ZeRO-3", "fsdp"])
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_engines_agree_in_bf16(system, case, settings, tmp_path):
+    """With weights kept or gathered in bf16, the parameters outside the blocks and the tables of positions among them."""
+    curves = []
+    for launcher, ranks, extra in (CASES["1 rank"], CASES[case]):
+        options = (*SYSTEMS[system], "train.max_steps=4", "train.precision=bf16", *extra)
+        curves.append(curve(launch_ok(launcher, ranks, tmp_path / str(ranks), *settings, *options))[:, 0])
+    np.testing.assert_allclose(*curves, rtol=0.02)
+
+
 @pytest.mark.parametrize(
     ("system", "case"),
     pairs(("ZeRO-2", "2 ranks", "fsdp", "ZeRO-0", "ZeRO-1", "ZeRO-3"), {"mpmae": {"ZeRO-2"}, "multimae": {"fsdp"}}),
