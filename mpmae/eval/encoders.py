@@ -11,8 +11,7 @@ from mpmae.eval.image_encoder import ImageEncoder
 from mpmae.eval.multimae_encoder import encoder_of, new_multimae
 from mpmae.modalities import spec_of
 from mpmae.models import ConvNeXtV2, create_encoder
-from mpmae.models.interop import Weights, as_weights, build_multimae, describe
-from mpmae.models.multimae.init import initialise
+from mpmae.models.interop import Weights, as_weights, build_multimae, describe, fresh_multimae
 
 RANDOM_INIT = "random init"
 _SIZE_PREFIX = "convnextv2_"
@@ -111,9 +110,10 @@ def _multimae(
 ) -> ImageEncoder:
     """A MultiMAE with the weights given, or with random ones of `seed` where `label` says so."""
     with _seeded(seed):
-        model = new_multimae(section) if weights is None else build_multimae(weights)
-        if weights is not None and label == RANDOM_INIT:
-            initialise(model)
+        if weights is None:
+            model = new_multimae(section)
+        else:
+            model = fresh_multimae(weights) if label == RANDOM_INIT else build_multimae(weights)
     if weights is not None and "name" in section.model_fields_set:
         size = describe(weights.state, weights.source).size
         if section.name != f"{_MULTIMAE_PREFIX}{size}":

@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mpmae.engine.optim import layer_decay_groups
 from mpmae.errors import CheckpointError, ConfigError, DatasetError
@@ -170,6 +171,19 @@ def test_random_weights_of_the_same_architecture_and_subset(checkpoint):
     assert {name: value.shape for name, value in states[0].items()} == {n: v.shape for n, v in states[1].items()}
     assert not torch.equal(states[0]["encoder.0.mlp.fc1.weight"], states[1]["encoder.0.mlp.fc1.weight"])
     assert open_encoder(EncoderSection(name="multimae_tiny", domains=["sentinel1"])).input.bands[0] == "asc_VV"
+
+
+def test_random_weights_have_nothing_of_the_checkpoint(tmp_path):
+    """Norms and biases, which a drawing of weights leaves as they start, included."""
+    write_checkpoint(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    save_file({name: value + 0.25 for name, value in load_file(file).items()}, file)
+    section = EncoderSection(checkpoint=tmp_path, domains=["rgb", "semseg"])
+    twin = random_twin(section).backbone.state_dict()
+    for name, value in open_encoder(section).backbone.state_dict().items():
+        if name not in ("table", "norm.weight", "norm.bias"):
+            assert not torch.equal(value, twin[name]), name
+    assert all(bool((twin[f"encoder.0.norm1.{name}"] == start).all()) for name, start in (("weight", 1), ("bias", 0)))
 
 
 @pytest.mark.parametrize(
