@@ -1,5 +1,7 @@
 """Encoders by configuration: those of a checkpoint, or of the same architecture with random weights."""
 
+from typing import Any
+
 import torch
 
 from mpmae.domains import DOMAINS
@@ -16,7 +18,7 @@ from mpmae.models.interop import Weights, as_weights, build_multimae, describe, 
 RANDOM_INIT = "random init"
 _SIZE_PREFIX = "convnextv2_"
 _MULTIMAE_PREFIX = "multimae_"
-__all__ = ["RANDOM_INIT", "ImageEncoder", "build_encoder", "domains_of", "open_encoder", "random_twin"]
+__all__ = ["RANDOM_INIT", "ImageEncoder", "build_encoder", "known_input", "open_encoder", "random_twin"]
 
 
 def open_encoder(
@@ -93,12 +95,15 @@ def build_encoder(
     return ImageEncoder(backbone.eval(), encoder_input, label)
 
 
-def domains_of(section: EncoderSection) -> tuple[str, ...] | None:
-    """The domains that the encoder can read: those of its checkpoint, any for random weights; None: it is no MultiMAE."""
+def known_input(section: EncoderSection) -> tuple[tuple[str, ...], dict[str, Any]] | None:
+    """The domains that the encoder can read and the statistics of its pretraining; None: it is no MultiMAE.
+
+    Those of its checkpoint; for random weights any domain, and no statistics.
+    """
     weights = None if section.checkpoint is None else as_weights(section.checkpoint)
     if not _is_multimae(section, weights):
         return None
-    return tuple(DOMAINS) if weights is None else weights.domains_in
+    return (tuple(DOMAINS), {}) if weights is None else (weights.domains_in, weights.statistics)
 
 
 def _is_multimae(section: EncoderSection, weights: Weights | None) -> bool:
