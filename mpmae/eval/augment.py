@@ -111,17 +111,18 @@ def _cropped(images: Tensor, grid: Tensor, encoder_input: EncoderInput | None) -
 
 
 def erase(section: AugmentSection, images: Tensor, draws: np.ndarray) -> Tensor:
-    """Images [M, B, S, S], each with the given probability with a rectangle of normal noise, in place."""
+    """Images [M, B, S, S], each with the given probability with a rectangle of normal noise, in place. NaN stays NaN."""
     if not section.erase_probability:
         return images
     let_torchvision_import()
     from timm.data.random_erasing import RandomErasing
 
+    absent = images.isnan()
     erasing = RandomErasing(section.erase_probability, mode="pixel", device=images.device)
     for image, number in zip(images, draws[:, _ERASE], strict=True):
         with _seeded(int(number), images.device):
             erasing(image)
-    return images
+    return images.masked_fill_(absent, math.nan)
 
 
 def mix(section: AugmentSection, images: Tensor, targets: Tensor, draws: np.ndarray) -> tuple[Tensor, Tensor]:
