@@ -149,3 +149,13 @@ def test_the_configuration_that_comes_with_it_serves_both_commands():
     path = REPO / "configs" / "eval" / "multimae_inputs.yaml"
     assert next(iter(configured("x", config=path).inputs.subsets)) == "S2"
     assert load_config(path).inputs.subsets["all"][-1] == "sentinel1"
+
+
+def test_what_a_resumed_evaluation_must_share_names_no_setting_that_an_older_one_lacks(tmp_path):
+    options = ("probe.methods=[ridge]", "probe.baselines=[image_statistics]", f"output.dir={tmp_path}")
+    probe(configured(tmp_path, *options), labelled=hidden_in("colour"))
+    kept = json.loads((tmp_path / "evaluation.json").read_text())
+    assert {key for key in kept if key.startswith(("encoder.", "inputs."))} == {
+        *(f"encoder.{name}" for name in ("checkpoint", "name", "patch_size", "bands_in", "domains"))
+    }
+    assert kept["encoder.domains"] is None
