@@ -1,9 +1,10 @@
 """The ways to take a training step of a MultiMAE: the published code's, and ours in several precisions.
 
-The published code is josesosajs/multimae-meets-eo: attention with its scores in memory, one decoder after the other, AdamW
-and the gradient's norm tensor by tensor. It asks for mixed precision on CUDA alone (float16 with a loss scaler, the class
-map's decoder in float32), so on a CPU it computes in float32. Here it is built of this project's parts. Its queries and
-context, which the published code gathers out of all tokens for each decoder, are made by a shorter way, in its favour.
+The published code is josesosajs/multimae-meets-eo: attention with its scores in memory, one decoder after the other,
+torch's usual AdamW (on a CPU tensor by tensor) and the gradient's norm tensor by tensor. It asks for mixed precision on
+CUDA alone (float16 with a loss scaler, the class map's decoder in float32), so on a CPU it computes in float32. Here it is
+built of this project's parts. Its queries and context, which the published code gathers out of all tokens for each decoder,
+are made by a shorter way, in its favour.
 
 Ours is what the engine `ddp` does with one rank: written out, since a GPU machine may lack what configurations need;
 tests/benchmarks/test_multimae_step.py holds the two together. All ways share the encoder's and the embeddings' weights.

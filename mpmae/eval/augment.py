@@ -42,13 +42,9 @@ class Augment:
         if task.kind not in ("multiclass", "multilabel"):
             raise ConfigError(f"{task.name}: a task of kind {task.kind} has no target per image to smooth or mix")
         self._section, self._task, self._seed, self._input = section, task, seed, encoder_input
-        if encoder_input is not None and encoder_input.class_channels:
-            maps = ", ".join(encoder_input.channels[channel][0] for channel in encoder_input.class_channels)
-            keys = [key for key in ("mixup_alpha", "erase_probability") if getattr(section, key)]
-            if keys:
-                raise ConfigError(
-                    [f"augment.{key}: the class ids of {maps} cannot be mixed or be noise; set it to 0" for key in keys]
-                )
+        problems = [] if encoder_input is None else class_problems(section, encoder_input)
+        if problems:
+            raise ConfigError(problems)
 
     @torch.no_grad()
     def __call__(self, batch: Batch, epoch: int) -> Batch:
@@ -59,6 +55,13 @@ class Augment:
         targets = soft_targets(batch.targets, self._task, section.smoothing)
         images, targets = mix(section, images, targets, draws)
         return replace(batch, images=images, targets=targets)
+
+
+def class_problems(section: AugmentSection, encoder_input: EncoderInput) -> list[str]:
+    """Changes that would make new class ids of old ones."""
+    maps = ", ".join(encoder_input.channels[channel][0] for channel in encoder_input.class_channels)
+    keys = [key for key in ("mixup_alpha", "erase_probability") if maps and getattr(section, key)]
+    return [f"augment.{key}: the class ids of {maps} cannot be mixed or be noise; set it to 0" for key in keys]
 
 
 def draw(seed: int, epoch: int, keys: np.ndarray) -> np.ndarray:
@@ -108,17 +111,18 @@ def _cropped(images: Tensor, grid: Tensor, encoder_input: EncoderInput | None) -
 
 
 def erase(section: AugmentSection, images: Tensor, draws: np.ndarray) -> Tensor:
-    """Images [M, B, S, S], each with the given probability with a rectangle of normal noise, in place."""
+    """Images [M, B, S, S], each with the given probability with a rectangle of normal noise, in place. NaN stays NaN."""
     if not section.erase_probability:
         return images
     let_torchvision_import()
     from timm.data.random_erasing import RandomErasing
 
+    absent = images.isnan()
     erasing = RandomErasing(section.erase_probability, mode="pixel", device=images.device)
     for image, number in zip(images, draws[:, _ERASE], strict=True):
         with _seeded(int(number), images.device):
             erasing(image)
-    return images
+    return images.masked_fill_(absent, math.nan)
 
 
 def mix(section: AugmentSection, images: Tensor, targets: Tensor, draws: np.ndarray) -> tuple[Tensor, Tensor]:

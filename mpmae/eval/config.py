@@ -28,6 +28,9 @@ class DatasetSection(Section):
     )
 
 
+DEFAULT_POOLING = "mean"
+
+
 class EncoderSection(Section):
     """The encoder that gives the features."""
 
@@ -41,7 +44,8 @@ class EncoderSection(Section):
         None, min_length=1, description="MultiMAE: what it reads, such as [rgb, depth]; None: all whose bands the set has"
     )
     pooling: Literal["mean", "global"] = Field(
-        "mean", description="MultiMAE: the mean over all tokens with data and the global one, or the global token alone"
+        DEFAULT_POOLING,
+        description="MultiMAE: the mean over all tokens with data and the global one, or the global token alone",
     )
 
 

@@ -9,6 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
+from mpmae.eval.written import written
+
 SPLITS = ("train", "val", "test")
 KINDS = ("multiclass", "multilabel", "segmentation")
 IGNORED = -1  # in a label map: no label here
@@ -28,6 +30,9 @@ class StoredBand:
     mean: float
     std: float
     modality: str | None = None
+
+    def __repr__(self) -> str:
+        return written(self, ("modality",))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mpmae.errors import CheckpointError
+from mpmae.eval.written import written
 from mpmae.modalities import PRODUCT_LEVELS, spec_of
 
 SENTINEL2 = "sentinel2"
@@ -31,6 +32,9 @@ class EncoderInput:
     modalities: tuple[str, ...] = ()
     other_statistics: Mapping[str, Moments] = field(default_factory=dict)
     tells_no_data: bool = False
+
+    def __repr__(self) -> str:
+        return written(self, ("modalities", "other_statistics", "tells_no_data"))
 
     @property
     def channels(self) -> tuple[tuple[str, str], ...]:

@@ -1,5 +1,7 @@
 """Encoders by configuration: those of a checkpoint, or of the same architecture with random weights."""
 
+from typing import Any
+
 import torch
 
 from mpmae.domains import DOMAINS
@@ -11,13 +13,12 @@ from mpmae.eval.image_encoder import ImageEncoder
 from mpmae.eval.multimae_encoder import encoder_of, new_multimae
 from mpmae.modalities import spec_of
 from mpmae.models import ConvNeXtV2, create_encoder
-from mpmae.models.interop import Weights, as_weights, build_multimae, describe
-from mpmae.models.multimae.init import initialise
+from mpmae.models.interop import Weights, as_weights, build_multimae, describe, fresh_multimae
 
 RANDOM_INIT = "random init"
 _SIZE_PREFIX = "convnextv2_"
 _MULTIMAE_PREFIX = "multimae_"
-__all__ = ["RANDOM_INIT", "ImageEncoder", "build_encoder", "domains_of", "open_encoder", "random_twin"]
+__all__ = ["RANDOM_INIT", "ImageEncoder", "build_encoder", "known_input", "open_encoder", "random_twin"]
 
 
 def open_encoder(
@@ -94,12 +95,15 @@ def build_encoder(
     return ImageEncoder(backbone.eval(), encoder_input, label)
 
 
-def domains_of(section: EncoderSection) -> tuple[str, ...] | None:
-    """The domains that the encoder can read: those of its checkpoint, any for random weights; None: it is no MultiMAE."""
+def known_input(section: EncoderSection) -> tuple[tuple[str, ...], dict[str, Any]] | None:
+    """The domains that the encoder can read and the statistics of its pretraining; None: it is no MultiMAE.
+
+    Those of its checkpoint; for random weights any domain, and no statistics.
+    """
     weights = None if section.checkpoint is None else as_weights(section.checkpoint)
     if not _is_multimae(section, weights):
         return None
-    return tuple(DOMAINS) if weights is None else weights.domains_in
+    return (tuple(DOMAINS), {}) if weights is None else (weights.domains_in, weights.statistics)
 
 
 def _is_multimae(section: EncoderSection, weights: Weights | None) -> bool:
@@ -111,9 +115,10 @@ def _multimae(
 ) -> ImageEncoder:
     """A MultiMAE with the weights given, or with random ones of `seed` where `label` says so."""
     with _seeded(seed):
-        model = new_multimae(section) if weights is None else build_multimae(weights)
-        if weights is not None and label == RANDOM_INIT:
-            initialise(model)
+        if weights is None:
+            model = new_multimae(section)
+        else:
+            model = fresh_multimae(weights) if label == RANDOM_INIT else build_multimae(weights)
     if weights is not None and "name" in section.model_fields_set:
         size = describe(weights.state, weights.source).size
         if section.name != f"{_MULTIMAE_PREFIX}{size}":

@@ -12,6 +12,7 @@ import numpy as np
 from mpmae.engine.world import World
 from mpmae.errors import ConfigError
 from mpmae.eval.classification import classification_setup
+from mpmae.eval.config import DEFAULT_POOLING
 from mpmae.eval.dataset import LabelledSet, Task
 from mpmae.eval.encoders import ImageEncoder, build_encoder, random_twin
 from mpmae.eval.finetune_config import FinetuneConfig
@@ -77,7 +78,7 @@ def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None
     cache_bytes = config.finetune.cache_bytes
     examples = Examples(labelled, config.output.num_workers, cache_bytes)
     about = {"set": labelled.task.name, "samples": _ids_hash(labelled), "labels": labels_identity(labelled, labels)}
-    fixed = {**_settings(config), **about}
+    fixed = {**_settings(config, like), **about}
     scores: list[Score] = []
     for run in runs:
         for kind, encoder in _encoders(config, weights, like, run.seed, labelled.task):
@@ -179,9 +180,12 @@ def _score(setup: Setup, label: str, run: Run, fitted: Fitted) -> Score:
     )
 
 
-def _settings(config: FinetuneConfig) -> dict[str, Any]:
-    """What a resumed run must share with its beginning, by dotted key."""
-    tree = config.model_dump(mode="json", exclude={"output"})
+def _settings(config: FinetuneConfig, like: ImageEncoder) -> dict[str, Any]:
+    """What a resumed run must share with its beginning, by dotted key; as runs had it that began before the defaults did."""
+    tree = config.model_dump(mode="json", exclude={"output", "inputs"})
+    tree["segmentation"]["method"] = config.segmentation.method or like.decoder_method
+    if config.encoder.pooling == DEFAULT_POOLING:
+        del tree["encoder"]["pooling"]
     flat = {f"{section}.{key}": value for section, keys in tree.items() for key, value in keys.items()}
     return {key: value for key, value in flat.items() if key not in _FREE_KEYS}
 

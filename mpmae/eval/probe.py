@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mpmae.errors import ConfigError
 from mpmae.eval.baselines import baseline_source, encoder_source
+from mpmae.eval.config import DEFAULT_POOLING
 from mpmae.eval.dataset import LabelledSet
 from mpmae.eval.devices import find_device
 from mpmae.eval.encoders import RANDOM_INIT, ImageEncoder, open_encoder
@@ -31,6 +32,7 @@ _LABELS = {"image_statistics": "image statistics", "random_convolutions": "rando
 # what may grow or move between the parts of a resumed evaluation: single scores do not depend on it
 _FREE_KEYS = {
     "output": None,
+    "inputs": None,
     "dataset": {"path", "label_fractions"},
     "probe": {"methods", "ks", "baselines", "features_dir"},
 }
@@ -181,6 +183,8 @@ def _identity(
         for key, value in keys.items()
         if section not in _FREE_KEYS or (_FREE_KEYS[section] is not None and key not in _FREE_KEYS[section])
     }
+    if config.encoder.pooling == DEFAULT_POOLING:  # evaluations from before there was another go on
+        del settings["encoder.pooling"]
     weights = None if encoder is None else encoder.fingerprint()
     return {**settings, "set": set_identity(labelled), "labels": labels_identity(labelled, labels), "weights": weights}
 

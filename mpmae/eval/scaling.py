@@ -63,8 +63,10 @@ class Scaling:
         return (values * self._scale - self._mean) / self._std
 
 
-def channel_scaling(task: Task, encoder_input: EncoderInput, match: BandMatch, normalise: str) -> Scaling:
-    """The scaling of a set's bands for an encoder; what is chosen is logged.
+def channel_scaling(
+    task: Task, encoder_input: EncoderInput, match: BandMatch, normalise: str, quiet: bool = False
+) -> Scaling:
+    """The scaling of a set's bands for an encoder; what is chosen is logged unless `quiet`.
 
     Raises DatasetError for statistics that are not there or do not fit.
     """
@@ -80,7 +82,7 @@ def channel_scaling(task: Task, encoder_input: EncoderInput, match: BandMatch, n
             problems += error.problems
     if problems:
         raise DatasetError(problems)
-    for modality, part in parts.items():
+    for modality, part in () if quiet else parts.items():
         where = task.name if len(parts) == 1 else f"{task.name}, {modality}"
         _LOG.info("%s: normalised by statistics of %s: %s", where, part.source, part.reason)
     return Scaling(encoder_input, parts)

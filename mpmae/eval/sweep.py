@@ -14,13 +14,16 @@ from rich.console import Console
 from mpmae.config_tree import Section
 from mpmae.domains import domain_of, in_order
 from mpmae.errors import ConfigError, DatasetError
+from mpmae.eval.augment import class_problems
 from mpmae.eval.bands import match_channels
 from mpmae.eval.config import InputsSection
 from mpmae.eval.dataset import LabelledSet, Task
-from mpmae.eval.encoders import domains_of
+from mpmae.eval.encoder_input import input_of_domains
+from mpmae.eval.encoders import known_input
 from mpmae.eval.multimae_encoder import POOLED, channels_of
 from mpmae.eval.open_set import open_set
 from mpmae.eval.results import CONFIG_NAME, PICTURE_NAME, RESULTS_NAME, SCORES_NAME, evaluation_facts, print_table
+from mpmae.eval.scaling import channel_scaling
 from mpmae.eval.score_log import check_free, held
 from mpmae.eval.scores import Score, write_scores
 from mpmae.eval.sweep_picture import write_sweep_picture
@@ -86,8 +89,7 @@ def sweep(evaluate: Evaluate, config: Section, *, resume: bool = False, labelled
 
 def _subsets(config: Section, task: Task) -> list[_Subset]:
     """What is evaluated. Raises ConfigError for subsets that mean nothing, DatasetError when none can be evaluated."""
-    known = domains_of(config.encoder)
-    problems = []
+    known, problems = known_input(config.encoder), []
     if known is None:
         problems.append("inputs.subsets: the encoder is a ConvNeXt V2, which always reads the same bands; leave it out")
     if config.encoder.domains is not None:
@@ -107,19 +109,32 @@ def _subsets(config: Section, task: Task) -> list[_Subset]:
         problems.append(f"inputs.subsets: the names give the folders {', '.join(folders)}; expected different ones")
     if problems:
         raise ConfigError(problems)
-    found = [_subset(name, in_order(domains), folder, known, task) for name, domains, folder in subsets]
+    found = [_subset(config, name, in_order(domains), folder, known, task) for name, domains, folder in subsets]
     if all(subset.reason for subset in found):
         raise DatasetError([f"inputs.subsets: {subset.name} cannot be evaluated: {subset.reason}" for subset in found])
     return found
 
 
-def _subset(name: str, domains: tuple[str, ...], folder: str, known: Sequence[str], task: Task) -> _Subset:
-    unread = [domain for domain in domains if domain not in known]
+def _subset(
+    config: Section,
+    name: str,
+    domains: tuple[str, ...],
+    folder: str,
+    known: tuple[Sequence[str], Mapping[str, Any]],
+    task: Task,
+) -> _Subset:
+    """Tries all that needs no pixels, so that nothing ends a sweep whose first inputs took hours."""
+    unread = [domain for domain in domains if domain not in known[0]]
     if unread:
         return _Subset(name, domains, folder, f"the encoder does not read {', '.join(unread)}", "")
     channels = [channel for domain in domains for channel in channels_of(domain_of(domain))]
+    encoder_input = input_of_domains(channels, 1, known[1], str(config.encoder.checkpoint))
+    problems = class_problems(config.augment, encoder_input) if hasattr(config, "augment") else []
+    if problems:
+        raise ConfigError([f"inputs.subsets: {name}: {problem}" for problem in problems])
     try:
         match = match_channels(task, channels, quiet=True)
+        channel_scaling(task, encoder_input, match, config.image.normalise, quiet=True)
     except DatasetError as error:
         return _Subset(name, domains, folder, "; ".join(error.problems), "")
     return _Subset(name, domains, folder, "", ", ".join(match.filled))

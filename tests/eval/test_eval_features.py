@@ -1,5 +1,7 @@
 """Features of a set: which image they belong to, what is read once, and what the baselines compute."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ import torch
 from mpmae.errors import DatasetError
 from mpmae.eval.baselines import BandStandardise, ImageStatistics, RandomConvolutions, baseline_source, draw_patches
 from mpmae.eval.config import EncoderSection, ImageSection
+from mpmae.eval.dataset import StoredBand
+from mpmae.eval.encoder_input import EncoderInput
 from mpmae.eval.features import Source, image_features, kept_features, set_identity
 from tests.eval.memory_set import MemorySet
 
@@ -129,3 +133,12 @@ def test_baselines_have_fingerprints_of_their_own():
     keys = {(name, seed): key(name, seed) for name in names for seed in (0, 1)}
     assert len(set(keys.values())) == 5  # image statistics have no seed
     assert key("random_init", 1) == keys["random_init", 1]
+
+
+def test_what_hashes_are_made_of_is_written_as_it_always_was():
+    """Features, runs and embeddings from before there were other modalities are found again."""
+    band, given = StoredBand("B2", 0.49, 1.0, 2.0), EncoderInput(("B2",), 8)
+    assert repr(band) == "StoredBand(name='B2', wavelength_um=0.49, mean=1.0, std=2.0)"
+    assert repr(given) == "EncoderInput(bands=('B2',), patch_size=8, statistics={})"
+    others = [replace(band, modality="aster"), replace(given, modalities=("aster",)), replace(given, tells_no_data=True)]
+    assert len({repr(value) for value in (band, given, *others)}) == 5

@@ -126,7 +126,36 @@ def test_a_set_that_can_do_no_subset(tmp_path):
     assert len(error.value.problems) == 2
 
 
+def test_what_would_end_a_sweep_halfway_is_said_before_it_begins(tmp_path, checkpoint):
+    settings = (f"encoder.checkpoint={checkpoint}", "inputs.subsets={RGB: [rgb], all: [rgb, semseg]}", "image.size=16")
+    config = load_config(None, [*settings, f"output.dir={tmp_path}/mixed", "augment.mixup_alpha=0.8", "output.device=cpu"])
+    with pytest.raises(ConfigError, match=r"inputs.subsets: all: augment.mixup_alpha: the class ids of esa_worldcover"):
+        finetune(config, labelled=hidden_in("colour"))
+    assert not (tmp_path / "mixed" / "inputs").exists()
+
+
+def test_an_input_without_statistics_is_left_out(tmp_path):
+    write_checkpoint(tmp_path / "weights", domains_in=["rgb", "depth"])
+    path = tmp_path / "weights" / "config.json"
+    beside = json.loads(path.read_text())
+    path.write_text(json.dumps(beside | {"statistics": {"sentinel2_l2a": beside["statistics"]["sentinel2_l2a"]}}))
+    overrides = ["inputs.subsets={RGB: [rgb], DEM: [depth]}", "image.normalise=pretraining", "probe.baselines=[]"]
+    config = configured(tmp_path / "out", *overrides, f"encoder.checkpoint={path.parent}")
+    assert [score.encoder for score in probe(config, labelled=hidden_in("colour"))] == ["RGB"]
+    assert "the checkpoint has no statistics of aster; use auto or dataset |" in (tmp_path / "out/results.md").read_text()
+
+
 def test_the_configuration_that_comes_with_it_serves_both_commands():
     path = REPO / "configs" / "eval" / "multimae_inputs.yaml"
     assert next(iter(configured("x", config=path).inputs.subsets)) == "S2"
     assert load_config(path).inputs.subsets["all"][-1] == "sentinel1"
+
+
+def test_what_a_resumed_evaluation_must_share_names_no_setting_that_an_older_one_lacks(tmp_path):
+    options = ("probe.methods=[ridge]", "probe.baselines=[image_statistics]", f"output.dir={tmp_path}")
+    probe(configured(tmp_path, *options), labelled=hidden_in("colour"))
+    kept = json.loads((tmp_path / "evaluation.json").read_text())
+    assert {key for key in kept if key.startswith(("encoder.", "inputs."))} == {
+        *(f"encoder.{name}" for name in ("checkpoint", "name", "patch_size", "bands_in", "domains"))
+    }
+    assert kept["encoder.domains"] is None

@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mpmae.engine.optim import layer_decay_groups
 from mpmae.errors import CheckpointError, ConfigError, DatasetError
@@ -17,6 +18,7 @@ from mpmae.eval.encoders import open_encoder, random_twin
 from mpmae.eval.finetune_config import AugmentSection
 from mpmae.eval.multimae_encoder import encoder_of
 from mpmae.eval.prepare import Preparation
+from mpmae.eval.training_data import Batch as TrainingBatch
 from mpmae.loader.batch import Batch
 from mpmae.modalities import MODALITIES, band_indices
 from mpmae.models.multimae.backbone import vit_of
@@ -170,6 +172,30 @@ def test_random_weights_of_the_same_architecture_and_subset(checkpoint):
     assert {name: value.shape for name, value in states[0].items()} == {n: v.shape for n, v in states[1].items()}
     assert not torch.equal(states[0]["encoder.0.mlp.fc1.weight"], states[1]["encoder.0.mlp.fc1.weight"])
     assert open_encoder(EncoderSection(name="multimae_tiny", domains=["sentinel1"])).input.bands[0] == "asc_VV"
+
+
+def test_erasing_makes_no_data_of_what_is_absent():
+    task = Task("set", "multiclass", ("a", "b"), (), "accuracy")
+    given = EncoderInput(("B4", "elevation"), 8, modalities=("sentinel2", "aster"), tells_no_data=True)
+    images = torch.ones(4, 2, 16, 16)
+    images[:2, 1], images[2, 0, :8] = torch.nan, torch.nan
+    augment = Augment(AugmentSection(flip=False, rotate=False, erase_probability=1.0), task, 0, given)
+    changed = augment(TrainingBatch(images.clone(), torch.zeros(4, dtype=torch.long), np.arange(4)), 0).images
+    assert torch.equal(changed.isnan(), images.isnan())
+    assert (changed != 1).flatten(1).any(1).all()
+
+
+def test_random_weights_have_nothing_of_the_checkpoint(tmp_path):
+    """Norms and biases, which a drawing of weights leaves as they start, included."""
+    write_checkpoint(tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    save_file({name: value + 0.25 for name, value in load_file(file).items()}, file)
+    section = EncoderSection(checkpoint=tmp_path, domains=["rgb", "semseg"])
+    twin = random_twin(section).backbone.state_dict()
+    for name, value in open_encoder(section).backbone.state_dict().items():
+        if name not in ("table", "norm.weight", "norm.bias"):
+            assert not torch.equal(value, twin[name]), name
+    assert all(bool((twin[f"encoder.0.norm1.{name}"] == start).all()) for name, start in (("weight", 1), ("bias", 0)))
 
 
 @pytest.mark.parametrize(

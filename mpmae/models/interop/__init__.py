@@ -1,6 +1,6 @@
 """Weights of other programs and of our own checkpoints, in and out."""
 
-from mpmae.models.interop.build import build_multimae
+from mpmae.models.interop.build import build_multimae, fresh_multimae
 from mpmae.models.interop.describe import Architecture, describe, describe_convnext
 from mpmae.models.interop.describe_multimae import MultiMAEArchitecture, describe_multimae
 from mpmae.models.interop.load import LoadReport, as_weights, load_encoder, load_reference
@@ -18,6 +18,7 @@ __all__ = [
     "describe",
     "describe_convnext",
     "describe_multimae",
+    "fresh_multimae",
     "load_encoder",
     "load_reference",
     "read_weights",

@@ -1,4 +1,4 @@
-"""`build_multimae`: the MultiMAE that a checkpoint holds."""
+"""`build_multimae`: the MultiMAE that a checkpoint holds; `fresh_multimae`: the same model with random weights."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -38,23 +38,32 @@ def build_multimae(
     else from the usual model, which is logged. A checkpoint of an encoder alone gets fresh decoders, which is logged too.
     Raises CheckpointError: no MultiMAE, a domain that we do not know, weights that do not fit; ConfigError for arguments.
     """
+    weights, found = _read(source)
+    model = _empty(weights, found, img_size, bands_available)
+    load = load_reference if found.decoders else load_encoder
+    load(model, weights)
+    return model.eval()
+
+
+def fresh_multimae(source: Mapping[str, Tensor] | str | Path | Weights) -> MultiMAE:
+    """The model that `build_multimae` gives, with random weights of torch's generator: none is the checkpoint's."""
+    return _empty(*_read(source), None, None).eval()
+
+
+def _read(source: Mapping[str, Tensor] | str | Path | Weights) -> tuple[Weights, MultiMAEArchitecture]:
     weights = as_weights(source)
     found = describe(weights.state, weights.source)
     if not isinstance(found, MultiMAEArchitecture):
         raise CheckpointError(
             f"{weights.source} holds {found}: no MultiMAE; mpmae.create_encoder builds a ConvNeXt V2 of it"
         )
-    model = _empty(weights, found, img_size, bands_available)
-    model.to(torch.promote_types(weights.state["global_tokens"].dtype, torch.float32))
-    load = load_reference if found.decoders else load_encoder
-    load(model, weights)
-    return model.eval()
+    return weights, found
 
 
 def _empty(
     weights: Weights, found: MultiMAEArchitecture, img_size: int | None, bands_available: Mapping[str, Sequence[str]] | None
 ) -> MultiMAE:
-    """The model with fresh weights."""
+    """The model with fresh weights, in the precision of the checkpoint's, at least float32."""
     where, assumed = weights.source, []
 
     def known(key, usual):
@@ -110,4 +119,4 @@ def _empty(
     initialise(model)
     if assumed:
         _LOG.info("%s does not say everything of the model; assumed as usual: %s", where, ", ".join(assumed))
-    return model
+    return model.to(torch.promote_types(weights.state["global_tokens"].dtype, torch.float32))

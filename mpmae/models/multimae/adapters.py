@@ -4,9 +4,11 @@ Shapes: N samples, C channels, H side of a domain's map, P side of its patches, 
 Source: MultiMAE (arXiv 2204.01678), `input_adapters.py`.
 """
 
+import torch
 from torch import Tensor, nn
 
 from mpmae.domains import Domain
+from mpmae.models.multimae.positions import positions
 
 CLASS_DIM = 64
 
@@ -44,3 +46,13 @@ def adapter_of(domain: Domain, dim: int, patch_size: int) -> PatchAdapter | Clas
     """The adapter of a domain; `patch_size` in pixels of the image."""
     kind = ClassAdapter if domain.num_classes else PatchAdapter
     return kind(domain.num_channels, dim, patch_size // domain.stride)
+
+
+def embed(adapter: PatchAdapter | ClassAdapter, values: Tensor, table: Tensor, side: int, dtype: torch.dtype) -> Tensor:
+    """Tokens [N, L, D] with their positions of `table`, for `side` patches on a side.
+
+    values: as the adapter takes them. dtype: of the tokens, and of what the adapter is given unless these are class ids.
+    """
+    values = values.to(dtype) if values.is_floating_point() else values
+    # the table stays float32 where an engine keeps the weights, and so the blocks, in bf16
+    return (adapter(values) + positions(table, side, adapter.position_mode)).to(dtype)

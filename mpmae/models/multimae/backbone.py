@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from mpmae.domains import Domain
 from mpmae.loader.batch import Batch
 from mpmae.models.dense import initialise_dense
-from mpmae.models.multimae.adapters import adapter_of
+from mpmae.models.multimae.adapters import adapter_of, embed
 from mpmae.models.multimae.checks import domain_subset, known_full
 from mpmae.models.multimae.model import MultiMAE
-from mpmae.models.multimae.positions import positions, sincos_table, table_side
+from mpmae.models.multimae.positions import sincos_table, table_side
 from mpmae.models.multimae.views import View, patches_of, view_of
 from mpmae.models.multimae.vit import NORM_EPS, Block
 
@@ -119,7 +119,10 @@ class MultiMAEBackbone(nn.Module):
         views, side = self._views(image), image.shape[-1] // self.patch_size
         flags = [view.valid if view.valid.ndim == 4 else view.valid[:, None] for view in views]
         available = torch.stack([patches_of(flag, side).any(2) for flag in flags], 1)
-        x = torch.cat([*self._embedded(views, side), self.global_tokens.expand(len(image), -1, -1)], 1)
+        how = (self.table, side, self.global_tokens.dtype)
+        parts = zip(self.input_adapters.values(), views, strict=True)
+        tokens = [embed(adapter, view.values, *how) for adapter, view in parts]
+        x = torch.cat([*tokens, self.global_tokens.expand(len(image), -1, -1)], 1)
         real = None if known_full(available) else F.pad(available.flatten(1), (0, 1), value=True)
         ends, outputs = self._last_blocks(), {}
         for number, block in enumerate(self.encoder):
@@ -181,13 +184,6 @@ class MultiMAEBackbone(nn.Module):
             batch = Batch({domain.modality: values}, {domain.modality: valid}, ids, {}, len(image))
             views.append(view_of(domain, batch, None, dtype, self.reference_quirks))
         return views
-
-    def _embedded(self, views: Sequence[View], side: int) -> list[Tensor]:
-        tokens = []
-        for adapter, view in zip(self.input_adapters.values(), views, strict=True):
-            values = view.values.to(self.global_tokens.dtype) if view.values.is_floating_point() else view.values
-            tokens.append(adapter(values) + positions(self.table, side, adapter.position_mode))
-        return tokens
 
 
 class MultiMAEViT(MultiMAEBackbone):

@@ -16,11 +16,11 @@ from mpmae.loader.batch import Batch
 from mpmae.modalities import band_indices
 from mpmae.models.losses import weigh
 from mpmae.models.multimae import checks
-from mpmae.models.multimae.adapters import adapter_of
+from mpmae.models.multimae.adapters import adapter_of, embed
 from mpmae.models.multimae.decoders import Decoders
 from mpmae.models.multimae.draw import TokenDraw, draw_tokens, random_draw
 from mpmae.models.multimae.losses import domain_share
-from mpmae.models.multimae.positions import positions, sincos_table, table_side
+from mpmae.models.multimae.positions import sincos_table, table_side
 from mpmae.models.multimae.sampler import TokenSample, sample_tokens
 from mpmae.models.multimae.views import View, map_of, patches_of, view_of
 from mpmae.models.multimae.vit import Block
@@ -245,13 +245,8 @@ class MultiMAE(nn.Module):
 
     def _embed(self, views: dict[str, View], names: Sequence[str]) -> Tensor:
         """The tokens of the domains with their positions, [N, number of names * L, E]."""
-        dtype, tokens = self.global_tokens.dtype, []
-        for name in names:
-            adapter, values = self.input_adapters[name], views[name].values
-            where = positions(self.table, self.num_patches_side, adapter.position_mode)
-            # the table stays float32 where an engine keeps the weights, and so the blocks, in bf16
-            tokens.append((adapter(values if not values.is_floating_point() else values.to(dtype)) + where).to(dtype))
-        return torch.cat(tokens, dim=1)
+        how = (self.table, self.num_patches_side, self.global_tokens.dtype)
+        return torch.cat([embed(self.input_adapters[name], views[name].values, *how) for name in names], dim=1)
 
     def _encode(self, tokens: Tensor, real: Tensor | None) -> Tensor:
         """[N, V+1, E] of tokens [N, V, E], the global one last; `real` bool [N, V] or None as in TokenSample."""
