@@ -22,7 +22,7 @@ class Domain:
 
     bands: of the modality, in the order of the channels; empty for class ids. stride: pixels of the image on a side of one
     pixel of the domain. loss: "squared", "absolute" or "classes". standardise: per sample, by
-    `mpmae.models.multimae.domains.standardise_truncated`. num_classes: of class ids, with one more, the last, that stands
+    `mpmae.models.multimae.views.standardise_truncated`. num_classes: of class ids, with one more, the last, that stands
     for no data in the input and is never a target.
     """
 

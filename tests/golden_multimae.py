@@ -6,14 +6,15 @@ Shapes: N samples, K domains, L patches, S image side in pixels.
 import numpy as np
 import torch
 
+from mpmae.domains import domain_of
 from mpmae.loader.batch import Batch
 from mpmae.modalities import MODALITIES, spec_of
 from mpmae.models import MultiMAE
 from mpmae.models.interop.multimae import from_published, to_published
-from mpmae.models.multimae.domains import domain_of, map_of, patches_of, standardise_truncated
 from mpmae.models.multimae.losses import domain_share
 from mpmae.models.multimae.positions import sincos_table
 from mpmae.models.multimae.sampler import TokenSample, choose_tokens, domain_shares, tokens_per_domain
+from mpmae.models.multimae.views import map_of, patches_of, standardise_truncated
 from tests.golden_cases import STORED_AS_FLOAT32, TOLERANCES, Case, Findings, Tolerance, fill
 
 

@@ -24,8 +24,8 @@ from mpmae.cost.parts import (
     size_of,
     together,
 )
+from mpmae.domains import Domain
 from mpmae.models.multimae.adapters import CLASS_DIM
-from mpmae.models.multimae.domains import Domain
 from mpmae.models.multimae.model import MultiMAE
 from mpmae.models.multimae.vit import MLP_RATIO
 

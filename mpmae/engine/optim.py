@@ -1,6 +1,7 @@
 """Parameter groups, AdamW and the learning rate, the same for every engine."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn, optim
@@ -33,12 +34,16 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict]:
 def layer_decay_groups(
     module: nn.Module, weight_decay: float, layer_decay: float, *, reference_quirks: bool = False
 ) -> list[dict]:
-    """AdamW groups for fine-tuning a dense ConvNeXt V2: by depth, each with and without weight decay, with an `lr_scale`.
+    """AdamW groups for fine-tuning an encoder: by depth, each with and without weight decay, with an `lr_scale`.
+
+    A module may say itself how deep a parameter lies, `module.layer_depth(name)` up to `module.num_layers`, as a MultiMAE's
+    encoder does. A dense ConvNeXt V2 goes by its names:
 
     module: parameters named stem.*, downsamples.i.*, stages.s.b.* (from `module.stages`, a list of lists of blocks) and
     anything else (norm, head). Depth counts from 0: the stem 0, the blocks 1, 2, ... in order, a downsampling as the block
     after it, the rest one more than the last block; lr_scale = layer_decay ** (depth of the rest - depth). Exempt from
-    weight decay are parameters of ndim <= 1 and those named `*.bias`, `*.gamma` or `*.beta`: GRN too, unlike in pretraining.
+    weight decay are parameters of ndim <= 1, those named `*.bias`, `*.gamma` or `*.beta` (GRN too, unlike in pretraining),
+    and those of `module.no_weight_decay()`.
     reference_quirks: depths of the published code, which renamed the layers but not its rule: the stem counts among the rest
     (scale 1), a downsampling as the first block of the stage before it.
     Source: MMEarth-train `optim_factory.py`, layer_decay_type "single". Raises ConfigError for a module without
@@ -46,20 +51,15 @@ def layer_decay_groups(
     """
     if not 0 < layer_decay <= 1:
         raise ConfigError(f"layer_decay_groups: layer_decay = {layer_decay}, expected a factor in (0, 1]")
-    stages = getattr(module, "stages", None)
-    if stages is None:
-        name = type(module).__name__
-        raise ConfigError(f"layer_decay_groups: {name} has no stages; expected a dense ConvNeXt V2, as create_encoder gives")
-    first_block = [1]  # depth of the first block of each stage, and of what follows the last
-    for stage in stages:
-        first_block.append(first_block[-1] + len(stage))
+    depth_of, last = _depths(module, reference_quirks)
+    exempt = module.no_weight_decay() if hasattr(module, "no_weight_decay") else set()
     groups: dict[tuple[int, bool], dict] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
-        depth = _depth(name.split("."), first_block, reference_quirks)
-        decayed = parameter.ndim > 1 and not name.endswith((".bias", ".gamma", ".beta"))
-        settings = {"weight_decay": weight_decay if decayed else 0.0, "lr_scale": layer_decay ** (first_block[-1] - depth)}
+        depth = depth_of(name)
+        decayed = parameter.ndim > 1 and not name.endswith((".bias", ".gamma", ".beta")) and name not in exempt
+        settings = {"weight_decay": weight_decay if decayed else 0.0, "lr_scale": layer_decay ** (last - depth)}
         groups.setdefault((depth, decayed), {"params": [], **settings})["params"].append(parameter)
     if not groups:
         raise ConfigError(_nothing_trains(module))
@@ -68,6 +68,24 @@ def layer_decay_groups(
 
 def _nothing_trains(module: nn.Module) -> str:
     return f"{type(module).__name__} has no parameter that trains: all have requires_grad=False"
+
+
+def _depths(module: nn.Module, reference_quirks: bool) -> tuple[Callable[[str], int], int]:
+    """How deep a parameter of that name lies, and the depth of what follows the last block."""
+    if hasattr(module, "layer_depth"):
+        if reference_quirks:
+            raise ConfigError(
+                f"layer_decay_groups: reference_quirks is for a ConvNeXt V2, not for {type(module).__name__}; leave it out"
+            )
+        return module.layer_depth, module.num_layers
+    stages = getattr(module, "stages", None)
+    if stages is None:
+        name = type(module).__name__
+        raise ConfigError(f"layer_decay_groups: {name} has no stages; expected a dense ConvNeXt V2, as create_encoder gives")
+    first_block = [1]  # depth of the first block of each stage, and of what follows the last
+    for stage in stages:
+        first_block.append(first_block[-1] + len(stage))
+    return lambda name: _depth(name.split("."), first_block, reference_quirks), first_block[-1]
 
 
 def _depth(name: list[str], first_block: list[int], reference_quirks: bool) -> int:

@@ -20,6 +20,7 @@ from torch import Tensor
 from mpmae.counter_rng import Stream, random_bits
 from mpmae.errors import ConfigError
 from mpmae.eval.dataset import Task
+from mpmae.eval.encoder_input import EncoderInput
 from mpmae.eval.finetune_config import AugmentSection
 from mpmae.eval.torchvision_import import let_torchvision_import
 from mpmae.eval.training_data import Batch
@@ -32,20 +33,28 @@ _TURN, _FLIP_ROWS, _FLIP_COLUMNS, _AREA, _SHAPE, _TOP, _LEFT, _ERASE, _MIX, _NUM
 class Augment:
     """Changes a batch of images that have one target each, and makes its targets soft.
 
-    Targets come as classes [M] or labels [M, K] (task kind "multilabel") and go as float32 [M, K]. Raises ConfigError for a
-    task without such targets.
+    Targets come as classes [M] or labels [M, K] (task kind "multilabel") and go as float32 [M, K]. encoder_input: what the
+    channels are, where they are more than bands of Sentinel-2. Raises ConfigError for a task without such targets, and for
+    changes that would make new class ids of old ones.
     """
 
-    def __init__(self, section: AugmentSection, task: Task, seed: int):
+    def __init__(self, section: AugmentSection, task: Task, seed: int, encoder_input: EncoderInput | None = None):
         if task.kind not in ("multiclass", "multilabel"):
             raise ConfigError(f"{task.name}: a task of kind {task.kind} has no target per image to smooth or mix")
-        self._section, self._task, self._seed = section, task, seed
+        self._section, self._task, self._seed, self._input = section, task, seed, encoder_input
+        if encoder_input is not None and encoder_input.class_channels:
+            maps = ", ".join(encoder_input.channels[channel][0] for channel in encoder_input.class_channels)
+            keys = [key for key in ("mixup_alpha", "erase_probability") if getattr(section, key)]
+            if keys:
+                raise ConfigError(
+                    [f"augment.{key}: the class ids of {maps} cannot be mixed or be noise; set it to 0" for key in keys]
+                )
 
     @torch.no_grad()
     def __call__(self, batch: Batch, epoch: int) -> Batch:
         """The changed batch; its tensors may be changed in place."""
         section, draws = self._section, draw(self._seed, epoch, batch.keys)
-        images, _ = change_geometry(section, batch.images, draws)
+        images, _ = change_geometry(section, batch.images, draws, encoder_input=self._input)
         images = erase(section, images, draws)
         targets = soft_targets(batch.targets, self._task, section.smoothing)
         images, targets = mix(section, images, targets, draws)
@@ -58,15 +67,20 @@ def draw(seed: int, epoch: int, keys: np.ndarray) -> np.ndarray:
 
 
 def change_geometry(
-    section: AugmentSection, images: Tensor, draws: np.ndarray, maps: Tensor | None = None
+    section: AugmentSection,
+    images: Tensor,
+    draws: np.ndarray,
+    maps: Tensor | None = None,
+    encoder_input: EncoderInput | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Images [M, B, S, S] cropped and resized, turned and flipped, and label maps [M, S, S] with them.
 
-    Crops have an aspect ratio within 3/4 and 4/3 and are read with bilinear interpolation, maps with the nearest pixel.
+    Crops have an aspect ratio within 3/4 and 4/3 and are read with bilinear interpolation, maps and channels of class ids
+    with the nearest pixel. For an encoder that tells no data apart, NaN stays NaN and touches no other pixel.
     """
     if section.crop_min_area is not None:
         grid = _crop_grid(section.crop_min_area, len(images), images.shape[-2:], draws).to(images)
-        images = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+        images = _cropped(images, grid, encoder_input)
         if maps is not None:
             as_images = maps[:, None].to(torch.float32)
             maps = F.grid_sample(as_images, grid.float(), mode="nearest", padding_mode="border", align_corners=False)
@@ -76,6 +90,21 @@ def change_geometry(
     flips = [(uniform[:, number] < 0.5) & section.flip for number in (_FLIP_ROWS, _FLIP_COLUMNS)]
     images = _dihedral(images, turns, *flips)
     return images, None if maps is None else _dihedral(maps, turns, *flips)
+
+
+def _cropped(images: Tensor, grid: Tensor, encoder_input: EncoderInput | None) -> Tensor:
+    def sampled(t: Tensor, mode: str = "bilinear") -> Tensor:
+        return F.grid_sample(t, grid, mode=mode, padding_mode="border", align_corners=False)
+
+    if encoder_input is None or not encoder_input.tells_no_data:
+        return sampled(images)
+    there = images.isfinite()
+    share = sampled(there.to(images.dtype))
+    cropped = torch.where(share >= 0.5, sampled(torch.where(there, images, 0)) / share, math.nan)
+    classes = list(encoder_input.class_channels)
+    if classes:
+        cropped[:, classes] = sampled(images[:, classes], "nearest")
+    return cropped
 
 
 def erase(section: AugmentSection, images: Tensor, draws: np.ndarray) -> Tensor:

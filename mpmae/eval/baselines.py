@@ -38,7 +38,7 @@ def baseline_source(
     train: images that random convolutions draw their patches from. seed: of the weights or patches.
     """
     if name == "random_init":
-        return encoder_source(random_twin(section, seed), labelled.task, image)
+        return encoder_source(random_twin(section, seed, task=labelled.task), labelled.task, image)
     standardise = BandStandardise(labelled.task)
     if name == "image_statistics":
         return Source(ImageStatistics(), standardise)

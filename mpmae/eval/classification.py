@@ -20,6 +20,7 @@ from mpmae.eval.encoders import ImageEncoder
 from mpmae.eval.finetune_config import FinetuneConfig, FinetuneSection
 from mpmae.eval.training_data import Batch, Example
 from mpmae.models import ConvNeXtV2
+from mpmae.models.multimae.backbone import MultiMAEViT
 
 
 @dataclass
@@ -30,7 +31,7 @@ class ClassificationSetup:
     """
 
     task: Task
-    model: ConvNeXtV2
+    model: ConvNeXtV2 | MultiMAEViT
     preparation: Callable[[np.ndarray], Tensor]
     change: Augment
     section: FinetuneSection
@@ -96,4 +97,4 @@ def classification_setup(
         model.reset_classifier(task.num_classes)
     with torch.no_grad():
         model.head.weight.mul_(section.head_init_scale)
-    return ClassificationSetup(task, model, preparation, Augment(config.augment, task, seed), section)
+    return ClassificationSetup(task, model, preparation, Augment(config.augment, task, seed, encoder.input), section)

@@ -34,9 +34,15 @@ class EncoderSection(Section):
     checkpoint: TextPath | None = Field(
         None, description="anything mpmae reads: a run, a checkpoint, an export; None: random"
     )
-    name: Text = Field("convnextv2_atto", description="as in `mpmae.create_encoder`; a checkpoint must agree")
+    name: Text = Field("convnextv2_atto", description="as in `mpmae.create_encoder`, or multimae_*; a checkpoint must agree")
     patch_size: Int | None = Field(None, gt=0, description="None: the checkpoint's, else 8")
     bands_in: tuple[str, ...] | None = Field(None, description="Sentinel-2 bands; None: the checkpoint's, else all but B10")
+    domains: tuple[str, ...] | None = Field(
+        None, min_length=1, description="MultiMAE: what it reads, such as [rgb, depth]; None: all whose bands the set has"
+    )
+    pooling: Literal["mean", "global"] = Field(
+        "mean", description="MultiMAE: the mean over all tokens with data and the global one, or the global token alone"
+    )
 
 
 class ImageSection(Section):
@@ -48,6 +54,14 @@ class ImageSection(Section):
     size: Int | None = Field(None, gt=0, description="side in pixels that the encoder sees; None: the stored one")
     fit: Literal["resize", "tile", "crop"] = Field(
         "resize", description="what makes an image of another size fit: scaling, windows side by side, or its centre"
+    )
+
+
+class InputsSection(Section):
+    """Several inputs of one MultiMAE, evaluated one after the other and compared in one table."""
+
+    subsets: dict[str, tuple[str, ...]] = Field(
+        {}, description="name -> domains, the first is what the others are compared with; empty: encoder.domains alone"
     )
 
 

@@ -19,13 +19,15 @@ class StoredBand:
     """A band as a set stores it.
 
     name: Sentinel-2's ("B1" .. "B12", "B8A") where it is one of its bands, else the set's own. wavelength_um: its centre;
-    None where it has none (radar, elevation). mean, std: of the set's values, no data left out.
+    None where it has none (radar, elevation). mean, std: of the set's values, no data left out. modality: the one in
+    `mpmae.modalities` that the set says it is of; None where only the name tells. A class map holds its product's codes.
     """
 
     name: str
     wavelength_um: float | None
     mean: float
     std: float
+    modality: str | None = None
 
 
 @dataclass(frozen=True)

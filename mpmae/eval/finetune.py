@@ -2,20 +2,17 @@
 
 import copy
 import hashlib
-import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch.distributed as dist
 
-from mpmae.engine.world import World, init_world
+from mpmae.engine.world import World
 from mpmae.errors import ConfigError
 from mpmae.eval.classification import classification_setup
-from mpmae.eval.dataset import LabelledSet
-from mpmae.eval.devices import find_device
+from mpmae.eval.dataset import LabelledSet, Task
 from mpmae.eval.encoders import ImageEncoder, build_encoder, random_twin
 from mpmae.eval.finetune_config import FinetuneConfig
 from mpmae.eval.open_set import open_set
@@ -26,10 +23,12 @@ from mpmae.eval.probe_config import ProbeConfig, ProbeSection
 from mpmae.eval.results import print_results, write_results
 from mpmae.eval.score_log import held
 from mpmae.eval.scores import Score
+from mpmae.eval.sweep import sweep
 from mpmae.eval.training import Fitted, Setup, fit
 from mpmae.eval.training_data import Examples
 from mpmae.eval.training_state import RESULT_NAME
 from mpmae.eval.tuned import write_tuned_config
+from mpmae.eval.worlds import opened_world
 from mpmae.export.config import WEIGHTS_NAME
 from mpmae.models.interop import Weights, as_weights
 
@@ -52,9 +51,11 @@ def finetune(config: FinetuneConfig, *, resume: bool = False, labelled: Labelled
     Each run trains on its part of the labels, chooses the epoch on the validation split and reads the test split once.
     output.dir gets scores.json, results.md, results.png and, in runs/, a folder per run: metrics.jsonl, result.json and the
     best weights as model.safetensors with config.json, which `create_encoder` and `mpmae-export` read. resume: continue
-    what output.dir holds. labelled: the set, if it is open already. Raises ConfigError, DatasetError, CheckpointError and
-    TrainingError.
+    what output.dir holds. labelled: the set, if it is open already. With `config.inputs.subsets` all this once for each
+    input: see `mpmae.eval.sweep`. Raises ConfigError, DatasetError, CheckpointError and TrainingError.
     """
+    if config.inputs.subsets:
+        return sweep(finetune, config, resume=resume, labelled=labelled)
     with opened_world(config.output.device) as world, held(config.output.dir) if world.rank == 0 else nullcontext():
         return _finetune(config, resume, labelled, world)
 
@@ -69,7 +70,7 @@ def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None
     labels = class_labels(labelled, config.output.num_workers)
     runs = list(plan_runs(labelled, labels, config.dataset, config.output.seeds))
     weights = None if config.encoder.checkpoint is None else as_weights(config.encoder.checkpoint)
-    like = build_encoder(config.encoder, weights, drop_path_rate=config.finetune.drop_path)
+    like = build_encoder(config.encoder, weights, drop_path_rate=config.finetune.drop_path, task=labelled.task)
     preparation = Preparation(labelled.task, like.input, config.image)
     preparation(labelled.image(int(runs[0].splits["train"][0])))  # settles the sizes before anything is trained
     build = _setup_builder(labelled.task.kind)
@@ -79,7 +80,7 @@ def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None
     fixed = {**_settings(config), **about}
     scores: list[Score] = []
     for run in runs:
-        for kind, encoder in _encoders(config, weights, like, run.seed):
+        for kind, encoder in _encoders(config, weights, like, run.seed, labelled.task):
             folder = config.output.dir / "runs" / f"{kind}-{_name(run)}"
             own = {"encoder": encoder.fingerprint(), "label_fraction": run.label_fraction, "fold": run.fold}
             setup = build(config, labelled.task, encoder, preparation, run.seed)
@@ -105,40 +106,28 @@ def _finetune(config: FinetuneConfig, resume: bool, labelled: LabelledSet | None
                 has_best = not had_ended or (folder / WEIGHTS_NAME).is_file()
                 if labelled.task.kind == "segmentation" and has_best:
                     _draw(folder, setup, labelled, run.splits["test"], world, f"{encoder.label}, {_name(run)}")
-                write_results(config.output.dir, config, labelled, scores, {"preparation": preparation.facts})
+                write_results(config.output.dir, config, labelled, scores, _facts(preparation, like, labelled.task))
     if world.rank == 0:
         scores += _untrained(config, labelled, labels, runs)
-        write_results(config.output.dir, config, labelled, scores, {"preparation": preparation.facts})
+        write_results(config.output.dir, config, labelled, scores, _facts(preparation, like, labelled.task))
         print_results(scores)
     return world.broadcast_object(scores)
 
 
-@contextmanager
-def opened_world(device: str) -> Iterator[World]:
-    """The ranks of the launcher that started this process, or a world of this process alone on `device`; left at the end.
-
-    device: "auto", "cpu", "cuda" or "cuda:N"; with several ranks each has the device of its local rank. Raises ConfigError.
-    """
-    if int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1"))) == 1:
-        yield World(0, 0, 1, 1, find_device(device), "none")
-        return
-    is_ours = not dist.is_initialized()
-    world = init_world()
-    try:
-        yield world
-    finally:
-        if is_ours:
-            world.close()
-
-
 def _encoders(
-    config: FinetuneConfig, weights: Weights | None, like: ImageEncoder, seed: int
+    config: FinetuneConfig, weights: Weights | None, like: ImageEncoder, seed: int, task: Task
 ) -> Iterator[tuple[str, ImageEncoder]]:
     """(what a folder is named, encoder) of each model that a run trains."""
     if weights is not None:
         yield "pretrained", copy.deepcopy(like)
     if weights is None or "random_init" in config.finetune.baselines:
-        yield "scratch", random_twin(config.encoder, seed, config.finetune.drop_path)
+        yield "scratch", random_twin(config.encoder, seed, config.finetune.drop_path, task)
+
+
+def _facts(preparation: Preparation, like: ImageEncoder, task: Task) -> dict[str, Any]:
+    unused = {"pooling"} if task.kind == "segmentation" else set()
+    encoder = {key: value for key, value in like.facts.items() if key not in unused}
+    return {"preparation": preparation.facts, "encoders": {like.label: encoder}}
 
 
 def _name(run: Run) -> str:

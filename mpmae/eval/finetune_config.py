@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from mpmae.config_tree import Beta, Float, Int, Section, load_tree
-from mpmae.eval.config import DatasetSection, EncoderSection, ImageSection, OutputSection
+from mpmae.eval.config import DatasetSection, EncoderSection, ImageSection, InputsSection, OutputSection
 from mpmae.eval.segmentation_config import SegmentationSection
 
 
@@ -66,6 +66,7 @@ class FinetuneConfig(Section):
     dataset: DatasetSection = DatasetSection()
     encoder: EncoderSection = EncoderSection()
     image: ImageSection = ImageSection()
+    inputs: InputsSection = InputsSection()
     finetune: FinetuneSection = FinetuneSection()
     augment: AugmentSection = AugmentSection()
     segmentation: SegmentationSection = SegmentationSection()

@@ -5,6 +5,8 @@ Shapes: N samples, B bands, H x W pixels, K classes.
     NAME.h5     image [N, B, H, W]; label [N] (class), [N, K] (0 or 1 each) or [N, H, W] (label map, -1: no label);
                 optional latlon [N, 2] in degrees and name [N]
                 attributes: bands, classes; optional product_level ("l1c", "l2a"), scale (to reflectance x 10,000), no_data
+                beside `image` or instead of it, as in MMEarth: sentinel2, sentinel1, aster, esa_worldcover, ...
+                [N, B, H, W], each with MMEarth's no-data codes and bands (or those of its own attribute `bands`)
     NAME.json   {"splits": {"train": [0, 4, ...], "val": [...], "test": [...]}}; bands and classes may stand here instead
 """
 
@@ -19,11 +21,22 @@ import h5py
 import numpy as np
 
 from mpmae.errors import DatasetError
-from mpmae.eval.bands import plain_band
+from mpmae.eval.bands import SENTINEL2_UM, plain_band
 from mpmae.eval.dataset import StoredBand, Task
-from mpmae.eval.reading import METRICS, checked_class, checked_classes, checked_map, checked_splits, few, with_statistics
+from mpmae.eval.reading import (
+    METRICS,
+    checked_class,
+    checked_classes,
+    checked_map,
+    checked_splits,
+    few,
+    same_size,
+    with_statistics,
+)
+from mpmae.modalities import MODALITIES, ModalitySpec, no_data_rule
 
 _CHECKS = {"multiclass": checked_class, "multilabel": checked_classes, "segmentation": checked_map}
+_IMAGE = "image"
 _KIND_OF_NDIM = {1: "multiclass", 2: "multilabel", 3: "segmentation"}
 
 
@@ -41,7 +54,8 @@ class LabelledH5:
         if problems:
             raise DatasetError(problems)
         file = self._file()
-        self._num = len(file["image"])
+        self._layers = _layers(file)
+        self._num = len(file[self._layers[0]])
         classes = facts.get("classes")
         if classes is None:
             num = file["label"].shape[1] if kind == "multilabel" else int(np.max(file["label"][()])) + 1
@@ -49,7 +63,7 @@ class LabelledH5:
         level = facts.get("product_level") if product_level == "auto" else product_level
         self._no_data = facts.get("no_data")
         self.splits = checked_splits(facts.get("splits", {}), self._num, str(self.path))
-        bands = [StoredBand(*plain_band(name), 0.0, 1.0) for name in facts["bands"]]
+        bands = [band for name in self._layers for band in _bands(file, name, facts)]
         self.task = Task(
             name=self.path.stem,
             kind=kind,
@@ -70,10 +84,16 @@ class LabelledH5:
         return str(_text(file["name"][index])) if "name" in file else str(index)
 
     def image(self, index: int) -> np.ndarray:
-        """float32 [B, H, W], NaN where the value is the file's no_data."""
-        stored = self._read("image", index)
+        """float32 [B, H, W], NaN where there is no data; bands of a coarser resolution are brought to the largest size."""
+        parts = [self._layer(name, index) for name in self._layers]
+        return parts[0] if len(parts) == 1 else same_size([band for part in parts for band in part])
+
+    def _layer(self, name: str, index: int) -> np.ndarray:
+        stored = self._read(name, index)
         image = stored.astype(np.float32)
-        if self._no_data is not None:
+        if name != _IMAGE:
+            image[~no_data_rule(name, stored.dtype).valid(stored)] = np.nan
+        elif self._no_data is not None:
             image[stored == self._no_data] = np.nan
         return image
 
@@ -127,16 +147,19 @@ class LabelledH5:
 
     def _problems(self, facts: dict[str, Any]) -> tuple[list[str], str]:
         file, problems = self._file(), []
-        lacking = [name for name in ("image", "label") if name not in file]
+        layers = _layers(file)
+        lacking = [name for name, there in ((_IMAGE, layers), ("label", "label" in file)) if not there]
         if lacking:
             return [f"{self.path}: no dataset {', '.join(lacking)}; it has {few(list(file)) or 'none'}"], ""
-        image, label = file["image"].shape, file["label"].shape
+        label, classes = file["label"].shape, facts.get("classes")
         kind = _KIND_OF_NDIM.get(len(label), "")
-        bands, classes = facts.get("bands"), facts.get("classes")
-        if len(image) != 4 or not image[0]:
-            problems.append(f"{self.path}: image of shape {list(image)}; expected [N, B, H, W]")
-        elif not isinstance(bands, list) or len(bands) != image[1] or len(set(bands)) != len(bands):
-            problems.append(f"{self.path}: bands {bands}; expected {image[1]} names, each once, in the attribute `bands`")
+        for name in layers:
+            problems += [f"{self.path}: {problem}" for problem in _layer_problems(file, name, facts)]
+        shapes = [file[name].shape for name in layers if file[name].ndim == 4]
+        image = (len(file[layers[0]]), 0, *(max([shape[axis] for shape in shapes], default=0) for axis in (2, 3)))
+        if {len(file[name]) for name in layers} != {image[0]}:
+            counts = ", ".join(f"{name} {len(file[name])}" for name in layers)
+            problems.append(f"{self.path}: {counts} samples; expected as many of each")
         num_classes = len(classes) if classes is not None else None
         fits = {
             "multiclass": label == image[:1],
@@ -145,8 +168,8 @@ class LabelledH5:
         }
         if not fits.get(kind, False):
             problems.append(
-                f"{self.path}: label of shape {list(label)} for image {list(image)} and {num_classes} classes; expected "
-                "[N], [N, K] or [N, H, W]"
+                f"{self.path}: label of shape {list(label)} for {layers[0]} {list(file[layers[0]].shape)} and {num_classes} "
+                "classes; expected [N], [N, K] or [N, H, W]"
             )
         elif file["label"].dtype.kind not in ("iub" if kind == "multiclass" else "iubf"):
             problems.append(f"{self.path}: label of type {file['label'].dtype}; expected whole numbers")
@@ -161,6 +184,42 @@ class LabelledH5:
         if facts.get("product_level", "none") not in ("l1c", "l2a", "none"):
             problems.append(f"{self.path}: product_level = {facts['product_level']!r}; expected l1c, l2a or none")
         return problems, kind
+
+
+def _layers(file: h5py.File) -> list[str]:
+    """The datasets with pixels: `image`, then those that are named as modalities."""
+    maps = [spec.name for spec in MODALITIES.values() if spec.scope == "pixel"]
+    return [name for name in (_IMAGE, *maps) if name in file]
+
+
+def _layer_problems(file: h5py.File, name: str, facts: dict[str, Any]) -> list[str]:
+    shape, bands = file[name].shape, _band_names(file, name, facts)
+    if len(shape) != 4 or not shape[0]:
+        return [f"{name} of shape {list(shape)}; expected [N, B, H, W]"]
+    if not isinstance(bands, list) or len(bands) != shape[1] or len(set(bands)) != len(bands):
+        where = "the attribute `bands`" if name == _IMAGE else f"the attribute `bands` of {name}"
+        return [f"bands {bands}; expected {shape[1]} names, each once, in {where}"]
+    unknown = [] if name == _IMAGE else [band for band in bands if band not in MODALITIES[name].bands]
+    return [f"{name} has no band {', '.join(unknown)}; expected {', '.join(MODALITIES[name].bands)}"] if unknown else []
+
+
+def _band_names(file: h5py.File, name: str, facts: dict[str, Any]) -> Any:
+    if name == _IMAGE:
+        return facts.get("bands")
+    own = file[name].attrs.get("bands")
+    return list(MODALITIES[name].bands) if own is None else [_text(band) for band in own]
+
+
+def _bands(file: h5py.File, name: str, facts: dict[str, Any]) -> list[StoredBand]:
+    names = _band_names(file, name, facts)
+    if name == _IMAGE:
+        return [StoredBand(*plain_band(band), 0.0, 1.0) for band in names]
+    return [_band_of(MODALITIES[name], band) for band in names]
+
+
+def _band_of(spec: ModalitySpec, band: str) -> StoredBand:
+    name = spec.name if spec.kind == "categorical" else band
+    return StoredBand(name, SENTINEL2_UM.get(band) if spec.name == "sentinel2" else None, 0.0, 1.0, spec.name)
 
 
 def _text(value: Any) -> Any:

@@ -1,6 +1,6 @@
 """Stored images as an encoder takes them: its bands, normalised, in its sizes; and predictions back at the stored size.
 
-Shapes: B stored bands, C bands of the encoder, H x W stored pixels, S side of what the encoder sees, T windows, K classes.
+Shapes: B stored bands, C channels of the encoder, H x W stored pixels, S side of what it sees, T windows, K classes.
 """
 
 import logging
@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mpmae.errors import DatasetError
-from mpmae.eval.bands import BandMatch, match_bands
+from mpmae.eval.bands import match_channels
 from mpmae.eval.config import ImageSection
 from mpmae.eval.dataset import IGNORED, Task
 from mpmae.eval.encoder_input import EncoderInput
+from mpmae.eval.scaling import channel_scaling
+from mpmae.eval.stored_classes import ClassCodes
 
 _LOG = logging.getLogger(__name__)
-_IMPLAUSIBLE = 10  # times the mean of pretraining: another unit, not another landscape
 
 
 @dataclass(frozen=True)
@@ -47,21 +48,27 @@ class _Layout:
         side = self.side
         return torch.stack([padded[..., row : row + side, column : column + side] for row, column in self.corners])
 
+    def nearest(self, values: Tensor) -> Tensor:
+        """[S, S] of [H, W] by nearest neighbour."""
+        rows, columns = (((torch.arange(self.side) + 0.5) * length / self.side).long() for length in values.shape)
+        return values[rows[:, None], columns]
+
 
 class Preparation:
     """Turns images of a set into input of an encoder.
 
-    task: with the set's own band statistics. Which bands are read is decided here (see `match_bands`), and so is by which
-    statistics they are normalised: with section.normalise "auto", those of pretraining where the checkpoint has them for the
-    set's product level, else the set's own. The size follows the first image when section.size is None: the nearest
-    multiple of the patch size, for windows and crops the next smaller one. Choices are logged once and stand in `facts`.
+    task: with the set's own band statistics. Which bands are read is decided here (see `match_channels`), and so is by which
+    statistics those of a modality are normalised: with section.normalise "auto", those of pretraining where the checkpoint
+    has them (for Sentinel-2 of the set's product level), else the set's own. Class maps become class ids. The size follows
+    the first image when section.size is None: the nearest multiple of the patch size, for windows and crops the next smaller
+    one. Choices are logged once and stand in `facts`.
     Raises DatasetError for statistics that are not there or do not fit, and for images of several sizes without
     section.size. Safe to use from several threads.
     """
 
     def __init__(self, task: Task, encoder_input: EncoderInput, section: ImageSection):
         self._task, self._input, self._section = task, encoder_input, section
-        self._match = match_bands(task, encoder_input.bands)
+        self._match = match_channels(task, encoder_input.channels)
         if section.size is not None and section.size % encoder_input.patch_size:
             patch = encoder_input.patch_size
             low = section.size // patch * patch
@@ -69,11 +76,11 @@ class Preparation:
                 f"image.size = {section.size}: expected a multiple of the encoder's patch size {patch}, such as "
                 f"{low or patch} or {low + patch}"
             )
-        mean, std, scale, self._source, self._reason = _statistics(task, encoder_input, self._match, section.normalise)
-        self._mean, self._std = (torch.tensor(values, dtype=torch.float32)[:, None, None] for values in (mean, std))
-        self._scale = scale
+        self._scaling = channel_scaling(task, encoder_input, self._match, section.normalise)
+        self._classes = {
+            channel: ClassCodes(encoder_input.channels[channel][0], task.name) for channel in encoder_input.class_channels
+        }
         self._lock, self._layouts = threading.Lock(), {}
-        _LOG.info("%s: normalised by statistics of %s: %s", task.name, self._source, self._reason)
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -82,11 +89,12 @@ class Preparation:
         return {
             "set": self._task.name,
             "product_level": self._task.product_level,
-            "statistics": self._source,
-            "statistics_reason": self._reason,
+            **self._scaling.facts,
             "bands": [
-                {"wanted": row.wanted, "stored": row.stored, "distance_um": row.distance_um} for row in self._match.rows
+                {"wanted": row.wanted, "stored": row.stored, "distance_um": row.distance_um, "modality": row.modality}
+                for row in self._match.rows
             ],
+            "filled": self._match.filled,
             "fit": self._section.fit,
             "side_px": layouts[0].side if layouts else self._section.size,
             "stored_px": [list(layout.size_px) for layout in layouts],
@@ -94,21 +102,50 @@ class Preparation:
         }
 
     def __call__(self, image: np.ndarray) -> Tensor:
-        """float32 [T, C, S, S] for a stored image [B, H, W]; no data is 0, the mean of its band."""
+        """float32 [T, C, S, S] for a stored image [B, H, W]: normalised values, and class ids as numbers.
+
+        No data is 0, the mean of its band; NaN for an encoder that tells it apart.
+        """
         if image.ndim != 3 or len(image) != len(self._task.bands) or not min(image.shape[1:]):
             raise DatasetError(
                 f"{self._task.name}: an image of shape {list(image.shape)}; expected [{len(self._task.bands)}, H, W]: "
                 f"{', '.join(self._task.band_names)}"
             )
-        values = torch.from_numpy(np.ascontiguousarray(image[self._match.positions], np.float32))
-        values = (values * self._scale - self._mean) / self._std
-        values = torch.where(torch.isfinite(values), values, 0.0)
+        values = self._values(image)
         layout = self._layout(*values.shape[1:])
         if layout.corners:
-            return layout.cut(F.pad(values, layout.padding)).contiguous()
+            fill = math.nan if self._input.tells_no_data else 0.0
+            return layout.cut(F.pad(values, layout.padding, value=fill)).contiguous()
         if layout.size_px == (layout.side, layout.side):
             return values[None]
-        return F.interpolate(values[None], (layout.side, layout.side), mode="bilinear", antialias=True)
+        return self._resized(values, layout)[None]
+
+    def _values(self, image: np.ndarray) -> Tensor:
+        """float32 [C, H, W] at the stored size."""
+        positions = self._match.positions
+        stored = np.ascontiguousarray(image[[position or 0 for position in positions]], np.float32)
+        stored[[channel for channel, position in enumerate(positions) if position is None]] = np.nan
+        values = self._scaling(torch.from_numpy(stored))
+        for channel, codes in self._classes.items():
+            values[channel] = torch.from_numpy(codes.ids(stored[channel]))
+        there = torch.isfinite(values)
+        return torch.where(there, values, math.nan if self._input.tells_no_data else 0.0)
+
+    def _resized(self, values: Tensor, layout: _Layout) -> Tensor:
+        """[C, S, S] of [C, H, W]: bilinear over what is there, class ids by nearest neighbour."""
+        size, there = (layout.side, layout.side), torch.isfinite(values)
+
+        def scaled(t: Tensor) -> Tensor:
+            return F.interpolate(t[None], size, mode="bilinear", antialias=True)[0]
+
+        if bool(there.all()):
+            result = scaled(values)
+        else:
+            share = scaled(there.to(values.dtype))
+            result = torch.where(share >= 0.5, scaled(torch.where(there, values, 0.0)) / share, math.nan)
+        for channel in self._classes:
+            result[channel] = layout.nearest(values[channel])
+        return result
 
     def label_windows(self, label: np.ndarray) -> Tensor:
         """int64 [T, S, S] for a label map [H, W]: scaled by nearest neighbour, or cut; IGNORED where it is padded."""
@@ -116,10 +153,7 @@ class Preparation:
         values = torch.from_numpy(np.ascontiguousarray(label, np.int64))
         if layout.corners:
             return layout.cut(F.pad(values, layout.padding, value=IGNORED)).contiguous()
-        rows, columns = (
-            ((torch.arange(layout.side) + 0.5) * length / layout.side).long() for length in (label.shape[0], label.shape[1])
-        )
-        return values[rows[:, None], columns][None]
+        return layout.nearest(values)[None]
 
     def stitch(self, logits: Tensor, size_px: tuple[int, int] | None = None) -> Tensor:
         """[K, H, W] from the logits [T, K, S, S] of an image's windows; where windows overlap, their mean.
@@ -206,37 +240,3 @@ def _said(layout: _Layout, fit: str) -> str:
     if fit == "crop":
         return f"are cut to the {side} x {side} in their centre{padded}; the rest is neither seen nor scored"
     return f"become {len(layout.corners)} windows of {side} x {side}{padded}"
-
-
-def _statistics(
-    task: Task, encoder_input: EncoderInput, match: BandMatch, normalise: str
-) -> tuple[list[float], list[float], float, str, str]:
-    """Mean and spread for the encoder's channels, what values are multiplied by before, the source and the reason."""
-    level, known = task.product_level, encoder_input.statistics
-    if level is None:
-        lacking = "the set's product level is not known (dataset.product_level)"
-    elif level not in known:
-        lacking = f"the checkpoint has statistics of {', '.join(known) or 'no product'}, not of {level}"
-    else:
-        lacking = ""
-    if normalise == "pretraining" and lacking:
-        raise DatasetError(f"{task.name}: image.normalise = pretraining, but {lacking}; use auto or dataset")
-    if normalise == "dataset" or lacking:
-        bands = [task.bands[row.position] for row in match.rows]
-        flat = sorted({band.name for band in bands if not band.std > 0})
-        if flat:
-            _LOG.warning("%s: the bands %s do not vary and are only centred", task.name, ", ".join(flat))
-        std = [band.std if band.std > 0 else 1.0 for band in bands]
-        return [band.mean for band in bands], std, 1.0, "dataset", lacking or "image.normalise = dataset"
-    # A stand-in is normalised as the band it is, where pretraining had that one.
-    names = [row.stored if row.stored in encoder_input.bands else row.wanted for row in match.rows]
-    positions = [encoder_input.bands.index(name) for name in names]
-    mean, std = ([float(known[level][key][p]) for p in positions] for key in ("mean", "std"))
-    ratios = [task.bands[row.position].mean * task.scale / m for row, m in zip(match.rows, mean, strict=True) if m]
-    ratio = float(np.median(ratios)) if ratios else 1.0
-    if not 1 / _IMPLAUSIBLE < ratio < _IMPLAUSIBLE:
-        raise DatasetError(
-            f"{task.name}: its values x {task.scale:g} are {ratio:.3g} times those of pretraining ({level}), so they are no "
-            "reflectance x 10,000; use image.normalise=dataset, or mend the set's scale"
-        )
-    return mean, std, task.scale, "pretraining", f"the checkpoint has those of {level}, the set's product level"

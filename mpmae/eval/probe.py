@@ -19,13 +19,13 @@ from mpmae.eval.methods import Division, method_names, run_method
 from mpmae.eval.open_set import open_set
 from mpmae.eval.plan import Run, class_labels, labels_identity, plan_runs
 from mpmae.eval.probe_config import ProbeConfig
-from mpmae.eval.results import print_results, write_results
+from mpmae.eval.results import CONFIG_NAME, print_results, write_results
 from mpmae.eval.score_log import Key, open_log
 from mpmae.eval.scores import Score
+from mpmae.eval.sweep import sweep
 from mpmae.eval.tables import percent
 from mpmae.files import write_whole
 
-CONFIG_NAME = "config.yaml"
 _ENCODER = "encoder"
 _LABELS = {"image_statistics": "image statistics", "random_convolutions": "random convolutions", "random_init": RANDOM_INIT}
 # what may grow or move between the parts of a resumed evaluation: single scores do not depend on it
@@ -41,15 +41,18 @@ def probe(config: ProbeConfig, *, resume: bool = False, labelled: LabelledSet | 
 
     Settings are chosen on the validation split; each run reads the test labels once. output.dir gets scores.json,
     results.md, results.png, config.yaml, scores.jsonl (as they are reached) and features/. resume: go on with what is in
-    output.dir; methods, fractions, seeds and baselines may have been added. labelled: the set, if it is open already. Raises
-    ConfigError, DatasetError and CheckpointError.
+    output.dir; methods, fractions, seeds and baselines may have been added. labelled: the set, if it is open already. With
+    `config.inputs.subsets` all this once for each input: see `mpmae.eval.sweep`. Raises ConfigError, DatasetError and
+    CheckpointError.
     """
+    if config.inputs.subsets:
+        return sweep(probe, config, resume=resume, labelled=labelled)
     device = find_device(config.output.device)
     labelled = open_set(config.dataset) if labelled is None else labelled
     task = labelled.task
     if task.kind == "segmentation":
         raise ConfigError(f"{task.name} asks for label maps, which have no single feature vector; use launch/finetune.py")
-    encoder = None if config.encoder.checkpoint is None else open_encoder(config.encoder)
+    encoder = None if config.encoder.checkpoint is None else open_encoder(config.encoder, task=task)
     labels = class_labels(labelled, config.output.num_workers)
     identity = _identity(config, labelled, labels, encoder)
     with open_log(config.output.dir, identity, resume) as log:
@@ -70,7 +73,7 @@ def probe(config: ProbeConfig, *, resume: bool = False, labelled: LabelledSet | 
                         f"{number}/{len(runs)} {_said(run)}, {keys[0][0]}: {reached}", markup=False, soft_wrap=True
                     )
         scores = [log.scores[key] for key in sorted(asked, key=lambda key: _place(key, features, config))]
-        facts = {"inputs": features.facts, "identity": identity}
+        facts = {"inputs": features.facts, "encoders": features.encoders, "identity": identity}
         write_results(config.output.dir, config, labelled, scores, facts)
     print_results(scores)
     return scores
@@ -93,7 +96,8 @@ def baseline_scores(
 class _Features:
     """Features of the encoder and of the baselines as runs ask for them; those of the last seed and fold stay in memory.
 
-    names: "encoder" and baselines. facts: by label, what is known of the input and the features.
+    names: "encoder" and baselines. facts: by label, what is known of the input and the features. encoders: by label, what
+    encoders read and how they are pooled.
     """
 
     def __init__(
@@ -108,6 +112,7 @@ class _Features:
         self.names = [*([] if encoder is None else [_ENCODER]), *baselines]
         self._held: dict[str, tuple[tuple, Tensor]] = {}
         self.facts: dict[str, dict[str, Any]] = {}
+        self.encoders: dict[str, dict[str, Any]] = {}
 
     def label(self, name: str) -> str:
         """What stands in tables."""
@@ -124,6 +129,8 @@ class _Features:
             )
             self._held[name] = part, found
             prepared = getattr(source.prepare, "facts", {"bands": "all, as stored", "statistics": "of the set"})
+            if isinstance(source.featuriser, ImageEncoder):
+                self.encoders[self.label(name)] = source.featuriser.facts
             self.facts[self.label(name)] = {"num_features": found.shape[1], "input": prepared}
         return self._held[name][1]
 

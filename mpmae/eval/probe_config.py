@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mpmae.config_tree import Float, Int, Section, TextPath
-from mpmae.eval.config import DatasetSection, EncoderSection, ImageSection, OutputSection
+from mpmae.eval.config import DatasetSection, EncoderSection, ImageSection, InputsSection, OutputSection
 
 Count = Annotated[Int, Field(gt=0)]
 Positive = Annotated[Float, Field(gt=0)]
@@ -41,4 +41,5 @@ class ProbeConfig(Section):
     dataset: DatasetSection = DatasetSection()
     encoder: EncoderSection = EncoderSection()
     image: ImageSection = ImageSection()
+    inputs: InputsSection = InputsSection()
     probe: ProbeSection = ProbeSection()

@@ -104,7 +104,8 @@ def checked_splits(named: Mapping[str, Sequence[int]], num_samples: int, where: 
 def with_statistics(labelled: LabelledSet, indices: np.ndarray, progress: bool = True) -> Task:
     """The set's task with mean and spread of each band over the images `indices`, no data left out.
 
-    Of more than 10,000 images every n-th is read. Raises DatasetError when a band has no valid value at all.
+    Of more than 10,000 images every n-th is read. A band without any valid value keeps mean 0 and std 1 if the set says its
+    modality, which may lack bands (a radar's polarisations); else DatasetError is raised.
     """
     step = -(-len(indices) // _MAX_IMAGES)
     chosen = np.asarray(indices)[::step]
@@ -118,11 +119,14 @@ def with_statistics(labelled: LabelledSet, indices: np.ndarray, progress: bool =
         count += valid.sum((1, 2))
         total += values.sum((1, 2))
         squares += np.square(values).sum((1, 2))
-    empty = [band.name for band, num in zip(labelled.task.bands, count, strict=True) if not num]
+    without = [band for band, num in zip(labelled.task.bands, count, strict=True) if not num]
+    empty = [band.name for band in without if band.modality is None]
     if empty:
         raise DatasetError(f"{labelled.task.name}: the bands {', '.join(empty)} have no valid value in {len(chosen)} images")
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    if without:
+        _LOG.info("%s: no valid value of %s", labelled.task.name, ", ".join(band.name for band in without))
+    mean = total / np.maximum(count, 1)
+    std = np.where(count > 0, np.sqrt(np.maximum(squares / np.maximum(count, 1) - mean**2, 0)), 1.0)
     _LOG.info("%s: band statistics over %d of %d images", labelled.task.name, len(chosen), len(indices))
     bands = [
         replace(band, mean=float(m), std=float(s)) for band, m, s in zip(labelled.task.bands, mean + shift, std, strict=True)

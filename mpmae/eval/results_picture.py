@@ -53,7 +53,7 @@ def draw(scores: Sequence[Score]) -> Figure:
         for i in range(len(encoders))
     ]
     figure.legend(handles, encoders, loc="outside upper left", ncols=2, frameon=False, fontsize=9)
-    figure.text(0.995, 0.002, _said(rows), ha="right", va="bottom", fontsize=7, color=_INK)
+    figure.text(0.995, 0.002, said(rows), ha="right", va="bottom", fontsize=7, color=_INK)
     figure.get_layout_engine().set(rect=(0, 0.16 / (height + legend_height), 1, 1 - 0.16 / (height + legend_height)))
     return figure
 
@@ -66,12 +66,12 @@ def _curves(panel: Axes, rows: Sequence[Standing], encoders: Sequence[str], frac
         x, y = [100 * row.summary.label_fraction for row in own], [100 * row.summary.mean for row in own]
         marker = _MARKERS[number % len(_MARKERS)]
         panel.plot(x, y, marker=marker, ms=4.5, mec="white", mew=0.6, lw=1.6, color=_colour(number), zorder=3)
-        bounds = [_bounds(row) for row in own]
-        panel.fill_between(x, *zip(*bounds, strict=True), color=_colour(number), alpha=0.15, lw=0, zorder=1)
+        limits = [bounds(row) for row in own]
+        panel.fill_between(x, *zip(*limits, strict=True), color=_colour(number), alpha=0.15, lw=0, zorder=1)
     panel.set_xscale("log")
     panel.set_xticks([100 * share for share in fractions], [f"{100 * share:g}" for share in fractions])
     panel.xaxis.set_minor_locator(NullLocator())
-    _plain(panel, "both")
+    plain(panel, "both")
 
 
 def _dots(panel: Axes, rows: Sequence[Standing], encoders: Sequence[str], methods: Sequence[str]) -> None:
@@ -79,31 +79,33 @@ def _dots(panel: Axes, rows: Sequence[Standing], encoders: Sequence[str], method
         number = encoders.index(row.summary.encoder)
         offset = (number - (len(encoders) - 1) / 2) * 0.7 / len(encoders)
         y = methods.index(row.summary.method) + offset
-        low, high = _bounds(row)
+        low, high = bounds(row)
         panel.plot([low, high], [y, y], color=_colour(number), lw=1.6, zorder=2)
         marker = _MARKERS[number % len(_MARKERS)]
         panel.plot(100 * row.summary.mean, y, marker, ms=6, mec="white", mew=0.6, color=_colour(number), zorder=3)
     panel.set_yticks(range(len(methods)), methods)
     panel.set_ylim(len(methods) - 0.4, -0.6)
     panel.tick_params(axis="y", length=0)
-    _plain(panel, "x")
+    plain(panel, "x")
 
 
-def _bounds(row: Standing) -> tuple[float, float]:
+def bounds(row: Standing) -> tuple[float, float]:
     """In percent, over images where they are known, else over seeds; the value itself where neither is."""
     low, high = row.images[1:] if row.images else (row.summary.low, row.summary.high)
     mean = row.summary.mean
     return 100 * (mean if math.isnan(low) else low), 100 * (mean if math.isnan(high) else high)
 
 
-def _said(rows: Sequence[Standing]) -> str:
+def said(rows: Sequence[Standing]) -> str:
+    """What the picture shows, for its foot."""
     what = "test images (bootstrap)" if any(row.images for row in rows) else "seeds (Student's t)"
     num = max(len(row.summary.values) for row in rows)
     mean = f"mean over {num} seeds" if num > 1 else "one seed"
     return f"{rows[0].summary.task}: {mean}; 95 % intervals over {what}"
 
 
-def _plain(panel: Axes, grid: str) -> None:
+def plain(panel: Axes, grid: str) -> None:
+    """A grid along `grid` and no frame."""
     panel.grid(axis=grid, color=_GRID, linewidth=0.6)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)

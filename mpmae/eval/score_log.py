@@ -48,12 +48,16 @@ def open_log(folder: Path, identity: Mapping[str, Any], resume: bool) -> Iterato
     it holds something and `resume` is False, or its scores were made with another identity.
     """
     with held(folder):
-        if not resume and any(path.name != LOCK_NAME for path in folder.iterdir()):
-            raise ConfigError(
-                f"output.dir = {folder} is not empty; pass --resume auto to go on with it, or another output.dir"
-            )
+        if not resume:
+            check_free(folder)
         _check(folder / IDENTITY_NAME, json.loads(json.dumps(identity)))
         yield ScoreLog(folder / LOG_NAME)
+
+
+def check_free(folder: Path) -> None:
+    """Raises ConfigError for an output folder that holds something."""
+    if any(path.name != LOCK_NAME for path in folder.iterdir()):
+        raise ConfigError(f"output.dir = {folder} is not empty; pass --resume auto to go on with it, or another output.dir")
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
-"""Segmentation on the loop of `mpmae.eval.training`: a U-Net, or a linear layer on a frozen encoder.
+"""Segmentation on the loop of `mpmae.eval.training`: a decoder on the encoder, or a linear layer on a frozen one.
 
-Protocol of the U-Net: the encoder keeps its weights for the first quarter of the epochs, then all trains.
+Protocol of a decoder: the encoder keeps its weights for the first quarter of the epochs, then all trains.
 Source: MMEarth-train, `main_finetune.py` (50 of 200 epochs) and `engine_finetune.py`.
 
 Shapes: T windows of an image, M windows of a batch, B input bands, S side of a window in pixels, H x W pixels of a stored
@@ -22,10 +22,11 @@ from mpmae.engine.optim import layer_decay_groups, parameter_groups
 from mpmae.errors import ConfigError
 from mpmae.eval.augment import change_geometry, draw
 from mpmae.eval.dataset import IGNORED, LabelledSet, Task
+from mpmae.eval.encoder_input import EncoderInput
 from mpmae.eval.encoders import ImageEncoder
 from mpmae.eval.finetune_config import FinetuneConfig
 from mpmae.eval.prepare import Preparation
-from mpmae.eval.segmentation_models import LinearSegmenter, unet_on
+from mpmae.eval.segmentation_models import LinearSegmenter, TokenSegmenter, unet_on
 from mpmae.eval.segmentation_pictures import Pictured, draw_sheet
 from mpmae.eval.training_data import Batch, Example
 from mpmae.models import UNet
@@ -55,10 +56,15 @@ class _MapSetup:
 
 
 @dataclass
-class UNetSetup(_MapSetup):
-    """Segmentation by a U-Net: see `mpmae.eval.training.Setup`."""
+class DecoderSetup(_MapSetup):
+    """Segmentation by a decoder on the encoder `model.encoder`: see `mpmae.eval.training.Setup`.
 
-    model: UNet
+    name: of the decoder. encoder_input: what the images' channels are.
+    """
+
+    model: UNet | TokenSegmenter
+    name: str
+    encoder_input: EncoderInput
     prepares_alike = True
 
     def prepare(self, image: np.ndarray, label: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -68,7 +74,7 @@ class UNetSetup(_MapSetup):
     @property
     def method(self) -> str:
         """For scores."""
-        return "unet-decoder" if self.config.finetune.freeze else "unet"
+        return f"{self.name}-decoder" if self.config.finetune.freeze else self.name
 
     @property
     def num_frozen_epochs(self) -> int:
@@ -92,7 +98,7 @@ class UNetSetup(_MapSetup):
     def augment(self, batch: Batch, epoch: int) -> Batch:
         """Images and label maps cropped, turned and flipped alike."""
         draws = draw(self.seed, epoch, batch.keys)
-        images, targets = change_geometry(self.config.augment, batch.images, draws, batch.targets)
+        images, targets = change_geometry(self.config.augment, batch.images, draws, batch.targets, self.encoder_input)
         return replace(batch, images=images, targets=targets)
 
 
@@ -122,21 +128,23 @@ class LinearSetup(_MapSetup):
 
 def segmentation_setup(
     config: FinetuneConfig, task: Task, encoder: ImageEncoder, preparation: Preparation, seed: int
-) -> UNetSetup | LinearSetup:
+) -> DecoderSetup | LinearSetup:
     """The setup of a run; `encoder` becomes part of its model. seed: of the new layers' weights and of augmentation.
 
     Raises ConfigError with every setting that means nothing for label maps.
     """
-    _check(config)
-    if config.segmentation.method == "linear":
+    method = config.segmentation.method or encoder.decoder_method
+    _check(config, method, encoder)
+    if method == "linear":
         _LOG.info("linear segmentation: the encoder stays as it is, and images are neither turned nor flipped")
         model = LinearSegmenter(encoder, task.num_classes, config.segmentation.stages, seed)
         return LinearSetup(task, preparation, config, seed, model)
-    unet = unet_on(encoder, task.num_classes, seed, config.finetune.drop_path)
-    return UNetSetup(task, preparation, config, seed, unet)
+    decoded = {"unet": unet_on, "convnext": TokenSegmenter}[method]
+    model = decoded(encoder, task.num_classes, seed, config.finetune.drop_path)
+    return DecoderSetup(task, preparation, config, seed, model, method, encoder.input)
 
 
-def _check(config: FinetuneConfig) -> None:
+def _check(config: FinetuneConfig, method: str, encoder: ImageEncoder) -> None:
     augment, finetune, problems = config.augment, config.finetune, []
     for section, keys, advice in (
         (augment, ("mixup_alpha", "cutmix_alpha", "erase_probability", "smoothing"), "is for classes of whole images"),
@@ -145,7 +153,12 @@ def _check(config: FinetuneConfig) -> None:
         name = "augment" if section is augment else "finetune"
         set_keys = [key for key in keys if key in section.model_fields_set and getattr(section, key)]
         problems += [f"{name}.{key} = {getattr(section, key)}: {advice}; leave it out" for key in set_keys]
-    is_linear = config.segmentation.method == "linear"
+    is_linear = method == "linear"
+    if method not in ("linear", encoder.decoder_method):
+        problems.append(
+            f"segmentation.method = {method}: no decoder for the maps of {encoder.label}; leave it out for "
+            f"{encoder.decoder_method}, or use linear"
+        )
     if is_linear and augment.crop_min_area is not None:
         problems.append("augment.crop_min_area: linear segmentation takes images as they are; leave it out")
     if finetune.drop_path and (is_linear or finetune.freeze):
@@ -155,7 +168,7 @@ def _check(config: FinetuneConfig) -> None:
 
 
 def predict_maps(
-    setup: UNetSetup | LinearSetup, labelled: LabelledSet, indices: Iterable[int], device: torch.device
+    setup: DecoderSetup | LinearSetup, labelled: LabelledSet, indices: Iterable[int], device: torch.device
 ) -> Iterator[Pictured]:
     """Image, label map and predicted classes at the stored size, for each sample of `indices`."""
     model = setup.model.to(device).eval()
@@ -169,7 +182,12 @@ def predict_maps(
 
 
 def draw_predictions(
-    path: Path, setup: UNetSetup | LinearSetup, labelled: LabelledSet, indices: np.ndarray, device: torch.device, title: str
+    path: Path,
+    setup: DecoderSetup | LinearSetup,
+    labelled: LabelledSet,
+    indices: np.ndarray,
+    device: torch.device,
+    title: str,
 ) -> None:
     """The sheet of `segmentation.num_pictures` samples with a label, spread evenly over `indices`, as a PNG."""
     num = setup.config.segmentation.num_pictures

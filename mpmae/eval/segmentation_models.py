@@ -1,23 +1,24 @@
-"""Models of segmentation: a U-Net on an encoder, and a linear layer on the maps of one that stays frozen.
+"""Models of segmentation: a decoder on an encoder, and a linear layer on the maps of one that stays frozen.
 
 Shapes: M windows, B input bands, S image side in pixels, K classes, C_s channels and h_s sites on a side of stage s,
 F features of a window.
 """
 
 import logging
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpmae.errors import ConfigError
-from mpmae.eval.encoders import ImageEncoder
-from mpmae.models import ConvNeXtV2
-from mpmae.models.dense import NORM_EPS, Backbone, MMEarthStem
+from mpmae.eval.image_encoder import ImageEncoder, architecture_of, copy_weights
+from mpmae.models.dense import NORM_EPS, SPARSE_GRN_EPS, Block, initialise_dense
+from mpmae.models.multimae.backbone import NUM_STAGES
 from mpmae.models.unet import UNet
 
+_SITES_SIDE, _NUM_BLOCKS = 4, 4
 _LOG = logging.getLogger(__name__)
 
 
@@ -27,41 +28,67 @@ def unet_on(encoder: ImageEncoder, num_classes: int, seed: int, drop_path_rate: 
     Its stem pads "same" whatever that of `encoder` does, as the published U-Net. A difference is logged.
     """
     like = encoder.backbone
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        unet = UNet(num_classes=num_classes, drop_path_rate=drop_path_rate, **_architecture(like))
-    _copy(like, unet.encoder)
+    with _seeded(seed):
+        unet = UNet(num_classes=num_classes, drop_path_rate=drop_path_rate, **architecture_of(like))
+    copy_weights(like, unet.encoder)
     if like.stem_padding != unet.encoder.stem_padding:
         theirs, ours = like.stem_padding, unet.encoder.stem_padding
         _LOG.warning("%s: its stem pads %r, that of the U-Net %r: features will differ", encoder.label, theirs, ours)
     return unet
 
 
+class TokenSegmenter(nn.Module):
+    """Logits from the last tokens of a MultiMAE: those of all its domains at a patch become 4 x 4 sites, then ConvNeXt V2
+    blocks, a 1x1 convolution, and enlarging to the image (bilinear).
+
+    The encoder has the weights of `encoder`; what follows starts with random ones drawn from `seed`.
+    Source: MultiMAE (arXiv 2204.01678), `ConvNeXtAdapter` in `output_adapters.py`; its blocks are ConvNeXt's, without GRN,
+    and its width is the same half of the encoder's.
+    """
+
+    def __init__(self, encoder: ImageEncoder, num_classes: int, seed: int, drop_path_rate: float = 0.0):
+        super().__init__()
+        self.encoder = encoder.trunk(drop_path_rate)
+        width = self.encoder.num_features // 2
+        self._factor = min(_SITES_SIDE, self.encoder.patch_size)
+        self.proj = nn.Conv2d(self.encoder.feature_info[-1]["num_chs"], width * self._factor**2, 1)
+        self.blocks = nn.Sequential(*(Block(width, SPARSE_GRN_EPS, 0.0) for _ in range(_NUM_BLOCKS)))
+        self.head = nn.Conv2d(width, num_classes, 1)
+        with _seeded(seed):
+            for part in (self.proj, self.blocks, self.head):
+                initialise_dense(part)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits [M, K, S, S] for images [M, B, S, S]."""
+        (tokens,) = self.encoder.forward_intermediates(image, (NUM_STAGES - 1,), intermediates_only=True)
+        x = F.pixel_shuffle(self.proj(tokens), self._factor)
+        return F.interpolate(self.head(self.blocks(x)), image.shape[2:], mode="bilinear")
+
+
 class LinearSegmenter(nn.Module):
     """Logits as a linear function of the features at a pixel: a frozen encoder and 1x1 convolutions.
 
-    The maps of the chosen stages, each layer-normalised at every site (without parameters), are enlarged to the image
-    (bilinear), concatenated, and go through one 1x1 convolution. What the encoder gives does not change during training:
+    The maps of the chosen stages (of a MultiMAE: after quarters of its blocks, the domains one after the other), each
+    layer-normalised at every site (without parameters; domain by domain), are enlarged to the image (bilinear),
+    concatenated, and go through one 1x1 convolution. What the encoder gives does not change during training:
     `encode` is apart from `forward`, and its result, one row per window, can be kept. The encoder stays in evaluation mode.
     Raises ConfigError for stages that do not exist or come twice.
     """
 
     def __init__(self, encoder: ImageEncoder, num_classes: int, stages: Sequence[int], seed: int):
         super().__init__()
-        like = encoder.backbone
-        num_stages = len(like.feature_info)
+        info = encoder.backbone.feature_info
+        num_stages = len(info)
         if len(set(stages)) < len(stages) or not set(stages) <= set(range(num_stages)):
             raise ConfigError(
                 f"segmentation.stages = {list(stages)}: expected different numbers within 0..{num_stages - 1}, such as "
                 f"[{num_stages - 1}] for the last stage alone"
             )
         self.stages = sorted(stages)
-        self.encoder = Backbone(stem_padding=like.stem_padding, **_architecture(like))
-        _copy(like, self.encoder)
-        self.encoder.requires_grad_(False).eval()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.head = LinearHead([like.feature_info[stage]["num_chs"] for stage in self.stages], num_classes)
+        self.encoder = encoder.trunk().requires_grad_(False).eval()
+        self._num_parts = [info[stage].get("num_parts", 1) for stage in self.stages]
+        with _seeded(seed):
+            self.head = LinearHead([info[stage]["num_chs"] for stage in self.stages], num_classes)
         self._sides: list[tuple[int, int]] = []
         self._image_size = (0, 0)
 
@@ -80,8 +107,8 @@ class LinearSegmenter(nn.Module):
             images = images.to(self.head.bias.device)
             maps = self.encoder.forward_intermediates(images, self.stages, intermediates_only=True)
             self._image_size, self._sides = tuple(images.shape[2:]), [tuple(m.shape[2:]) for m in maps]
-            maps = [F.layer_norm(m.permute(0, 2, 3, 1), m.shape[1:2], eps=NORM_EPS).permute(0, 3, 1, 2) for m in maps]
-            return torch.cat([m.flatten(1) for m in maps], 1).cpu()
+            normed = [_normed(m, parts).flatten(1) for m, parts in zip(maps, self._num_parts, strict=True)]
+            return torch.cat(normed, 1).cpu()
 
     def forward(self, features: Tensor) -> Tensor:
         """Logits [M, K, S, S] for rows [M, F] of `encode`."""
@@ -115,18 +142,15 @@ class LinearHead(nn.Module):
         return logits
 
 
-def _architecture(like: ConvNeXtV2) -> dict[str, Any]:
-    return {
-        "dims": [info["num_chs"] for info in like.feature_info],
-        "depths": [len(stage) for stage in like.stages],
-        "in_chans": like.in_chans,
-        "patch_size": like.patch_size,
-        "stem": "mmearth" if isinstance(like.stem, MMEarthStem) else "convnext",
-        "grn_eps": like.grn_eps,
-    }
+def _normed(features: Tensor, num_parts: int) -> Tensor:
+    """[M, C, h, w] layer-normalised at every site, each of `num_parts` parts of the channels by itself."""
+    parts = features.unflatten(1, (num_parts, -1)).movedim(2, -1)
+    return F.layer_norm(parts, parts.shape[-1:], eps=NORM_EPS).movedim(-1, 2).flatten(1, 2)
 
 
-def _copy(source: ConvNeXtV2, target: Backbone) -> None:
-    """The weights of stem and stages; a final norm and a classifier stay behind."""
-    state = source.state_dict()
-    target.load_state_dict({name: state[name] for name in target.state_dict()})
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Random weights of a seed, without touching the caller's random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

@@ -82,7 +82,7 @@ def results_table(scores: Sequence[Score]) -> Table:
         line = [summary.encoder, summary.method]
         line += [summary.task] if several["task"] else []
         line += [f"{100 * summary.label_fraction:g} %"] if several["labels"] else []
-        line += [str(summary.num_train), percent(summary.mean), _over_seeds(row)]
+        line += [str(summary.num_train), percent(summary.mean), over_seeds(row)]
         if per_image:
             line.append(interval(*row.images[1:]) if row.images else UNKNOWN)
             line.append(f"{percent(row.gain[0], '+')} {interval(*row.gain[1:], '+')}" if row.gain else UNKNOWN)
@@ -123,7 +123,8 @@ def interval(low: float, high: float, sign: str = "") -> str:
     return UNKNOWN if math.isnan(low) else f"[{percent(low, sign)}, {percent(high, sign)}]"
 
 
-def _over_seeds(row: Standing) -> str:
+def over_seeds(row: Standing) -> str:
+    """The interval over seeds, or why there is none."""
     if len(row.summary.values) == 1:
         return "one seed"
     return "all equal" if row.seeds_agree else interval(row.summary.low, row.summary.high)

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpmae.domains import NORM_HEAD
+from mpmae.domains import NORM_HEAD, Domain
 from mpmae.loader import Batch
 from mpmae.modalities import MODALITIES, spec_of
 from mpmae.models import MultiMAE
-from mpmae.models.multimae.domains import Domain, patches_of, truncated_statistics, view_of
 from mpmae.models.multimae.sampler import TokenSample
+from mpmae.models.multimae.views import patches_of, truncated_statistics, view_of
 from mpmae.report.data import FromInputs, MapTriple, TilePicture
 from mpmae.report.units import NORM_NOTE, denormalise_patches, scale_of
 from mpmae.shard_format import Manifest

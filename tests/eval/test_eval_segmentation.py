@@ -20,7 +20,7 @@ from mpmae.eval.finetune import finetune
 from mpmae.eval.finetune_config import FinetuneConfig, load_config
 from mpmae.eval.metrics import Metrics
 from mpmae.eval.prepare import Preparation
-from mpmae.eval.segmentation import UNetSetup, segmentation_setup
+from mpmae.eval.segmentation import DecoderSetup, segmentation_setup
 from mpmae.eval.segmentation_models import LinearSegmenter, unet_on
 from mpmae.eval.segmentation_pictures import Pictured, class_colours, draw_sheet
 from mpmae.eval.training_data import Example, stack
@@ -307,7 +307,7 @@ def test_pictures_are_of_the_best_weights_or_none(tmp_path):
 def test_a_run_cut_off_in_the_frozen_phase_goes_on(tmp_path, monkeypatch):
     options = (*TRAINING, "finetune.epochs=4", "segmentation.frozen_fraction=0.5", "finetune.save_interval_s=0")
     (whole,) = finetune(configured(*options, f"output.dir={tmp_path / 'whole'}"), labelled=coloured_blocks())
-    config, begin = configured(*options, f"output.dir={tmp_path / 'cut'}"), UNetSetup.begin_epoch
+    config, begin = configured(*options, f"output.dir={tmp_path / 'cut'}"), DecoderSetup.begin_epoch
     for last in (1, 3):  # within the first phase, and in the second
 
         def cut_off(self, epoch, last=last):
@@ -315,10 +315,10 @@ def test_a_run_cut_off_in_the_frozen_phase_goes_on(tmp_path, monkeypatch):
                 raise KeyboardInterrupt
             return begin(self, epoch)
 
-        monkeypatch.setattr(UNetSetup, "begin_epoch", cut_off)
+        monkeypatch.setattr(DecoderSetup, "begin_epoch", cut_off)
         with pytest.raises(KeyboardInterrupt):
             finetune(config, labelled=coloured_blocks(), resume=last > 1)
-    monkeypatch.setattr(UNetSetup, "begin_epoch", begin)
+    monkeypatch.setattr(DecoderSetup, "begin_epoch", begin)
     (resumed,) = finetune(config, labelled=coloured_blocks(), resume=True)
     assert resumed == whole
 

@@ -174,7 +174,7 @@ RUN = (
     [
         ("mpmae_atto", 2, "bf16"),
         *(pytest.param("mpmae_atto", s, p, marks=pytest.mark.slow) for s in (0, 1, 2, 3) for p in ("fp32", "bf16")),
-        *(pytest.param("multimae_tiny", s, "bf16", marks=pytest.mark.slow) for s in (1, 3)),
+        *(pytest.param("multimae_tiny", s, p, marks=pytest.mark.slow) for s, p in ((1, "bf16"), (3, "bf16"), (3, "fp32"))),
     ],
 )
 def test_deepspeed_folder_holds_the_same_float32_weights(model, stage, precision, shards_dir, tmp_path):

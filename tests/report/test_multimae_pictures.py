@@ -12,8 +12,8 @@ from mpmae.domains import title_of
 from mpmae.loader import ShardReader
 from mpmae.modalities import class_lookup, spec_of
 from mpmae.models.losses import normalise_patches
-from mpmae.models.multimae.domains import map_of, patches_of, view_of
 from mpmae.models.multimae.model import MultiMAE
+from mpmae.models.multimae.views import map_of, patches_of, view_of
 from mpmae.report import ReportData, numbers, pictures
 from mpmae.report.cli import main
 from mpmae.report.collect import collect

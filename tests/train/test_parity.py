@@ -94,7 +94,7 @@ def pairs(cases: Iterable[str], default: Mapping[str, Container[str]]) -> list:
 @pytest.mark.parametrize(("system", "case"), pairs(list(CASES)[1:], DEFAULT))
 def test_same_curve(system, case, lines_of):
     expected, found = lines_of(system, "1 rank"), lines_of(system, case)
-    assert np.abs(log_variances(expected)[-1]).min() > 1e-4, "they are trained"
+    assert np.abs(log_variances(expected)).max(0).min() > 1e-4, "they are trained"
     np.testing.assert_allclose(log_variances(found), log_variances(expected), atol=1e-5)
     np.testing.assert_allclose(curve(found)[:, 0], curve(expected)[:, 0], rtol=1e-5)
 

@@ -44,6 +44,7 @@ from mpmae.models.interop.weights import Weights
 
 CONFIG_NAME = "config.json"
 _WRAPPED = ("model", "state_dict", "module")
+_WITHIN = "encoder."  # before the names of a MultiMAE's encoder that is part of another model
 _Raw = tuple[dict[str, Tensor], dict[str, Any] | None]  # a state dict and the command line of the program that wrote it
 
 
@@ -148,6 +149,8 @@ def _canonical(raw: _Raw, where: str, config: dict[str, Any] | None) -> Weights:
     if problems:
         raise CheckpointError(problems)
     names = {strip_wrappers(name): value for name, value in state.items()}
+    if any(name.startswith(f"{_WITHIN}input_adapters.") for name in names):  # of a model that predicts label maps
+        names = {name.removeprefix(_WITHIN): value for name, value in names.items()}
     scheme = scheme_of(names)
     if scheme is None:
         shown = ", ".join(list(names)[:5]) or "none"

@@ -6,7 +6,7 @@ Source: MultiMAE (arXiv 2204.01678), `input_adapters.py`.
 
 from torch import Tensor, nn
 
-from mpmae.models.multimae.domains import Domain
+from mpmae.domains import Domain
 
 CLASS_DIM = 64
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mpmae.domains import Domain
 from mpmae.models.losses import normalise_patches
-from mpmae.models.multimae.domains import Domain
 
 
 def domain_share(

@@ -18,11 +18,11 @@ from mpmae.models.losses import weigh
 from mpmae.models.multimae import checks
 from mpmae.models.multimae.adapters import adapter_of
 from mpmae.models.multimae.decoders import Decoders
-from mpmae.models.multimae.domains import View, map_of, patches_of, view_of
 from mpmae.models.multimae.draw import TokenDraw, draw_tokens, random_draw
 from mpmae.models.multimae.losses import domain_share
 from mpmae.models.multimae.positions import positions, sincos_table, table_side
 from mpmae.models.multimae.sampler import TokenSample, sample_tokens
+from mpmae.models.multimae.views import View, map_of, patches_of, view_of
 from mpmae.models.multimae.vit import Block
 
 if TYPE_CHECKING:  # a model needs torch and numpy alone
@@ -247,7 +247,8 @@ class MultiMAE(nn.Module):
         for name in names:
             adapter, values = self.input_adapters[name], views[name].values
             where = positions(self.table, self.num_patches_side, adapter.position_mode)
-            tokens.append(adapter(values if not values.is_floating_point() else values.to(dtype)) + where)
+            # the table stays float32 where an engine keeps the weights, and so the blocks, in bf16
+            tokens.append((adapter(values if not values.is_floating_point() else values.to(dtype)) + where).to(dtype))
         return torch.cat(tokens, dim=1)
 
     def _encode(self, tokens: Tensor, real: Tensor | None) -> Tensor:

@@ -7,10 +7,9 @@ arXiv 2505.14951 and the published `default-config.yaml`.
 import math
 from collections.abc import Mapping, Sequence
 
-from mpmae.domains import NORM_DOMAIN
+from mpmae.domains import NORM_DOMAIN, PUBLISHED_DOMAINS, Domain, domain_of, in_order
 from mpmae.errors import ConfigError
 from mpmae.modalities import MODALITIES
-from mpmae.models.multimae.domains import PUBLISHED_DOMAINS, Domain, domain_of, in_order
 from mpmae.models.multimae.init import initialise
 from mpmae.models.multimae.model import MultiMAE
 from mpmae.models.multimae.positions import TABLE_SIZE_PX
@@ -48,7 +47,7 @@ def create_multimae(
     """A new MultiMAE with random weights.
 
     name: "multimae_" and one of SIZES. img_size, patch_size: pixels; patch_size divides img_size, and the stride of every
-    domain divides patch_size (4 for class maps). domains_in, domains_out: names of `mpmae.models.multimae.domains.DOMAINS`:
+    domain divides patch_size (4 for class maps). domains_in, domains_out: names of `mpmae.domains.DOMAINS`:
     the published rgb, depth, semseg, ired, sired and ebands, or a map modality by its own name (sentinel1, ...) with all of
     its usual bands; kept in that table's order. num_visible_tokens: the budget, tokens of a sample that the encoder sees;
     None: a sixth of all. alphas: of the Dirichlet distribution that shares the budget out over the domains, one for all or

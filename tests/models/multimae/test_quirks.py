@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from mpmae.domains import domain_of
 from mpmae.engine.optim import parameter_groups
 from mpmae.errors import ConfigError
-from mpmae.models.multimae.domains import domain_of, standardise_truncated, view_of
 from mpmae.models.multimae.sampler import TokenSample
+from mpmae.models.multimae.views import standardise_truncated, view_of
 from tests.models.multimae.small import PATCHES, SIZE, build, step, tokens_of
 from tests.models.small import cut, drop
 

@@ -48,3 +48,13 @@ def test_checkpointed_blocks(make_batch):
     wrapped, wrapped_grads = step(model, batch, draw)
     assert torch.equal(out.loss, wrapped.loss)
     torch.testing.assert_close(wrapped_grads, grads, rtol=0, atol=0)
+
+
+def test_weights_in_bf16_with_a_float32_table(make_batch):
+    """What DeepSpeed makes of a module under bf16: it leaves buffers as they are."""
+    model = build(torch.float32).bfloat16()
+    model.table = model.table.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(make_batch(2, SIZE)).loss
+    loss.backward()
+    assert loss.isfinite()

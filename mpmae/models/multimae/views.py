@@ -10,23 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mpmae.domains import CLASS_STRIDE, DOMAINS, PUBLISHED_DOMAINS, Domain, domain_of, in_order
+from mpmae.domains import Domain
 from mpmae.loader.batch import Batch
 
-__all__ = [
-    "CLASS_STRIDE",
-    "DOMAINS",
-    "PUBLISHED_DOMAINS",
-    "Domain",
-    "View",
-    "domain_of",
-    "in_order",
-    "map_of",
-    "patches_of",
-    "standardise_truncated",
-    "truncated_statistics",
-    "view_of",
-]
 DEPTH_EPS = 1e-6
 
 

@@ -4,17 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from mpmae.domains import DOMAINS, PUBLISHED_DOMAINS, domain_of
 from mpmae.errors import ConfigError
 from mpmae.modalities import MODALITIES
-from mpmae.models.multimae.domains import (
-    DOMAINS,
-    PUBLISHED_DOMAINS,
-    domain_of,
-    map_of,
-    patches_of,
-    standardise_truncated,
-    view_of,
-)
+from mpmae.models.multimae.views import map_of, patches_of, standardise_truncated, view_of
 from tests.models.multimae.small import SIZE, build
 from tests.models.small import drop
 
