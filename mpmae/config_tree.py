@@ -179,7 +179,7 @@ def _hint(schema: type[Section], key: str, section: str, tag: str) -> str:
     known = keys_of(schema)
     if tag:
         if key in known:
-            return f": a {tag} has no such key"
+            return f": no key of {tag} models"
         known = [f"{section}.{name}" for name in kinds_of(schema, section)[tag].model_fields]
     close = difflib.get_close_matches(key, [*known, *schema.model_fields], n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else f"; known sections: {', '.join(schema.model_fields)}"

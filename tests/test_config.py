@@ -229,8 +229,8 @@ def test_the_section_model_is_of_the_family_that_its_name_says():
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["model.name=multimae_tiny", "model.mask_ratio=0.5"], "unknown key model.mask_ratio: a multimae has no such key"),
-        (["model.domains_in=[rgb]"], "unknown key model.domains_in: a mpmae has no such key"),
+        (["model.name=multimae_tiny", "model.mask_ratio=0.5"], "unknown key model.mask_ratio: no key of multimae models"),
+        (["model.domains_in=[rgb]"], "unknown key model.domains_in: no key of mpmae models"),
         (["model.name=multimae_tiny", "model.domain_in=[rgb]"], "did you mean model.domains_in"),
         (["model.name=multimae_tiny", "model.alphas=0"], "model.alphas=0: expected a number above 0"),
         (["model.name=multimae_tiny", "model.num_visible_tokens=0"], "model.num_visible_tokens=0"),

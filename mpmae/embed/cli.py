@@ -7,18 +7,20 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from mpmae.embed.opening import open_source
+from mpmae.embed.opening import StoredImages, StoredShards, open_stored
 from mpmae.embed.picture import draw_map
 from mpmae.embed.run import Done, embed
 from mpmae.embed.storage import STORED_DTYPES
 from mpmae.errors import ConfigError, MpmaeError
 from mpmae.eval.config import DatasetSection, EncoderSection, ImageSection
 from mpmae.eval.devices import find_device
-from mpmae.eval.encoders import ImageEncoder, build_encoder
+from mpmae.eval.encoders import ImageEncoder
 from mpmae.models.interop import Weights, as_weights
 from mpmae.shard_tools.progress import say
 
-_KEYS = re.compile(r"\b(?:dataset|image)\.(partition|product_level|normalise|size|fit)\b")
+_KEYS = re.compile(
+    r"\b(?:dataset|image|encoder)\.(partition|product_level|normalise|size|fit|domains|pooling|bands)(?:_in)?\b"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,6 +69,14 @@ def _parser() -> argparse.ArgumentParser:
         "--bands", type=_names, metavar="B2,B3,...", help="what the encoder reads, if its checkpoint does not say"
     )
 
+    multimae = parser.add_argument_group("MultiMAE")
+    multimae.add_argument(
+        "--domains", type=_names, metavar="rgb,depth,...", help="what it reads (default: all it can that the source has)"
+    )
+    multimae.add_argument(
+        "--pooling", choices=("mean", "global"), default="mean", help=EncoderSection.model_fields["pooling"].description
+    )
+
     labelled = parser.add_argument_group("labelled sets")
     labelled.add_argument("--partition", default="default", metavar="NAME", help="of a GEO-Bench task (default: default)")
     labelled.add_argument(
@@ -81,18 +91,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(options: argparse.Namespace) -> None:
-    encoder, weights = _encoder(options)
+    weights = as_weights(options.checkpoint)
+    stored = open_stored(options.source, DatasetSection(partition=options.partition, product_level=options.product_level))
+    encoder = _encoder(options, weights, stored)
     image = ImageSection(normalise=options.normalise, size=options.size, fit=options.fit)
-    source = open_source(
-        options.source,
-        encoder.input,
-        image,
-        dataset=DatasetSection(partition=options.partition, product_level=options.product_level),
-        splits=options.split,
-        max_samples=options.max_samples,
-    )
+    source = stored.tiles(encoder.input, image, options.split, options.max_samples)
     say(f"{source.title}: {', '.join(f'{num:,} tiles {split}' for split, num in source.num_tiles.items())}")
-    for what, fact in source.facts.items():
+    unread = set(weights.domains_in or ()) - set(encoder.facts.get("domains", ()))
+    if unread and options.domains is None:
+        say(f"not read, since the source lacks their bands: {', '.join(sorted(unread))}")
+    for what, fact in {**encoder.facts, **source.facts}.items():
         say(f"{what}: {in_options(_told(fact))}")
     started_s = time.monotonic()
     try:
@@ -115,15 +123,16 @@ def _run(options: argparse.Namespace) -> None:
             say(f"picture: {path}")
 
 
-def _encoder(options: argparse.Namespace) -> tuple[ImageEncoder, Weights]:
-    weights = as_weights(options.checkpoint)
-    if options.bands is None and weights.bands_in is None:
+def _encoder(options: argparse.Namespace, weights: Weights, stored: StoredShards | StoredImages) -> ImageEncoder:
+    if options.bands is None and weights.family == "convnext" and weights.bands_in is None:
         raise ConfigError(
             f"nothing beside {weights.source} says which Sentinel-2 bands it reads; name them in the order of its channels, "
             "such as --bands B2,B3,B4"
         )
-    section = EncoderSection(checkpoint=options.checkpoint, bands_in=options.bands)
-    return build_encoder(section, weights), weights
+    section = EncoderSection(
+        checkpoint=options.checkpoint, bands_in=options.bands, domains=options.domains, pooling=options.pooling
+    )
+    return stored.encoder(section, weights)
 
 
 def _tell(done: Done, folder: Path, seconds: float) -> None:
@@ -149,7 +158,10 @@ def _told(fact: object) -> str:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise argparse.ArgumentTypeError(f"{text!r} names nothing")
+    return names
 
 
 def _count(text: str) -> int:

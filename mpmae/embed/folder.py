@@ -131,10 +131,11 @@ def _resume(folder: EmbeddingFolder) -> None:
 
 def _differences(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
     for key in _IDENTITY:
-        if _identity(there.get(key)) != _identity(here[key]):
+        then, now = there.get(key), here[key]
+        if _identity(then) != _identity(now):
             yield (
-                f"{path} holds embeddings of another kind: its {key} is {_brief(there.get(key))}, now it is "
-                f"{_brief(here[key])}; give another --output, or the same checkpoint, source and options as then"
+                f"{path} holds embeddings of another kind: its {key} is {_brief(then, now)}, now it is "
+                f"{_brief(now, then)}; give another --output, or the same checkpoint, source and options as then"
             )
 
 
@@ -143,10 +144,18 @@ def _identity(value: Any) -> str:
     return json.dumps(value["fingerprint"] if isinstance(value, Mapping) and "fingerprint" in value else value)
 
 
-def _brief(value: Any) -> str:
-    if isinstance(value, Mapping) and "fingerprint" in value:
-        return f"{value.get('title', '?')} ({str(value['fingerprint'])[:_SHOWN]})"
-    return json.dumps(value)
+def _brief(value: Any, other: Any) -> str:
+    """What tells the value from the other one: of something with a fingerprint that, and which of its facts differ."""
+    if not (isinstance(value, Mapping) and "fingerprint" in value):
+        return json.dumps(value)
+    known = other if isinstance(other, Mapping) else {}
+    facts = [key for key in value if key not in ("title", "fingerprint") and value[key] != known.get(key)]
+    said = "; ".join([str(value["fingerprint"])[:_SHOWN], *(f"{key}: {_said(value[key])}" for key in facts)])
+    return f"{value.get('title', '?')} ({said})"
+
+
+def _said(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _check_vacant(path: Path) -> None:

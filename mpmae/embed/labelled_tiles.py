@@ -5,16 +5,16 @@ Shapes: N tiles, T windows of an image, B bands of the encoder, S image side in 
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mpmae.embed.source import UNKNOWN, ClassColumn, Tiles
+from mpmae.embed.source import UNKNOWN, ClassColumn, Tiles, presence_columns, present_modalities
 from mpmae.errors import DatasetError
-from mpmae.eval.config import DatasetSection, ImageSection
+from mpmae.eval.config import ImageSection
 from mpmae.eval.dataset import LabelledSet
 from mpmae.eval.encoder_input import EncoderInput
-from mpmae.eval.open_set import open_set
 from mpmae.eval.prepare import Preparation
 from mpmae.loader import evaluation_ids
 
@@ -33,15 +33,14 @@ class LabelledTiles:
 
     def __init__(
         self,
-        section: DatasetSection,
+        labelled: LabelledSet,
+        path: Path,
         encoder_input: EncoderInput,
         image: ImageSection,
         splits: Sequence[str] = (),
         max_samples: int | None = None,
     ):
-        # Folds ask for no splits and for no class in every split, and neither matters here.
-        self._set, path = open_set(section.model_copy(update={"num_folds": 2})), section.path
-        task = self._set.task
+        self._set, self._input, task = labelled, encoder_input, labelled.task
         there = dict(self._set.splits) or {"all": np.arange(len(self._set))}
         unknown = [name for name in splits if name not in there]
         if unknown:
@@ -59,7 +58,8 @@ class LabelledTiles:
         self.title = f"{task.name} ({path})"
         self.fingerprint = _fingerprint(self._set, self._indices, self._splits)
         name, title = _COLUMN[task.kind]
-        self.columns = (ClassColumn(name, title, task.class_names, several=task.kind == "multilabel"),)
+        label = ClassColumn(name, title, task.class_names, several=task.kind == "multilabel")
+        self.columns = (label, *presence_columns(encoder_input))
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -70,14 +70,16 @@ class LabelledTiles:
         stored = [self._set.image(index) for index in indices]
         places = [self._set.location(index) for index in indices]
         labels = [self._class(self._set.label(index)) for index in indices]
+        images = [self._prepare(image) for image in stored]
+        seen = [image.numpy() for image in images] if self._input.tells_no_data else stored
         return Tiles(
             ids=[self._set.sample_id(index) for index in indices],
             splits=[self._splits[position] for position in positions.tolist()],
             product_levels=[self._set.task.product_level] * len(indices),
             locations=np.array([(np.nan, np.nan) if place is None else place for place in places], np.float64),
-            images=[self._prepare(image) for image in stored],
-            valid_fraction=np.array([np.isfinite(image).mean() for image in stored], np.float32),
-            classes={self.columns[0].name: np.stack(labels)},
+            images=images,
+            valid_fraction=np.array([np.isfinite(image).mean() for image in seen], np.float32),
+            classes={self.columns[0].name: np.stack(labels), **present_modalities(images, self._input)},
         )
 
     def prefetch(self, positions: np.ndarray) -> None:
@@ -95,11 +97,16 @@ class LabelledTiles:
 
 def _facts(prepared: Mapping[str, Any]) -> dict[str, Any]:
     rows = [(row["wanted"], row["stored"]) for row in prepared["bands"]]
+    several = prepared.get("statistics_of")
     return {
         "bands": [wanted if wanted == stored else f"{wanted} from {stored}" for wanted, stored in rows],
-        "statistics": f"the {prepared['statistics']}'s ({prepared['statistics_reason']})",
+        "statistics": _whose(prepared) if several is None else {name: _whose(entry) for name, entry in several.items()},
         "image": f"{prepared['fit']}, {prepared['side_px']} px",
     }
+
+
+def _whose(entry: Mapping[str, Any]) -> str:
+    return f"the {entry['statistics']}'s ({entry.get('statistics_reason') or entry['reason']})"
 
 
 def _fingerprint(labelled: LabelledSet, indices: np.ndarray, splits: Sequence[str]) -> str:

@@ -77,7 +77,11 @@ def _facts(
 ) -> dict[str, Any]:
     return {
         "mpmae": importlib.metadata.version("mpmae"),
-        "encoder": {"title": str(origin.get("checkpoint", encoder.label)), "fingerprint": encoder.fingerprint()},
+        "encoder": {
+            "title": str(origin.get("checkpoint", encoder.label)),
+            "fingerprint": encoder.fingerprint(),
+            **encoder.facts,
+        },
         "origin": dict(origin),
         "source": {"title": source.title, "fingerprint": source.fingerprint},
         "prepared": dict(source.facts),

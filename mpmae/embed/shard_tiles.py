@@ -1,28 +1,28 @@
 """The tiles of a shard set, normalised as in pretraining.
 
-Shapes: N tiles, B bands of the encoder, P tile side, S image side (pixels), L product levels.
+Shapes: N tiles, C channels of the encoder, S image side (pixels).
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
-from mpmae.embed.source import UNKNOWN, ClassColumn, Tiles, join_tiles
-from mpmae.errors import ConfigError, ShardError
+from mpmae.embed.shard_input import ShardInput
+from mpmae.embed.source import UNKNOWN, ClassColumn, Tiles, join_tiles, presence_columns, present_modalities
+from mpmae.errors import ConfigError
 from mpmae.eval.config import ImageSection
 from mpmae.eval.encoder_input import EncoderInput
-from mpmae.loader import Augmentation, ShardReader, evaluation_ids, shard_folder
+from mpmae.eval.resizing import resized
+from mpmae.loader import Augmentation, ShardReader, evaluation_ids
+from mpmae.loader.folder import ShardFolder
 from mpmae.loader.transform import Assembler, draw_views
-from mpmae.modalities import MODALITIES, PRODUCT_LEVELS, band_indices
-from mpmae.shard_format import BandStats, Manifest
+from mpmae.modalities import MODALITIES
+from mpmae.shard_format import Manifest
 
 LAND_COVER = ("esa_worldcover", "dynamic_world", "lulc")
-_SENTINEL2 = "sentinel2"
 
 
 @dataclass(frozen=True)
@@ -32,34 +32,33 @@ class _Split:
 
 
 class ShardTiles:
-    """A `TileSource` of a shard set's folder or URL.
+    """A `TileSource` of a shard set.
 
-    Statistics are the checkpoint's for the tile's product level where it has them, else the set's (`image.normalise`). The
-    image is the tile's centre, cut to a multiple of the patch size; with `image.size` it is cut or scaled to that.
-    Classes: the most frequent one of each land-cover map on that image, and the biome.
+    Statistics are the checkpoint's where it has them (for Sentinel-2 of the tile's product level), else the set's
+    (`image.normalise`). The image is the tile's centre, cut to a multiple of the patch size; with `image.size` it is cut or
+    scaled to that. Classes: the most frequent one of each land-cover map on that image, and the biome.
 
     splits: names, or empty for all. max_samples: so many tiles, evenly spread. Raises ShardError and ConfigError.
     """
 
     def __init__(
         self,
-        where: str | Path,
+        folder: ShardFolder,
+        manifest: Manifest,
         encoder_input: EncoderInput,
         image: ImageSection,
         splits: Sequence[str] = (),
         max_samples: int | None = None,
     ):
-        folder = shard_folder(where)
-        manifest = folder.manifest()
         names = tuple(dict.fromkeys(splits)) or tuple(manifest.splits)
         self._sides = _sides(manifest, encoder_input, image)
-        normalised, origins = _with_statistics(manifest, encoder_input, image)
-        self._band_rows = band_indices(_SENTINEL2, encoder_input.bands, _stored_bands(manifest))
-        self._modalities = tuple(n for n in (_SENTINEL2, *LAND_COVER, "lat", "lon", "biome") if n in manifest.modalities)
+        self._input, self._encoder_input = ShardInput(manifest, encoder_input), encoder_input
+        normalised, origins = self._input.with_statistics(manifest, image)
+        self._classes = [name for name in (*LAND_COVER, "biome") if name in manifest.modalities]
+        maps = tuple(dict.fromkeys((*self._input.modalities, *(n for n in self._classes if n in LAND_COVER))))
         self._splits: dict[str, _Split] = {}
         for name in names:
             reader = ShardReader(folder, name, normalised)
-            maps = tuple(n for n in self._modalities if MODALITIES[n].scope == "pixel")
             self._splits[name] = _Split(reader, Assembler(reader, maps, self._sides.cut_px))
         shard_sizes = [shard.num_samples for name in names for shard in manifest.shards(name)]
         self._ids = evaluation_ids(shard_sizes, max_samples)
@@ -69,11 +68,11 @@ class ShardTiles:
         self.title = f"shard set {folder}"
         self.fingerprint = manifest.fingerprint
         self.facts: Mapping[str, Any] = {
-            "bands": list(encoder_input.bands),
+            "bands": self._input.told_bands(),
             "statistics": origins,
             "image": self._sides.told(manifest.tile_size_px),
         }
-        self.columns = tuple(_column(manifest, n) for n in self._modalities if MODALITIES[n].kind == "categorical")
+        self.columns = (*(_column(manifest, name) for name in self._classes), *presence_columns(encoder_input))
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -110,12 +109,12 @@ class ShardTiles:
         views = draw_views(Augmentation.none(), 0, 0, sample_ids, tile_px, self._sides.cut_px)
         batch = assembler.batch(sample_ids, views, {}, num)
         records = np.array([reader.scalars(i) for i in sample_ids.tolist()], reader.manifest.scalars_dtype)
-        images = batch.values[_SENTINEL2][:, self._band_rows]
-        valid = batch.valid[_SENTINEL2][:, self._band_rows]
+        images, valid = self._input.images(batch)
+        classes = {name: _most_frequent(batch.values[name]) for name in LAND_COVER if name in batch.values}
+        classes |= present_modalities(images[:, None], self._encoder_input)
         if self._sides.scaled_px != self._sides.cut_px:
-            images = functional.interpolate(images, (self._sides.scaled_px,) * 2, mode="bilinear", antialias=True)
-        classes = {n: _most_frequent(batch.values[n]) for n in batch.values if n != _SENTINEL2}
-        if "biome" in self._modalities:
+            images = resized(images, self._sides.scaled_px, self._encoder_input.class_channels)
+        if "biome" in self._classes:
             classes["biome"] = np.maximum(records["biome"].astype(np.int64), UNKNOWN)
         return Tiles(
             ids=[tile_id.decode(errors="replace") for tile_id in records["tile_id"].tolist()],
@@ -159,46 +158,6 @@ def _sides(manifest: Manifest, encoder_input: EncoderInput, image: ImageSection)
         f"--size {image.size} --fit {image.fit}: a shard set's tiles of {tile} px are cropped to at most their side or "
         "resized; give --fit resize or another size"
     )
-
-
-def _stored_bands(manifest: Manifest) -> tuple[str, ...]:
-    return next((entry.bands for entry in manifest.pixels if entry.name == _SENTINEL2), ())
-
-
-def _with_statistics(
-    manifest: Manifest, encoder_input: EncoderInput, image: ImageSection
-) -> tuple[Manifest, dict[str, str]]:
-    """The manifest with the statistics to normalise by, and whose they are by product level."""
-    if _SENTINEL2 not in manifest.modalities:
-        raise ShardError(
-            f"the shard set has no {_SENTINEL2}, which the encoder reads; it has {', '.join(manifest.modalities)}"
-        )
-    rows = band_indices(_SENTINEL2, encoder_input.bands, _stored_bands(manifest))
-    table, origins = dict(manifest.band_stats), {}
-    for level in PRODUCT_LEVELS:
-        key, ours = f"{_SENTINEL2}_{level}", encoder_input.statistics.get(level)
-        if ours is not None and image.normalise != "dataset":
-            table[key] = _replaced(table.get(key), rows, ours, len(_stored_bands(manifest)))
-            origins[level] = "the checkpoint's"
-        elif image.normalise == "pretraining":
-            table.pop(key, None)
-        elif key in table:
-            origins[level] = "the shard set's"
-    if not origins:
-        raise ConfigError("--normalise pretraining: the checkpoint has no statistics; give --normalise dataset")
-    return manifest.model_copy(update={"band_stats": table}), origins
-
-
-def _replaced(stats: BandStats | None, rows: list[int], ours: Mapping[str, Sequence[float]], num_bands: int) -> BandStats:
-    """Statistics of all stored bands, those at `rows` replaced by the checkpoint's."""
-    values = {
-        quantity: list(getattr(stats, quantity)) if stats else [start] * num_bands
-        for quantity, start in (("mean", 0.0), ("std", 1.0), ("min", 0.0), ("max", 0.0))
-    }
-    for quantity in ("mean", "std"):
-        for row, value in zip(rows, ours[quantity], strict=True):
-            values[quantity][row] = value
-    return BandStats(**{quantity: tuple(numbers) for quantity, numbers in values.items()})
 
 
 def _column(manifest: Manifest, name: str) -> ClassColumn:

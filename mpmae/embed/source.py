@@ -11,7 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpmae.eval.encoder_input import EncoderInput
+
 UNKNOWN = -1
+_PRESENT = "modalities"
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,8 @@ class ClassColumn:
 class Tiles:
     """Some tiles, ready for the encoder.
 
-    images: float32 [T, B, S, S] each, normalised, 0 where there is no data; a tile's vector is the mean of its windows'. One
+    images: float32 [T, B, S, S] each, as the encoder takes them: normalised, 0 where there is no data, or NaN for an encoder
+    that tells it apart; a tile's vector is the mean of its windows'. One
     tensor [N, T, B, S, S] where all have one size.
     ids, splits: N texts. product_levels: "l1c", "l2a", None where it is not known. locations: float64 [N, 2], latitude and
     longitude of the centre in degrees, NaN where unknown. valid_fraction: float32 [N], the fraction of an image's values
@@ -79,6 +83,24 @@ class TileSource(Protocol):
     def close(self) -> None:
         """Close the files."""
         ...
+
+
+def presence_columns(encoder_input: EncoderInput) -> tuple[ClassColumn, ...]:
+    """A column of the modalities that a tile has data of, for an encoder that reads whichever are there."""
+    if not encoder_input.tells_no_data:
+        return ()
+    names = tuple(dict.fromkeys(name for name, _ in encoder_input.channels))
+    return (ClassColumn(_PRESENT, "Modalities with data", names, several=True),)
+
+
+def present_modalities(images: Sequence[Tensor], encoder_input: EncoderInput) -> dict[str, np.ndarray]:
+    """`Tiles.classes` of `presence_columns`, from the images [T, B, S, S]: bool [N, K], K modalities."""
+    found = {}
+    for column in presence_columns(encoder_input):
+        channels = [encoder_input.positions_of(name) for name in column.class_names]
+        there = [image.isfinite().any(3).any(2).any(0) for image in images]
+        found[column.name] = np.array([[bool(flags[rows].any()) for rows in channels] for flags in there])
+    return found
 
 
 def join_tiles(parts: Sequence[Tiles]) -> Tiles:

@@ -13,7 +13,7 @@ zero, not left out. A parameter skipped on some ranks only leaves the others wai
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +116,10 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def full_state_dict(self, prefix: str = "") -> dict[str, torch.Tensor] | None:
+    def full_state_dict(self, names: Container[str] | None = None) -> dict[str, torch.Tensor] | None:
         """The module's whole state on the CPU at rank 0 (floating point as float32), None at the other ranks.
 
-        prefix: only what is named so, under its whole name.
+        names: only these.
         """
 
     def sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Data parallelism of plain torch, and one process."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +111,10 @@ class DDPEngine(Engine):
         """See Engine."""
         load_state(state, self._module, self._optimizer)
 
-    def full_state_dict(self, prefix: str = "") -> dict[str, torch.Tensor] | None:
+    def full_state_dict(self, names: Container[str] | None = None) -> dict[str, torch.Tensor] | None:
         """See Engine."""
         state = self._module.state_dict()
-        return as_float32({n: state[n] for n in state if n.startswith(prefix)}) if self.rank == 0 else None
+        return as_float32({n: state[n] for n in state if names is None or n in names}) if self.rank == 0 else None
 
     def close(self) -> None:
         """See Engine. What reduces the gradients holds the process group, and must not be the last to do so."""

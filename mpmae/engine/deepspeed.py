@@ -20,6 +20,7 @@ import logging
 import os
 import socket
 import warnings
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
@@ -167,14 +168,14 @@ class DeepSpeedEngine(Engine):
         for tensor, value in constants_of(state, self._module):
             _set_whole(tensor, value)
 
-    def full_state_dict(self, prefix: str = "") -> dict[str, torch.Tensor] | None:
+    def full_state_dict(self, names: Container[str] | None = None) -> dict[str, torch.Tensor] | None:
         """See Engine. Gathers one parameter at a time, from the float32 masters where there are any."""
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
         state = {}
         for name, tensor in self._module.state_dict(keep_vars=True).items():
-            if not name.startswith(prefix):
+            if names is not None and name not in names:
                 continue
             if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
                 whole = safe_get_full_fp32_param(tensor)

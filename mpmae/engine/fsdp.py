@@ -7,7 +7,7 @@ Where FSDP2 of torch 2.13 needs care:
 - With weights in host memory a DTensor's collectives would hand host tensors to NCCL: norms and gathers go by the device.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -166,11 +166,11 @@ class FSDPEngine(Engine):
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
-    def full_state_dict(self, prefix: str = "") -> dict[str, torch.Tensor] | None:
+    def full_state_dict(self, names: Container[str] | None = None) -> dict[str, torch.Tensor] | None:
         """See Engine. Gathers one parameter at a time."""
         state = {}
         for name, tensor in self._module.state_dict().items():
-            if not name.startswith(prefix):
+            if names is not None and name not in names:
                 continue
             whole = tensor.to(self.device).full_tensor() if isinstance(tensor, DTensor) else tensor
             state |= as_float32({name: whole}) if self.rank == 0 else {}

@@ -19,6 +19,7 @@ from mpmae.eval.bands import match_channels
 from mpmae.eval.config import ImageSection
 from mpmae.eval.dataset import IGNORED, Task
 from mpmae.eval.encoder_input import EncoderInput
+from mpmae.eval.resizing import nearest, resized
 from mpmae.eval.scaling import channel_scaling
 from mpmae.eval.stored_classes import ClassCodes
 
@@ -47,11 +48,6 @@ class _Layout:
         """The windows [T, ..., S, S] of [..., H, W], padded."""
         side = self.side
         return torch.stack([padded[..., row : row + side, column : column + side] for row, column in self.corners])
-
-    def nearest(self, values: Tensor) -> Tensor:
-        """[S, S] of [H, W] by nearest neighbour."""
-        rows, columns = (((torch.arange(self.side) + 0.5) * length / self.side).long() for length in values.shape)
-        return values[rows[:, None], columns]
 
 
 class Preparation:
@@ -118,7 +114,7 @@ class Preparation:
             return layout.cut(F.pad(values, layout.padding, value=fill)).contiguous()
         if layout.size_px == (layout.side, layout.side):
             return values[None]
-        return self._resized(values, layout)[None]
+        return resized(values[None], layout.side, self._classes)
 
     def _values(self, image: np.ndarray) -> Tensor:
         """float32 [C, H, W] at the stored size."""
@@ -131,29 +127,13 @@ class Preparation:
         there = torch.isfinite(values)
         return torch.where(there, values, math.nan if self._input.tells_no_data else 0.0)
 
-    def _resized(self, values: Tensor, layout: _Layout) -> Tensor:
-        """[C, S, S] of [C, H, W]: bilinear over what is there, class ids by nearest neighbour."""
-        size, there = (layout.side, layout.side), torch.isfinite(values)
-
-        def scaled(t: Tensor) -> Tensor:
-            return F.interpolate(t[None], size, mode="bilinear", antialias=True)[0]
-
-        if bool(there.all()):
-            result = scaled(values)
-        else:
-            share = scaled(there.to(values.dtype))
-            result = torch.where(share >= 0.5, scaled(torch.where(there, values, 0.0)) / share, math.nan)
-        for channel in self._classes:
-            result[channel] = layout.nearest(values[channel])
-        return result
-
     def label_windows(self, label: np.ndarray) -> Tensor:
         """int64 [T, S, S] for a label map [H, W]: scaled by nearest neighbour, or cut; IGNORED where it is padded."""
         layout = self._layout(*label.shape)
         values = torch.from_numpy(np.ascontiguousarray(label, np.int64))
         if layout.corners:
             return layout.cut(F.pad(values, layout.padding, value=IGNORED)).contiguous()
-        return layout.nearest(values)[None]
+        return nearest(values, layout.side)[None]
 
     def stitch(self, logits: Tensor, size_px: tuple[int, int] | None = None) -> Tensor:
         """[K, H, W] from the logits [T, K, S, S] of an image's windows; where windows overlap, their mean.

@@ -9,6 +9,7 @@ Shapes: N images, B_in channels as the benchmark gives them, B input bands of th
 """
 
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,11 +22,12 @@ from torchgeo_bench.models._normalization import NormalizationStrategy, build_no
 from torchgeo_bench.models.interface import BenchModel
 
 from mpmae.errors import ConfigError
-from mpmae.eval.bands import SENTINEL2_UM, match_bands, sentinel2_name
+from mpmae.eval.bands import SENTINEL2_UM, match_channels, sentinel2_name
 from mpmae.eval.config import EncoderSection
 from mpmae.eval.dataset import StoredBand, Task
 from mpmae.eval.encoders import ImageEncoder, open_encoder
 from mpmae.modalities import PRODUCT_LEVELS
+from mpmae.models import ConvNeXtV2
 
 _LOG = logging.getLogger(__name__)
 _SENTINEL2 = "s2"  # the benchmark's name of the sensor
@@ -55,8 +57,9 @@ class EncoderBench(BenchModel):
     wavelength, and the choice is logged. normalization: a strategy of torchgeo-bench; with "model_native" the benchmark
     converts to reflectance x 10,000 and the checkpoint's statistics of `product_level` ("l1c" or "l2a", what the images are)
     apply; the others use the benchmark's own statistics. checkpoint: anything that mpmae reads; None is random weights
-    drawn from `seed`, the baseline. encoder, patch_size, bands_in: as in `mpmae.eval.config.EncoderSection`. Options of the
-    benchmark that mean nothing here (name, eval) are left alone.
+    drawn from `seed`, the baseline. encoder, patch_size, bands_in, domains, pooling: as in
+    `mpmae.eval.config.EncoderSection`; a MultiMAE reads domains of Sentinel-2, without `domains` all whose bands are there.
+    Options of the benchmark that mean nothing here (name, eval) are left alone.
     Raises ConfigError, CheckpointError or DatasetError.
     """
 
@@ -70,18 +73,21 @@ class EncoderBench(BenchModel):
         encoder: str | None = None,
         patch_size: int | None = None,
         bands_in: Sequence[str] | None = None,
+        domains: Sequence[str] | None = None,
+        pooling: str | None = None,
         seed: int = 0,
         **_: object,
     ):
         super().__init__(bands=bands, normalization=NormalizationStrategy.IDENTITY)
-        given = {"name": encoder, "patch_size": patch_size, "bands_in": bands_in}
+        given = {"name": encoder, "patch_size": patch_size, "bands_in": bands_in, "domains": domains, "pooling": pooling}
         section = EncoderSection(checkpoint=checkpoint, **{key: value for key, value in given.items() if value is not None})
-        opened = open_encoder(section, seed).requires_grad_(False)
-        # the benchmark looks for `backbone.*`, whose stages are named as elsewhere
-        self.backbone, self._num_features, self._logged = opened.backbone, opened.num_features, False
-        self.input, self.label = opened.input, opened.label
         task = Task("torchgeo-bench", "segmentation", (), tuple(_stored(band) for band in bands), "miou")
-        self._positions = match_bands(task, opened.input.bands).positions
+        opened = open_encoder(section, seed, task=task).requires_grad_(False)
+        # the benchmark looks for `backbone.*`, whose stages are named as elsewhere; a method is no module of its own
+        self.backbone, self._num_features, self._encode = opened.backbone, opened.num_features, opened.forward
+        self.input, self.label, self._logged = opened.input, opened.label, False
+        self._no_data = math.nan if opened.input.tells_no_data else 0.0
+        self._positions = match_channels(task, opened.input.channels).positions
         self.normalization = NormalizationStrategy(normalization)
         statistics = {}
         if self.normalization is NormalizationStrategy.MODEL_NATIVE:
@@ -91,19 +97,30 @@ class EncoderBench(BenchModel):
 
     @property
     def segmentation_layers(self) -> list[str]:
-        """The last block of each stage, coarsest first: what the benchmark wants as segmentation layers."""
+        """The last block of each stage, coarsest first: what the benchmark wants as segmentation layers.
+
+        Raises ConfigError for a MultiMAE, whose blocks give tokens of several domains and no maps.
+        """
+        if not isinstance(self.backbone, ConvNeXtV2):
+            raise ConfigError(
+                f"{self.label}: the benchmark's dense heads take maps, and a MultiMAE's blocks give the tokens of all "
+                "domains and a global one; use launch/finetune.py for segmentation with it"
+            )
         stages = self.backbone.stages
         return [f"stages.{stage}.{len(stages[stage]) - 1}" for stage in reversed(range(len(stages)))]
 
     def normalize_inputs(self, images: Tensor) -> Tensor:
-        """[N, B, H, W]: the encoder's bands of `images` [N, B_in, H, W], normalised; 0 where there is no data."""
+        """[N, B, H, W]: the encoder's bands of `images` [N, B_in, H, W], normalised.
+
+        No data is 0, NaN for a MultiMAE.
+        """
         images = self._normalise(images[:, self._positions])
-        return torch.where(images.isfinite(), images, 0.0)
+        return torch.where(images.isfinite(), images, self._no_data)
 
     @torch.no_grad()
     def _forward_patch_features(self, images: Tensor) -> Tensor:
         """[N, D] of normalised images [N, B, H, W]."""
-        return self.backbone.forward_features(self._whole_patches(images)).mean((2, 3))
+        return self._encode(self._whole_patches(images))
 
     def _whole_patches(self, images: Tensor) -> Tensor:
         """Images whose sides are multiples of the patch size: enlarged (bilinear) to the next one where they are not."""

@@ -1,13 +1,12 @@
 """What the encoder's features are worth, asked while it is being trained: kNN and a linear probe on a small labelled set.
 
-The weights of the moment run as the dense encoder that downstream use has (`mpmae.models.dense`), in float32 under every
+The weights of the moment run as the encoder that downstream use has (`mpmae.train.probe_encoder`), in float32 under every
 precision. Images are cut into batches that do not depend on the number of ranks, so neither do the scores. Nothing of the
 training changes: weights are only read, and no random number is drawn. Importing this module needs torchmetrics.
 
 Shapes: N images, T windows of an image, C bands, S image side, D features, K classes.
 """
 
-import copy
 import time
 from collections.abc import Callable
 from typing import Any
@@ -18,20 +17,18 @@ from torch import Tensor
 from mpmae.config import RunConfig
 from mpmae.engine import Engine
 from mpmae.errors import DatasetError, MpmaeError
-from mpmae.eval.encoders import ImageEncoder
+from mpmae.eval.image_encoder import ImageEncoder
 from mpmae.eval.knn import knn_shares
 from mpmae.eval.linear import Examples, Judge, Standardise, best_fit, ridge
 from mpmae.eval.metrics import evaluate
 from mpmae.eval.windows import window_means
 from mpmae.in_order import in_order
-from mpmae.models import create_encoder
 from mpmae.probe_record import LINEAR, knn_method
 from mpmae.train.data import num_bytes
 from mpmae.train.probe_set import ProbeSet
 
 BATCH_SIZE = 32
 STRENGTHS = tuple(10.0**power for power in range(-6, 3))
-_PREFIX = "encoder."
 
 
 class Probe:
@@ -44,7 +41,6 @@ class Probe:
     def __init__(self, engine: Engine, probe_set: ProbeSet, config: RunConfig, tick: Callable[[], None]):
         self._engine, self._world, self._set, self._tick = engine, engine.world, probe_set, tick
         self._ks, self._num_workers = config.probe.ks, config.data.num_workers
-        self._blueprint = _blueprint(engine, config, probe_set)
         num_images, world = len(probe_set.indices), engine.world
         batches = [range(start, min(start + BATCH_SIZE, num_images)) for start in range(0, num_images, BATCH_SIZE)]
         self._num_rounds = -(-len(batches) // world.world_size)
@@ -63,7 +59,7 @@ class Probe:
         """
         started, device = time.perf_counter(), self._engine.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            features = self._features(self._encoder(), stop_asked)
+            features = self._features(self._set.encoder.with_weights(self._engine), stop_asked)
             if features is None:
                 return None
             scores = dict.fromkeys([*map(knn_method, self._ks), LINEAR])
@@ -76,19 +72,6 @@ class Probe:
             "num_val": self._set.num_val,
             "elapsed_s": time.perf_counter() - started,
         }
-
-    def _encoder(self) -> ImageEncoder:
-        """The weights of the moment, whole on every rank."""
-        state = self._engine.full_state_dict(_PREFIX)
-        encoder = copy.deepcopy(self._blueprint).to_empty(device=self._engine.device)
-        if state is not None:
-            weights = {name.removeprefix(_PREFIX): value for name, value in state.items()}
-            missing, unexpected = encoder.backbone.load_state_dict(weights, strict=False)
-            assert not unexpected, unexpected
-            assert set(missing) == {"norm.weight", "norm.bias"}, missing  # behind the pooling, where no feature comes from
-        for tensor in encoder.state_dict().values():
-            self._world.broadcast_into(tensor)
-        return encoder
 
     def _features(self, encoder: ImageEncoder, stop_asked: Callable[[], bool]) -> Tensor | None:
         """[N, D] float32 on every rank; None when given up."""
@@ -165,18 +148,3 @@ class Probe:
 def _raise(error: MpmaeError | None) -> None:
     if error is not None:
         raise error
-
-
-def _blueprint(engine: Engine, config: RunConfig, probe_set: ProbeSet) -> ImageEncoder:
-    """The dense encoder of the model that is trained, without memory."""
-    model = engine.module
-    with torch.random.fork_rng([]), torch.device("meta"):
-        backbone = create_encoder(
-            config.model.name.replace("mpmae_", "convnextv2_"),
-            patch_size=model.patch_size,
-            stem=config.model.stem,
-            bands_in=model.bands_in,
-            stem_padding=model.encoder.stem_padding,
-            grn_eps=model.encoder.grn_eps,
-        )
-    return ImageEncoder(backbone, probe_set.encoder_input, "the run").eval()

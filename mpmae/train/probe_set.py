@@ -6,7 +6,9 @@ Shapes: N images that train the probe and then those that judge it, K classes, T
 import hashlib
 import importlib.util
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,31 +19,32 @@ from mpmae.config import ProbeSection, RunConfig
 from mpmae.errors import ConfigError, DatasetError, MpmaeError
 from mpmae.eval.config import DatasetSection, ImageSection
 from mpmae.eval.dataset import LabelledSet
-from mpmae.eval.encoder_input import EncoderInput, statistics_by_level
 from mpmae.eval.folds import fraction
 from mpmae.eval.open_set import open_set
 from mpmae.eval.prepare import Preparation
 from mpmae.in_order import in_order
-from mpmae.models import MPMAE
+from mpmae.models import MPMAE, MultiMAE
 from mpmae.shard_format import Manifest
+from mpmae.train.probe_encoder import TrainedEncoder, trained_encoder
 
 _SEED = 0  # not the run's: probes of runs with other seeds see the same images
 _HELD_OUT = 0.2  # of the training images, where some of them have to judge
 _NUM_NAMED = 5
 _KEYS = re.compile(r"\b(?:dataset|image)\.(?=(?:format|partition|product_level|normalise|size|fit)\b)")
+_OF_EVALUATIONS = re.compile(r"\. Name encoder\.domains [^;.]*")  # advice that a run has no key for
 
 
 @dataclass(frozen=True)
 class ProbeSet:
     """What the probe looks at.
 
-    indices: int64 [N], samples of `labelled`: `num_train` that it is trained on, then those that judge it. tuning: of the
-    first, the places of those by which the linear probe's ridge is chosen. classes: float32 [N, K], 1 where an image has the
-    class. notes: what to know of the choice.
+    encoder: whose features are looked at. indices: int64 [N], samples of `labelled`: `num_train` that it is trained on, then
+    those that judge it. tuning: of the first, the places of those by which the linear probe's ridge is chosen. classes:
+    float32 [N, K], 1 where an image has the class. notes: what to know of the choice.
     """
 
     labelled: LabelledSet
-    encoder_input: EncoderInput
+    encoder: TrainedEncoder
     prepare: Preparation
     indices: np.ndarray
     num_train: int
@@ -81,15 +84,17 @@ class ProbeSet:
         parts += [
             f"{row['stored']} stands in for {row['wanted']}" for row in facts["bands"] if row["wanted"] != row["stored"]
         ]
-        reason = in_our_keys(facts["statistics_reason"])
-        return "; ".join([*parts, f"statistics of {facts['statistics']}: {reason}"])
+        parts += [in_our_keys(text) for text in _statistics(facts)]
+        parts += [self.encoder.reads] if self.encoder.reads else []
+        return "; ".join(parts)
 
 
-def open_probe_set(config: RunConfig, manifest: Manifest, model: MPMAE) -> ProbeSet | None:
-    """The checked set of `config.probe`, for the bands that `model` reads; None without one.
+def open_probe_set(config: RunConfig, manifest: Manifest, model: MPMAE | MultiMAE) -> ProbeSet | None:
+    """The checked set of `config.probe`, for the bands or domains that `model` reads; None without one.
 
     Reads all labels and one image. Raises ConfigError or DatasetError: no set, or one without what the probe needs; a band
-    that nothing can stand for; a label that no class has; images that cannot be made to fit; torchmetrics not installed.
+    that nothing can stand for, or no bands for any domain; a label that no class has; images that cannot be made to fit;
+    torchmetrics not installed.
     """
     section = config.probe
     if section.dataset is None:
@@ -104,12 +109,11 @@ def open_probe_set(config: RunConfig, manifest: Manifest, model: MPMAE) -> Probe
         labelled = open_set(DatasetSection(path=section.dataset, num_folds=2, **keys), progress=False)
         indices, num_train, classes, notes = _chosen(section, labelled, config.data.num_workers)
         tuning = torch.from_numpy(_held_out(classes[:num_train], labelled.task.kind))
-        statistics = statistics_by_level(manifest.input_statistics(model.bands_in))
-        encoder_input = EncoderInput(model.bands_in, model.patch_size, statistics)
-        prepare = Preparation(
-            labelled.task, encoder_input, ImageSection(normalise=section.normalise, size=section.size, fit=section.fit)
-        )
-        found = ProbeSet(labelled, encoder_input, prepare, indices, num_train, tuning, classes, tuple(notes))
+        encoder = trained_encoder(config, manifest, model, labelled.task)
+        image = ImageSection(normalise=section.normalise, size=section.size, fit=section.fit)
+        prepare = Preparation(labelled.task, encoder.blueprint.input, image)
+        notes += [f"probe: {encoder.reads}"] if encoder.reads else []
+        found = ProbeSet(labelled, encoder, prepare, indices, num_train, tuning, classes, tuple(notes))
         found.windows(0)
     except MpmaeError as error:
         raise type(error)([f"probe.dataset = {section.dataset}: {in_our_keys(text)}" for text in error.problems]) from error
@@ -118,7 +122,16 @@ def open_probe_set(config: RunConfig, manifest: Manifest, model: MPMAE) -> Probe
 
 def in_our_keys(text: str) -> str:
     """A message of an evaluation, with the keys of a run instead of its own."""
+    text = _OF_EVALUATIONS.sub("", text)
     return _KEYS.sub("probe.", re.sub(r"\bdataset\.path\b", "probe.dataset", text))
+
+
+def _statistics(facts: Mapping[str, Any]) -> list[str]:
+    """Whose statistics are used and why, for each modality where there are several."""
+    several = facts.get("statistics_of")
+    if several is None:
+        return [f"statistics of {facts['statistics']}: {facts['statistics_reason']}"]
+    return [f"{name} by statistics of {entry['statistics']}: {entry['reason']}" for name, entry in several.items()]
 
 
 def _chosen(section: ProbeSection, labelled: LabelledSet, num_workers: int) -> tuple[np.ndarray, int, Tensor, list[str]]:

@@ -7,13 +7,16 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import mpmae
 from mpmae.errors import ConfigError, DatasetError
 from mpmae.export import export
+from mpmae.loader.batch import Batch
 from mpmae.modalities import spec_of
 from tests.integrations import bench_interface
+from tests.models.multimae.small import build
 
 BANDS = spec_of("sentinel2").model_bands
 MODULE = "mpmae.integrations.torchgeo_bench"
@@ -34,6 +37,18 @@ def bench(request, monkeypatch):
     module = importlib.import_module(MODULE)
     yield module, importlib.import_module("torchgeo_bench.datasets.base").BandSpec
     sys.modules.pop(MODULE, None)
+
+
+@pytest.fixture(scope="module")
+def multimae(tmp_path_factory):
+    """(folder of a small MultiMAE with statistics of L2A, the model)."""
+    folder = tmp_path_factory.mktemp("multimae")
+    model = build(torch.float32, img_size=16, domains_in=("rgb", "depth", "ired"), domains_out=("rgb",)).eval()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    statistics = {"sentinel2_l2a": {"bands": list(BANDS), "mean": [1000.0] * 12, "std": [500.0] * 12}}
+    config = {"domains_in": ["rgb", "depth", "ired"], "img_size": 16, "statistics": statistics}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, model
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +181,36 @@ def test_the_layers_named_for_segmentation_give_maps(bench, exported):
         modules[f"backbone.{name}"].register_forward_hook(lambda _module, _input, output: maps.append(output))
     model(torch.rand(1, 12, 32, 32))
     assert [tuple(m.shape[1:]) for m in maps] == [(40, 32, 32), (80, 16, 16), (160, 8, 8), (320, 4, 4)]
+
+
+def test_a_multimae_reads_the_sentinel2_domains_that_are_there(bench, multimae):
+    module, BandSpec = bench
+    folder, model = multimae
+    names = ["blue", "green", "red", "red_edge_1", "red_edge_2", "red_edge_3"]
+    bands = [*specs(BandSpec, ["elevation"], sensor="dem"), *specs(BandSpec, names)]
+    images = torch.rand(2, 7, 16, 16) * 3000
+    images[0, 1:4, :8, :8] = torch.nan
+    adapter = module.EncoderBench(bands, checkpoint=folder)
+    assert adapter.input.bands == ("B4", "B3", "B2", "B5", "B6", "B7")
+    values = torch.full((2, 13, 16, 16), torch.nan)
+    for position, name in enumerate(("B2", "B3", "B4", "B5", "B6", "B7"), 1):
+        values[:, spec_of("sentinel2").bands.index(name)] = (images[:, position] - 1000) / 500
+    valid = values.isfinite()
+    batch = Batch({"sentinel2": values.nan_to_num(0)}, {"sentinel2": valid}, torch.arange(2), {}, 2)
+    with torch.no_grad():
+        features = model.encode(batch, ("rgb", "ired"))
+    there = features.available["rgb"]
+    assert not there[0, 0], "a patch without data"
+    for row, vector in enumerate(adapter(images)):
+        tokens = (features.patches["rgb"][row][there[row]], features.patches["ired"][row], features.summary[row, None])
+        torch.testing.assert_close(vector, torch.cat(tokens).mean(0))
+    alone = module.EncoderBench(bands, checkpoint=folder, domains=["rgb"], pooling="global")
+    with torch.no_grad():
+        torch.testing.assert_close(alone(images), model.encode(batch, ("rgb",)).summary)
+    with pytest.raises(ConfigError, match=r"dense heads take maps.*launch/finetune\.py"):
+        _ = adapter.segmentation_layers
+    with pytest.raises(DatasetError, match="no aster"):
+        module.EncoderBench(bands, checkpoint=folder, domains=["depth"])
 
 
 @pytest.mark.skipif(not GENUINE, reason="needs torchgeo-bench, which needs Python 3.12")

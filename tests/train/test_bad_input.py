@@ -98,7 +98,7 @@ def test_changed_shards_cannot_continue_the_run(refused, run_dir, shards_dir, mm
         (("model.name=multimae_tiny", "model.num_visible_tokens=295"), ["num_visible_tokens = 295", "the 294 tokens"]),
         (("model.name=multimae_tiny", "model.alphas={rgb: -1}"), ["model.alphas", "above 0"]),
         (("model.name=multimae_tiny", "model.img_size=60"), ["60", "patch"]),
-        (("model.name=multimae_tiny", "model.bands_in=[B2]"), ["model.bands_in", "a multimae has no such key"]),
+        (("model.name=multimae_tiny", "model.bands_in=[B2]"), ["model.bands_in", "no key of multimae models"]),
         (("model.name=multimae_tiny", "model.domains_in=[depth]"), ["samples", "have none of aster"]),
         (("engine.name=fsdp", "engine.shard_size=2"), ["shard_size = 2", "the 1 ranks"]),
         (("engine.name=deepspeed",), ["--ds-config"]),

@@ -85,7 +85,7 @@ def canonical_multimae(
     if problems:
         raise CheckpointError(problems)
     if BALANCER in names:
-        order = _balanced(leaves, command_line or {})
+        order = balanced_order(leaves, command_line or {})
         state["log_vars"] = names[BALANCER].flatten()[[order.index(decoder) for decoder in decoders]]
     stacked = [name for name in state if name.startswith("decoders.") and not name.startswith("decoders.heads.")]
     reshaped = (f"{_OUTPUT}*.{_outer(n.removeprefix('decoders.'))} -> {n} {list(state[n].shape)}" for n in stacked)
@@ -137,7 +137,7 @@ def _position_problems(names: Mapping[str, Tensor], where: str) -> list[str]:
     return problems
 
 
-def _balanced(decoders: Sequence[str], command_line: Mapping[str, Any]) -> list[str]:
+def balanced_order(decoders: Sequence[str], command_line: Mapping[str, Any]) -> list[str]:
     """The decoders in the order of the published log variances.
 
     They follow the predictions: decoders in the order of the file, those that the program computes in float32 last.

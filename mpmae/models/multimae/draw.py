@@ -54,7 +54,8 @@ def draw_tokens(
 def random_draw(num: int, alphas: Tensor, num_patches: int) -> TokenDraw:
     """The numbers of `num` samples from torch's generator, on the device of `alphas` float32 [K]."""
     shape, device = (num, len(alphas), num_patches), alphas.device
-    gammas = Gamma(alphas.double(), torch.ones_like(alphas, dtype=torch.float64)).sample((num,))
+    ones = torch.ones_like(alphas, dtype=torch.float64)
+    gammas = Gamma(alphas.double(), ones, validate_args=False).sample((num,))  # a GPU would have to wait for the answer
     tiny = torch.finfo(torch.float64).tiny
     return TokenDraw(
         gammas.clamp(min=tiny).log().float(),

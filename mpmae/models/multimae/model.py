@@ -28,6 +28,8 @@ from mpmae.models.multimae.vit import Block
 if TYPE_CHECKING:  # a model needs torch and numpy alone
     from mpmae.shard_format import Manifest
 
+_NORMS = ("norm.weight", "norm1.weight", "norm2.weight")
+
 
 class MultiMAEOutput(NamedTuple):
     """What a forward pass gives.
@@ -147,7 +149,7 @@ class MultiMAE(nn.Module):
 
     def decays(self, name: str) -> bool:
         """Whether weight decay acts on the parameter of that name: on matrices, and with the quirks on everything."""
-        return self.reference_quirks or (name.endswith(".weight") and "norm" not in name)
+        return self.reference_quirks or (name.endswith(".weight") and not name.endswith(_NORMS))
 
     def input_record(self, manifest: "Manifest") -> dict[str, Any]:
         """What a checkpoint says of the input: `domains_in`, and the `statistics` of their continuous bands in raw units.

@@ -189,10 +189,13 @@ def _alphas(alphas: float | Mapping[str, float], inputs: Sequence[Domain], probl
         unknown = [name for name in alphas if name not in names]
         problems += [f"alphas names {name!r}, which is no input domain; those are {', '.join(names)}" for name in unknown]
         given = {f"alphas[{name!r}]": value for name, value in alphas.items()}
-        found = tuple(float(alphas.get(name, 1.0)) for name in names)
+        found = [alphas.get(name, 1.0) for name in names]
     else:
-        given, found = {"alphas": alphas}, (float(alphas),) * len(names)
-    for where, value in given.items():
-        if not (math.isfinite(value) and value > 0):
-            problems.append(f"{where} = {value}, expected a finite number above 0")
-    return found
+        given, found = {"alphas": alphas}, [alphas] * len(names)
+    wrong = [
+        f"{where} = {value!r}, expected a finite number above 0"
+        for where, value in given.items()
+        if not (isinstance(value, int | float) and math.isfinite(value) and value > 0)
+    ]
+    problems += wrong
+    return () if wrong else tuple(map(float, found))

@@ -28,6 +28,8 @@ from tests.models.small import drop
         ({"alphas": 0.0}, ["alphas = 0.0, expected a finite number above 0"]),
         ({"alphas": {"rgb": -1.0, "dept": 1.0}}, ["alphas['rgb'] = -1.0", "alphas names 'dept', which is no input domain"]),
         ({"alphas": float("nan")}, ["alphas = nan"]),
+        ({"alphas": [1.0, 2.0], "decoder_depth": -1}, ["alphas = [1.0, 2.0], expected a finite number", "decoder_depth"]),
+        ({"alphas": {"rgb": "much"}}, ["alphas['rgb'] = 'much', expected a finite number"]),
         ({"decoder_dim": 100, "loss_weighting": "sum"}, ["decoder_dim = 100 is not a multiple", "loss_weighting = 'sum'"]),
         (
             {"decoder_dim": 30, "decoder_num_heads": 0},

@@ -36,6 +36,25 @@ def test_every_parameter_trains(make_batch):
     assert all(parameter.ndim > 0 for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("quirks", [False, True])
+@pytest.mark.parametrize("everywhere", [False, True], ids=["in the micro batch", "in the global batch"])
+def test_every_parameter_has_a_gradient_whatever_is_absent(make_batch, everywhere, quirks):
+    """What data-parallel engines wait for: also of a domain that no sample has, that none saw, or that is all visible."""
+    model, batch = build(loss_weighting="uncertainty", reference_quirks=quirks), make_batch(2, SIZE)
+    for name in ("aster", "esa_worldcover"):
+        drop(batch, name, slice(None))
+        batch.num_present[name] = 0 if everywhere else 3
+    out, grads = step(model, batch, tokens_of(model, {"rgb": range(PATCHES)}))
+    assert set(grads) == {name for name, _ in model.named_parameters()}
+    assert all(gradient.isfinite().all() for gradient in grads.values())
+    if not quirks:
+        assert out.losses["depth"] == out.losses["semseg"] == out.losses["rgb"] == 0
+        s = model.log_vars.detach()
+        skipped = {"depth", "semseg"} if everywhere else set()
+        terms = [(-s[i]).exp() * loss + s[i] * (name not in skipped) for i, (name, loss) in enumerate(out.losses.items())]
+        torch.testing.assert_close(out.loss, sum(terms))
+
+
 def test_a_loss_by_hand(make_batch):
     """Squared error, absolute error of standardised depth, cross entropy, and squared error of normalised patches."""
     batch = make_batch(2, SIZE, dtype=torch.float64)

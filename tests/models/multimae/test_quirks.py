@@ -14,6 +14,7 @@ from mpmae.engine.optim import parameter_groups
 from mpmae.errors import ConfigError
 from mpmae.models.multimae.sampler import TokenSample
 from mpmae.models.multimae.views import standardise_truncated, view_of
+from mpmae.models.multimae.vit import StackedNorm
 from tests.models.multimae.small import PATCHES, SIZE, build, step, tokens_of
 from tests.models.small import cut, drop
 
@@ -186,7 +187,9 @@ def test_what_weight_decay_acts_on(quirks):
     if quirks:
         assert decayed == set(names.values())
         return
-    vectors = {name for name in names.values() if "norm" in name or name.endswith(".bias")}
+    norms = {name for name, module in model.named_modules() if isinstance(module, torch.nn.LayerNorm | StackedNorm)}
+    vectors = {name for name in names.values() if name.endswith(".bias") or name.rpartition(".")[0] in norms}
     tokens = {"global_tokens", "log_vars", "decoders.mask_token", "decoders.task_embeddings"}
     assert decayed == set(names.values()) - vectors - tokens
+    assert "decoders.heads.norm_rgb.weight" in decayed
     assert {"decoders.blocks.0.mlp.fc1.weight", "input_adapters.rgb.proj.weight", "encoder.0.attn.qkv.weight"} <= decayed
