@@ -1,10 +1,9 @@
 """The ways to take a training step of a MultiMAE: the published code's, and ours in several precisions.
 
 The published code is josesosajs/multimae-meets-eo: attention with its scores in memory, one decoder after the other,
-torch's usual AdamW (on a CPU tensor by tensor) and the gradient's norm tensor by tensor. It asks for mixed precision on
-CUDA alone (float16 with a loss scaler, the class map's decoder in float32), so on a CPU it computes in float32. Here it is
-built of this project's parts. Its queries and context, which the published code gathers out of all tokens for each decoder,
-are made by a shorter way, in its favour.
+each gathering queries and context out of all tokens, torch's usual AdamW (on a CPU tensor by tensor) and the gradient's norm
+tensor by tensor. It asks for mixed precision on CUDA alone (float16 with a loss scaler, the class map's decoder in float32),
+so on a CPU it computes in float32. Here it is built of this project's parts; its losses are ours.
 
 Ours is what the engine `ddp` does with one rank: written out, since a GPU machine may lack what configurations need;
 tests/benchmarks/test_multimae_step.py holds the two together. All ways share the encoder's and the embeddings' weights.
@@ -24,9 +23,10 @@ from torch import Tensor, nn
 
 from mpmae.loader.batch import Batch
 from mpmae.models.multimae import vit
+from mpmae.models.multimae.decoders import Decoders
 from mpmae.models.multimae.draw import TokenDraw
 from mpmae.models.multimae.model import MultiMAE
-from mpmae.models.multimae.per_domain import PerDomainDecoders
+from mpmae.models.multimae.per_domain import DomainDecoder, PerDomainDecoders
 from mpmae.models.multimae.sampler import TokenSample
 
 REFERENCE, PLAIN, GOAL_WAY = "published code", "fp32", "bf16, compiled"
@@ -136,8 +136,37 @@ def with_compiled_blocks(model: MultiMAE) -> MultiMAE:
     return model
 
 
-class PublishedDecoders(PerDomainDecoders):
+class PublishedDecoder(DomainDecoder):
+    """A decoder that puts all tokens in order, mask tokens among them, and takes queries and visible ones out of them."""
+
+    def queries_and_context(self, projected: Tensor, sample: TokenSample, where: Tensor) -> tuple[Tensor, Tensor]:
+        """As `DomainDecoder.queries_and_context`."""
+        num, num_patches, width = len(projected), len(where), projected.shape[2]
+        num_hidden = len(self.task_embeddings) * num_patches - sample.index.shape[1]
+        mask_tokens = self.mask_token.repeat(num, num_hidden, 1)
+        everything = torch.cat([projected[:, :-1], mask_tokens], 1).gather(1, _wide(restoring(sample, num_hidden), width))
+        embeddings = [embedding.repeat(num, num_patches, 1) + where for embedding in self.task_embeddings]
+        everything = everything + torch.cat(embeddings, 1)
+        context = torch.cat([everything.gather(1, _wide(sample.index, width)), projected[:, -1:]], 1)
+        return everything[:, self.own * num_patches : (self.own + 1) * num_patches], context
+
+
+def restoring(sample: TokenSample, num_hidden: int) -> Tensor:
+    """Where each token lies when the visible ones come first: int64 [N, T]."""
+    hidden = torch.ones(len(sample.index), sample.index.shape[1] + num_hidden, device=sample.index.device)
+    hidden = hidden.scatter(1, sample.index, 0.0)
+    return hidden.argsort(dim=1, stable=True).argsort(dim=1)  # the index of visible tokens ascends
+
+
+def _wide(index: Tensor, width: int) -> Tensor:
+    return index[..., None].expand(-1, -1, width)
+
+
+class PublishedDecoders(nn.ModuleDict):
     """One decoder after the other, the class map's in float32 whatever the others compute in."""
+
+    def __init__(self, stacked: Decoders):
+        super().__init__({name: PublishedDecoder(stacked, name) for name in stacked.heads})
 
     def forward(self, tokens: Tensor, sample: TokenSample, num_patches_side: int) -> dict[str, Tensor]:
         """As `Decoders.forward`."""

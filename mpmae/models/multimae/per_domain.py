@@ -39,8 +39,17 @@ class DomainDecoder(nn.Module):
     def forward(self, tokens: Tensor, sample: TokenSample, num_patches_side: int) -> Tensor:
         """The decoder's part of what `Decoders.forward` gives, [N, L, Q]."""
         where = positions(self.table, num_patches_side, POSITION_MODE)
-        num_patches, num = len(where), len(tokens)
-        projected = self.proj_context(tokens)
+        queries, context = self.queries_and_context(self.proj_context(tokens), sample, where)
+        real = None if sample.real is None else F.pad(sample.real, (0, 1), value=True)
+        x = self.cross(self.query_norm(queries), self.context_norm(context), real)
+        x = x + self.mlp(self.out_norm(x))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+    def queries_and_context(self, projected: Tensor, sample: TokenSample, where: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, L, D] and [N, V+1, D] of projected tokens [N, V+1, D] and the patches' positions [L, D]."""
+        num_patches, num = len(where), len(projected)
         domain, patch = sample.index // num_patches, sample.index % num_patches
         placed = projected[:, :-1] + self.task_embeddings[domain] + where[patch]
         context = torch.cat([placed, projected[:, -1:]], dim=1)
@@ -52,13 +61,7 @@ class DomainDecoder(nn.Module):
         # one row more takes what is not shown
         queries = F.pad(queries, (0, 0, 0, 1))
         slot = torch.where(shown, patch, num_patches)[..., None].expand(-1, -1, queries.shape[2])
-        queries = queries.scatter(1, slot, placed)[:, :-1]
-        real = None if sample.real is None else F.pad(sample.real, (0, 1), value=True)
-        x = self.cross(self.query_norm(queries), self.context_norm(context), real)
-        x = x + self.mlp(self.out_norm(x))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
+        return queries.scatter(1, slot, placed)[:, :-1], context
 
 
 class PerDomainDecoders(nn.ModuleDict):

@@ -42,7 +42,7 @@ class StackedNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[T, N, L, D], normalised over D."""
         normed = F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
-        return normed * self.weight[:, None, None] + self.bias[:, None, None]
+        return torch.addcmul(self.bias[:, None, None], normed, self.weight[:, None, None])
 
 
 class Layers(NamedTuple):
