@@ -28,6 +28,8 @@ def section(record: dict[str, Any]) -> str:
     for name, row in results["targets"].items():
         start, end = row["validation"][0], row["validation"][-1]
         lines.append(f"| {name} | {start:.3f} | {end:.3f} | {row['trivial']:.3f} | {row['training'][-1]:.3f} |")
+    behind = [name for name, row in results["targets"].items() if row["validation"][-1] >= row["trivial"]]
+    lines += ["", f"Not below the trivial predictor at the end: {', '.join(behind)}."] if behind else []
     return "\n".join([*lines, "", "![losses by target](plots/multimae-learning.svg)", ""])
 
 
