@@ -128,8 +128,8 @@ def main() -> int:
     """Measure, print, write the record; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=tuple(WHAT), default="cpu")
-    parser.add_argument("--batch", type=int, help="images; 32, on a GPU 256")
-    parser.add_argument("--rounds", type=int, default=5, help="on a CPU")
+    parser.add_argument("--batch", type=int, help="images; 64, on a GPU 256")
+    parser.add_argument("--rounds", type=int, default=4, help="on a CPU")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--seconds", type=float, default=60, help="on a GPU, for the turns")
     parser.add_argument("--tiny", action="store_true", help="a few patches, nothing compiled, no record")
@@ -144,7 +144,7 @@ def main() -> int:
         clean_commit()
     torch.set_num_threads(options.threads)
     settings = TINY if options.tiny else SIZES
-    batch_size = options.batch or (2 if options.tiny else 256 if device.type == "cuda" else 32)
+    batch_size = options.batch or (2 if options.tiny else 256 if device.type == "cuda" else 64)
     model = made(settings, device)
     batch = synthetic_batch(model, batch_size, device)
     tokens = model.draw(0, 0, batch.sample_ids).to(device)
