@@ -129,7 +129,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=tuple(WHAT), default="cpu")
     parser.add_argument("--batch", type=int, help="images; 64, on a GPU 256")
-    parser.add_argument("--rounds", type=int, default=4, help="on a CPU")
+    parser.add_argument("--rounds", type=int, default=3, help="on a CPU")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
     parser.add_argument("--seconds", type=float, default=60, help="on a GPU, for the turns")
     parser.add_argument("--tiny", action="store_true", help="a few patches, nothing compiled, no record")
