@@ -116,7 +116,7 @@ def test_evaluation_is_centred_and_marks_its_padding(reader):
 
 def test_a_modality_the_set_lacks(reader, shards_dir):
     small = ShardReader(shards_dir, "val", reader.manifest.model_copy(update={"scalars": reader.manifest.scalars[1:]}))
-    with pytest.raises(ShardError, match=rf"has no {reader.manifest.scalars[0].name}; it has .*sentinel2.*Leave these out"):
+    with pytest.raises(ShardError, match=rf"has no {reader.manifest.scalars[0].name}; it has .*sentinel2.*Leave what reads"):
         small.require([reader.manifest.scalars[0].name])
 
 

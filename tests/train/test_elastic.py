@@ -26,7 +26,7 @@ DDP = ("engine.name=ddp",)
 FSDP = ("engine.name=fsdp",)
 ZERO2 = ("--ds-config", "configs/ds/zero2.json")
 HOPS = {
-    "ddp": ((4, DDP), (2, DDP), (3, DDP)),
+    "ddp": ((3, DDP), (2, DDP)),
     "zero2": ((4, ZERO2), (2, ZERO2), (3, ZERO2)),
     "fsdp": ((4, FSDP), (2, FSDP), (3, FSDP)),
     "ddp, zero2, fsdp": ((3, DDP), (2, ZERO2), (3, FSDP)),
