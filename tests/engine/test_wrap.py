@@ -9,7 +9,6 @@ from mpmae.engine.wrap import blocks_of, unwrap_blocks, wrap_blocks
 from tests.engine.toy import Toy, ToyBlock, global_batch
 from tests.models.test_fsdp2 import build, gradients, step
 
-
 BOTH = pytest.mark.parametrize("system", ["mpmae", "multimae"])
 
 
