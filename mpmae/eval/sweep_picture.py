@@ -1,5 +1,6 @@
 """What several inputs of one encoder reach, as bars with intervals: a panel per method, a bar per input."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from mpmae.eval.tables import title
 from mpmae.runs.picture import COLOURS
 
 _INK, _SHARED, _RANDOM = "#333333", "#aaaaaa", "#000000"
+_ROOM = 1.06  # for the numbers behind the longest bar
+_FOOT_WIDTH = 150
 
 
 def write_sweep_picture(done: Sequence[SubsetScores], path: Path) -> None:
@@ -32,6 +35,7 @@ def draw_sweep(done: Sequence[SubsetScores]) -> Figure:
     for panel, method in zip(panels, methods, strict=True):
         _bars(panel, [row for row in rows if row.standing.summary.method == method], names)
         panel.set_title(method, loc="left", fontsize=10, color=_INK)
+    panels[-1].set_xlim(0, _ROOM * max(max(bounds(row.standing)[1], 100 * row.standing.summary.mean) for row in rows))
     panels[-1].set_xlabel(f"test {title(rows[0].standing.summary.metric)} (%)", fontsize=9)
     missing = [entry.name for entry in done if not entry.scores and entry.remark]
     text = said([row.standing for row in rows])
@@ -39,7 +43,7 @@ def draw_sweep(done: Sequence[SubsetScores]) -> Figure:
     text += f"; not possible: {', '.join(missing)}" if missing else ""
     if any(row.random for row in rows):
         text += "; line: random init of the same input"
-    figure.supxlabel(text, fontsize=7, color=_INK, x=0.995, ha="right")
+    figure.supxlabel(textwrap.fill(text, _FOOT_WIDTH), fontsize=7, color=_INK, x=0.995, ha="right")
     return figure
 
 
@@ -55,6 +59,5 @@ def _bars(panel: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
         panel.annotate(f"{mean:.1f}", (max(high, mean), y), (4, 0), textcoords="offset points", va="center", fontsize=8)
     panel.set_yticks(range(len(rows)), [row.label for row in rows])
     panel.invert_yaxis()
-    panel.set_xlim(left=0)
     panel.tick_params(axis="y", length=0)
     plain(panel, "x")

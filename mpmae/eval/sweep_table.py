@@ -78,7 +78,7 @@ def sweep_rows(done: Sequence[SubsetScores]) -> list[Row]:
 
 
 def sweep_table(done: Sequence[SubsetScores], pooling: str = "") -> Table:
-    """All inputs, in percent; those that could not be evaluated last, with the reason as their remark.
+    """All inputs, in percent; those that could not be evaluated last. Remarks stand below it.
 
     pooling: how tokens become a vector, in words, where they do.
     """
@@ -87,11 +87,9 @@ def sweep_table(done: Sequence[SubsetScores], pooling: str = "") -> Table:
     fractions = {row.standing.summary.label_fraction for row in rows}
     metric = title(rows[0].standing.summary.metric) if rows else "metric"
     per_image = any(row.standing.images for row in rows)
-    remarks = any(entry.remark for entry in done)
     header = ["input", "domains", "method", *(["labels"] if len(fractions) > 1 else []), "train images", f"{metric} %"]
     header += ["over seeds", *(["over images", f"gain on {first}"] if per_image else []), "random init %"]
     header += ["gain on random init"] if per_image else []
-    header += ["remark"] if remarks else []
     cells = []
     for row in rows:
         summary, standing = row.standing.summary, row.standing
@@ -102,12 +100,11 @@ def sweep_table(done: Sequence[SubsetScores], pooling: str = "") -> Table:
             line += [interval(*standing.images[1:]) if standing.images else UNKNOWN, _gained(row.gain)]
         line.append(percent(row.random.summary.mean) if row.random else UNKNOWN)
         line += [_gained(standing.gain if row.random else None)] if per_image else []
-        line += [row.entry.remark if row.entry else ""] if remarks else []
         cells.append(tuple(line))
     for entry in done:
         if not entry.scores and entry.remark:
             line = [entry.name, _told(entry.domains), "not possible"]
-            cells.append(tuple(line + [UNKNOWN] * (len(header) - len(line) - 1) + [entry.remark]))
+            cells.append(tuple(line + [UNKNOWN] * (len(header) - len(line))))
     return Table(tuple(header), tuple(cells), _notes(rows, done, per_image, pooling))
 
 
@@ -129,6 +126,7 @@ def _notes(rows: Sequence[Row], done: Sequence[SubsetScores], per_image: bool, p
     common = list(dict.fromkeys(row.standing.summary.encoder for row in rows if row.entry is None))
     if common:
         notes.append(f"Of all stored bands, whatever the input: {', '.join(common)}.")
+    notes += [f"{entry.name}{'' if entry.scores else ', not possible'}: {entry.remark}." for entry in done if entry.remark]
     return tuple(notes)
 
 

@@ -1,5 +1,6 @@
 """What a MultiMAE's inputs are worth: probes that one modality alone can solve, and the sweep over inputs."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from mpmae.eval.finetune_config import load_config
 from mpmae.eval.probe import probe
 from mpmae.eval.probe_config import ProbeConfig
 from mpmae.eval.scores import read_scores
+from mpmae.eval.sweep_picture import draw_sweep
+from mpmae.eval.sweep_table import SubsetScores
 from tests.eval.many_modalities import hidden_in, write_checkpoint
 
 REPO = Path(__file__).resolve().parents[2]
@@ -71,14 +74,25 @@ def test_the_table_of_a_sweep_names_what_was_left_out_and_filled_in(swept):
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if line.startswith("| ")}
     assert "| gain on RGB |" in rows["input"]
     assert "| rgb, depth | linear-ridge | 40 |" in rows["RGB + DEM"]
-    assert "B5 from B4, B6 from B4, B7 from B4" in rows["S2"]
+    (stand_ins,) = [line for line in text.splitlines() if line.startswith("S2: ")]
+    assert "B5 from B4, B6 from B4, B7 from B4" in stand_ins
     assert rows["RGB + S1"].startswith("| RGB + S1 | rgb, sentinel1 | not possible | – |")
-    assert rows["RGB + S1"].endswith("| the encoder does not read sentinel1 |")
+    assert "RGB + S1, not possible: the encoder does not read sentinel1." in text.splitlines()
     assert rows["image statistics"].startswith("| image statistics | all stored bands |")
     assert "An image's vector is the mean over the tokens of all patches with data" in text
     assert (swept[0] / "results.png").read_bytes().startswith(b"\x89PNG")
     inner = (swept[0] / "inputs" / "rgb-+-dem" / "results.md").read_text()
     assert "reads rgb, depth; an image's vector is the mean over the tokens of all patches with data" in inner
+
+
+def test_the_picture_of_a_sweep_has_room_for_every_bar(swept):
+    one = [score for score in swept[3] if score.encoder == "RGB"]
+    better = [dataclasses.replace(score, method="better", metrics={"accuracy": 1.0}) for score in one]
+    figure = draw_sweep([SubsetScores("RGB", ("rgb",), (*one, *better))])
+    assert len(figure.axes) == 2
+    for panel in figure.axes:
+        assert panel.get_xlim()[1] > 100
+        assert all(bar.get_width() < panel.get_xlim()[1] for bar in panel.patches)
 
 
 def test_a_sweep_goes_on_with_what_is_there(swept, monkeypatch):
@@ -142,7 +156,7 @@ def test_an_input_without_statistics_is_left_out(tmp_path):
     overrides = ["inputs.subsets={RGB: [rgb], DEM: [depth]}", "image.normalise=pretraining", "probe.baselines=[]"]
     config = configured(tmp_path / "out", *overrides, f"encoder.checkpoint={path.parent}")
     assert [score.encoder for score in probe(config, labelled=hidden_in("colour"))] == ["RGB"]
-    assert "the checkpoint has no statistics of aster; use auto or dataset |" in (tmp_path / "out/results.md").read_text()
+    assert "the checkpoint has no statistics of aster; use auto or dataset." in (tmp_path / "out/results.md").read_text()
 
 
 def test_the_configuration_that_comes_with_it_serves_both_commands():
