@@ -231,7 +231,7 @@ gpu_loader_section = partial(results_loader.section, title="Loading tiles with a
 SECTIONS = (  # in the order of RESULTS.md
     Section("training step", step_section, "training-step", step_plot, "figure", readme_figure),
     Section("engines", results_engines.section),
-    Section("multimae step", results_multimae.section),
+    Section("multimae step", results_multimae.section, readme_mark="multimae", readme=results_multimae.readme),
     Section("initial weights", init_section, "initial-weights", init_plot),
     Section(
         "downstream",

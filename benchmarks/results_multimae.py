@@ -55,6 +55,17 @@ def section(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def readme(record: dict[str, Any]) -> str:
+    """README's sentence: what a configured step does beside the published code's way."""
+    case, goal = record["case"], record["results"]["goal"]["way"]
+    way, base = record["results"]["ways"][goal], record["results"]["ways"][REFERENCE]
+    return (
+        f"Measured on {case['threads']} CPU core ({case['model']}, {case['img_size']} px, batches of {case['batch_size']}): "
+        f"{way['images_per_s']['median']:.1f} images/s in {goal}, **{way['speedup']['median']:.2f} x** the published code's way "
+        f"of computing ({base['images_per_s']['median']:.1f}). No GPU figures yet.\n"
+    )
+
+
 def gpu_section(record: dict[str, Any]) -> str:
     """Markdown of a record made on a GPU."""
     lines = [
