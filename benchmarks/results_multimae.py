@@ -61,8 +61,8 @@ def readme(record: dict[str, Any]) -> str:
     way, base = record["results"]["ways"][goal], record["results"]["ways"][REFERENCE]
     return (
         f"Measured on {case['threads']} CPU core ({case['model']}, {case['img_size']} px, batches of {case['batch_size']}): "
-        f"{way['images_per_s']['median']:.1f} images/s in {goal}, **{way['speedup']['median']:.2f} x** the published code's way "
-        f"of computing ({base['images_per_s']['median']:.1f}). No GPU figures yet.\n"
+        f"{way['images_per_s']['median']:.1f} images/s in {goal}, **{way['speedup']['median']:.2f} x** the published code's "
+        f"way of computing ({base['images_per_s']['median']:.1f}). No GPU figures yet.\n"
     )
 
 
