@@ -90,7 +90,6 @@ class Preparation:
                 {"wanted": row.wanted, "stored": row.stored, "distance_um": row.distance_um, "modality": row.modality}
                 for row in self._match.rows
             ],
-            "filled": self._match.filled,
             "fit": self._section.fit,
             "side_px": layouts[0].side if layouts else self._section.size,
             "stored_px": [list(layout.size_px) for layout in layouts],

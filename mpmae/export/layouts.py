@@ -32,6 +32,7 @@ DENSE_MODULE = "mpmae_convnextv2.py"
 # timm's `patch_size` is the stem's stride. At 2 it adds a downsampling before the first stage, from 8 on it dilates the last
 TIMM_PATCH_SIZES = (8, 32)
 TIMM_GRN_EPS = 1e-6
+_GRID = 7  # patches on a side where nothing says the size of the images
 
 
 def write_safetensors(state: State, config: AnyConfig, folder: Path) -> None:
@@ -115,26 +116,35 @@ def _with_norm(state: State) -> State:
     return {"norm.weight": torch.ones_like(like), "norm.bias": torch.zeros_like(like), **state}
 
 
-def _timm_config(config: ExportConfig) -> dict[str, Any]:
-    side = config.img_size or 7 * config.patch_size
+def image_side(config: AnyConfig) -> int:
+    """Side of the images in pixels; seven patches, as published, where nothing says it."""
+    return config.img_size or _GRID * config.patch_size
+
+
+def pretrained_config(config: AnyConfig, num_bands: int, num_classes: int, **more: Any) -> dict[str, Any]:
+    """`pretrained_cfg` of timm's config.json; more: what the architecture adds."""
+    side = image_side(config)
     pretrained = {
         "tag": config.name,
-        "input_size": [config.in_chans, side, side],
-        "fixed_input_size": False,
+        "input_size": [num_bands, side, side],
         "crop_pct": 1.0,
-        "num_classes": config.num_classes,
-        "first_conv": "stem.0",
-        "classifier": "head.fc",
+        "num_classes": num_classes,
         "license": config.licence,
+        **more,
     }
     if config.statistics:  # timm has room for one level: surface reflectance where there is a choice
-        level = max(config.statistics)
-        pretrained |= {"mean": config.statistics[level].mean, "std": config.statistics[level].std}
+        statistics = config.statistics[max(config.statistics)]
+        pretrained |= {"mean": statistics.mean, "std": statistics.std}
+    return pretrained
+
+
+def _timm_config(config: ExportConfig) -> dict[str, Any]:
+    layers = {"fixed_input_size": False, "first_conv": "stem.0", "classifier": "head.fc"}
     return {
         "architecture": config.architecture.name,
         "num_classes": config.num_classes,
         "num_features": config.architecture.dims[-1],
-        "pretrained_cfg": pretrained,
+        "pretrained_cfg": pretrained_config(config, config.in_chans, config.num_classes, **layers),
         "model_args": {"in_chans": config.in_chans, "patch_size": config.patch_size // dense.FIRST_TILE_SIDE},
         "mpmae": config.model_dump(mode="json"),
     }

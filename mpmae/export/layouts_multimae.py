@@ -18,14 +18,13 @@ from mpmae.checkpoint_format import MMEARTH_NAME
 from mpmae.errors import CheckpointError
 from mpmae.export.card_multimae import multimae_card
 from mpmae.export.config import CONFIG_NAME, WEIGHTS_NAME, MultiMAEExportConfig
-from mpmae.export.layouts import State, Writer, save, write_safetensors
+from mpmae.export.layouts import State, Writer, image_side, pretrained_config, save, write_safetensors
 from mpmae.models.interop.multimae import published_state
 from mpmae.models.interop.vit import to_vit
 
 # timm's own name for the size, whose arguments are all given beside it
 _TIMM_NAMES = {f"multimae_{size}": f"vit_{size}_patch16_224" for size in ("tiny", "small", "base", "large")}
 _TIMM_NAME = "vit_base_patch16_224"
-_GRID = 7  # patches on a side where nothing says the size of the images
 
 
 def write_multimae(state: State, config: MultiMAEExportConfig, folder: Path) -> None:
@@ -42,7 +41,7 @@ def write_timm(state: State, config: MultiMAEExportConfig, folder: Path) -> None
     if config.num_heads is None:
         raise CheckpointError("timm needs the number of heads, which nothing beside these weights says")
     (domain,) = config.domains_in
-    save(to_vit(state, domain, _side(config) // config.patch_size), folder / WEIGHTS_NAME)
+    save(to_vit(state, domain, image_side(config) // config.patch_size), folder / WEIGHTS_NAME)
     (folder / CONFIG_NAME).write_text(json.dumps(_timm_config(config), indent=1) + "\n")
 
 
@@ -60,31 +59,14 @@ WRITERS: dict[str, Writer] = {
 }
 
 
-def _side(config: MultiMAEExportConfig) -> int:
-    """Side of the images in pixels."""
-    return config.img_size or _GRID * config.patch_size
-
-
 def _timm_config(config: MultiMAEExportConfig) -> dict[str, Any]:
-    (domain,), side, size = config.domains_in.values(), _side(config), config.architecture
-    pretrained = {
-        "tag": config.name,
-        "input_size": [len(domain.bands), side, side],
-        "fixed_input_size": True,
-        "crop_pct": 1.0,
-        "num_classes": 0,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": config.licence,
-    }
-    if config.statistics:  # timm has room for one level: surface reflectance where there is a choice
-        level = max(config.statistics)
-        pretrained |= {"mean": config.statistics[level].mean, "std": config.statistics[level].std}
+    (domain,), side, size = config.domains_in.values(), image_side(config), config.architecture
+    layers = {"fixed_input_size": True, "first_conv": "patch_embed.proj", "classifier": "head"}
     return {
         "architecture": _TIMM_NAMES.get(size.name, _TIMM_NAME),
         "num_classes": 0,
         "num_features": size.dim,
-        "pretrained_cfg": pretrained,
+        "pretrained_cfg": pretrained_config(config, len(domain.bands), 0, **layers),
         "model_args": {
             "img_size": side,
             "patch_size": config.patch_size,
